@@ -1,7 +1,7 @@
 """Images in numeric arrays: which axis holds the colours, which bands they are, and how they become 8-bit RGB."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class ArrayLayout:
         scaling: rule for pixels that do not have 8 bits.
     """
 
-    name: str
+    name: str = field(repr=False)
     axis: int | None
     bands: tuple[int, ...]
     scaling: PixelScaling | None

@@ -104,8 +104,8 @@ class ParquetImages:
                 images = retrying(more)
             except TransientError as error:
                 raise UserError(
-                    f"{self.tree.location} could not be read in {_ATTEMPTS} attempts; the last one: {error}. See that the server can "
-                    "be reached from this machine and give the command again"
+                    f"{self.tree.location} could not be read in {_ATTEMPTS} attempts; the last one: {error}. See that the server "
+                    "can be reached from this machine and give the command again"
                 ) from error
             start += len(images)
             for image in images:
@@ -222,9 +222,7 @@ def read_parquet(tree: FileTree, files: Sequence[str], options: ArrayOptions, le
                 tables.append(_scalar_columns(parquet, names, paths))
                 groups += [(number, group, parquet.metadata.row_group(group).num_rows) for group in range(parquet.num_row_groups)]
         except pa.ArrowException as error:
-            raise UserError(
-                f"{tree.path(file)} is truncated or damaged, or not a Parquet file ({error}); fetch it again"
-            ) from error
+            raise UserError(f"{tree.path(file)} is truncated or damaged, or no Parquet file ({error}); fetch it again") from error
         except TransientError as error:
             raise UserError(f"{tree.path(file)} cannot be read now ({error}); give the command again") from error
     try:
@@ -289,8 +287,8 @@ def _find_column(
         if found is None:
             kind = schema.field(options.column).type
             raise UserError(
-                f"{location}: the column {options.column!r} holds {kind}, not images; if it names image files or URLs, give --file "
-                f"{options.column} instead of --image-column; {_listed(schema)}"
+                f"{location}: the column {options.column!r} holds {kind}, not images; if it names image files or URLs, give "
+                f"--file {options.column} instead of --image-column; {_listed(schema)}"
             )
         return found
     declared = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "Image"]
@@ -299,9 +297,7 @@ def _find_column(
         if len(names) == 1:
             return _image_column(location, parquet, names[0], options)
     if candidates:
-        raise UserError(
-            f"{location}: several columns may hold the images, {', '.join(candidates)}: choose one with --image-column"
-        )
+        raise UserError(f"{location}: several columns may hold images, {', '.join(candidates)}: choose one with --image-column")
     return None
 
 
@@ -332,9 +328,8 @@ def _image_column(location: str, parquet: "pq.ParquetFile", name: str, options: 
         if array is None or _depth(_storage(kind.field(array).type)) not in (2, 3):
             return None
         leaves = (f"{name}.{array}",)
-        first = next(parquet.iter_batches(_BATCH, columns=[f"{name}.{array}", *([f"{name}.{bands}"] if bands else [])])).column(
-            name
-        )
+        wanted = [*leaves, f"{name}.{bands}"] if bands else list(leaves)
+        first = next(parquet.iter_batches(_BATCH, columns=wanted)).column(name)
         band_names = first.field(bands)[0].as_py() if bands and len(first) else None
     elif _depth(kind) in (2, 3):
         leaves, band_names = (name,), None
@@ -354,9 +349,8 @@ def _arrays(column: "pa.Array") -> Iterator[NDArray[Any] | None]:
 
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
     if pa.types.is_struct(column.type):
-        column = column.field(
-            next(number for number in range(column.type.num_fields) if _depth(column.type.field(number).type) > 1)
-        )
+        fields = range(column.type.num_fields)
+        column = column.field(next(number for number in fields if _depth(column.type.field(number).type) > 1))
     for value in column:
         yield None if not value.is_valid else _array(value.values)
 
