@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.object_store import Store
 from galaxydist.shards.remote.cache import Cache, CacheConfig, RemoteFolder
+from galaxydist.surveys.data_origin import DataOrigin, known_origin
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -72,6 +73,8 @@ class Manifest:
         settings: settings of the writer.
         remote: the store of remote shards; None for a local folder.
         catalogues: SHA-256 of each catalogue file, by its name; empty for shards of earlier versions.
+        origin: licence, citation and source of the data; None if nothing is known. Shards of earlier versions have what is known
+            of a data set of their name.
     """
 
     dir: Path
@@ -89,6 +92,7 @@ class Manifest:
     settings: Mapping[str, Any] = field(repr=False)
     remote: Remote | None = None
     catalogues: Mapping[str, str] = field(default_factory=dict, repr=False)
+    origin: DataOrigin | None = None
 
     @property
     def path(self) -> Path:
@@ -250,6 +254,7 @@ def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
             columns=content["columns"],
             settings=content["settings"],
             catalogues=dict(content.get("catalogues", {})),
+            origin=DataOrigin.from_dict(content["origin"]) if "origin" in content else known_origin(content["dataset"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{location} is damaged ({error!r}); make it anew with: galaxydist data shard") from None
@@ -281,6 +286,8 @@ def manifest_json(manifest: Manifest) -> bytes:
     }
     if manifest.catalogues:
         content["catalogues"] = dict(manifest.catalogues)
+    if manifest.origin is not None:
+        content["origin"] = manifest.origin.to_dict()
     return (json.dumps(content, indent=1) + "\n").encode()
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ from galaxydist.shards.writer.stages import (
     write_json,
     write_part,
 )
+from galaxydist.surveys.data_origin import DataOrigin, origin_of
 
 
 def finish_manifest(
@@ -109,9 +110,9 @@ def finish_manifest(
         columns=columns,
         settings=asdict(settings),
         catalogues=catalogues,
+        origin=origin_of(survey),
     )
-    with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
-        file.write(manifest_json(manifest))
+    _write_manifest(manifest)
 
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def write_shards(
     workers: int | None = None,
     overwrite: bool = False,
     max_errors: int | None = None,
+    origin: DataOrigin | None = None,
 ) -> Manifest:
     """Write a survey's splits as shards; do nothing if they exist already.
 
@@ -150,6 +152,7 @@ def write_shards(
         workers: number of processes; None: one for each core that this process may use.
         overwrite: replace shards that were made from another source or with other settings.
         max_errors: largest number of damaged images to leave out and list in ``left_out.csv``; None: none.
+        origin: the user's statement on licence and source; the rest is the survey's own, or known by its name.
 
     Raises:
         UserError: other shards exist and ``overwrite`` is not set, a class name is not valid Unicode, images do not decode, the
@@ -167,12 +170,13 @@ def write_shards(
         if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed during its cleanup
             with suppress(UserError), _writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
-        return existing
+        return _with_origin(existing, origin, overwrite=overwrite)
     if len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
     with _writer_lock(work_dir):
         try:
             _write(survey, work_dir, settings, workers or available_cores(), max_errors)
+            _with_origin(read_manifest(work_dir), origin, overwrite=True)
             _publish(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -219,6 +223,26 @@ def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool
     if overwrite:
         return None
     raise UserError(f"{out_dir}: {difference}. Remove the folder, choose another one, or give --overwrite")
+
+
+def _with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bool) -> Manifest:
+    """Return the manifest with what the user states about its origin; only manifest.json is written anew, and only if needed."""
+    if stated is None or stated.over(manifest.origin) == manifest.origin:
+        return manifest
+    if not overwrite:
+        known = manifest.origin.describe() if manifest.origin is not None else {}
+        said = ", ".join(f"{name}: {text} (in the manifest: {known.get(name)})" for name, text in stated.describe().items())
+        raise UserError(
+            f"{manifest.location} exists with another origin. {said}. Give --overwrite to change it: the shards stay, but runs "
+            "that were trained on them find a changed manifest"
+        )
+    _write_manifest(replace(manifest, origin=stated.over(manifest.origin)))
+    return read_manifest(manifest.path)
+
+
+def _write_manifest(manifest: Manifest) -> None:
+    with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
+        file.write(manifest_json(manifest))
 
 
 def _is_complete(manifest: Manifest) -> bool:

@@ -1,0 +1,162 @@
+"""Origin of a data set: its licence, citation, revision and address, stated by the user or the source, or known by name.
+
+Sources of the known ones: the data sets' own pages (``DataOrigin.url``), the repository henrysky/Galaxy10 (MIT licence,
+acknowledgements), the loader of MultimodalUniverse's gz10, and the cards of mwalmsley/gz_desi and mwalmsley/gz_evo on the
+Hugging Face Hub.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from galaxydist.errors import UserError
+
+# Lengths of the texts of an origin: they stand in every manifest, which is read whole.
+MAX_LENGTH = 20_000
+
+
+@dataclass(frozen=True)
+class DataOrigin:
+    """Licence and source of a data set; None where unknown.
+
+    Args:
+        licence: SPDX identifier, or the name or text of another licence.
+        citation: works to cite, as text or BibTeX.
+        revision: version of the source: a commit, a data release, a record's version.
+        url: address of the source.
+    """
+
+    licence: str | None = None
+    citation: str | None = None
+    revision: str | None = None
+    url: str | None = None
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """Return the origin in a manifest or a run; keys of later versions are ignored.
+
+        Raises:
+            TypeError: a value is not text.
+        """
+        known = {field.name: plain.get(field.name) for field in fields(cls)}
+        if wrong := [name for name, value in known.items() if not isinstance(value, str | None)]:
+            raise TypeError(f"{wrong[0]} is not text")
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the values that are known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def over(self, other: "DataOrigin | None") -> "DataOrigin":
+        """Return this origin, completed by another one where it is unknown."""
+        return DataOrigin(**{**(other or DataOrigin()).to_dict(), **self.to_dict()})
+
+    @property
+    def is_known(self) -> bool:
+        """True if anything is known."""
+        return self != DataOrigin()
+
+    @property
+    def is_non_commercial(self) -> bool:
+        """True if the licence's name says that the data are for non-commercial use only."""
+        return bool(re.search(r"\bNC\b|\bnon-?\s?commercial", self.licence or "", re.IGNORECASE))
+
+    def describe(self) -> dict[str, str]:
+        """Return one line of text for each known value, by its name; a non-commercial licence is called that."""
+        lines = {name: " ".join(value.split()) for name, value in self.to_dict().items()}
+        if self.is_non_commercial:
+            lines["licence"] += " (non-commercial use only)"
+        return lines
+
+
+def spdx(licence: str) -> str:
+    """Return a licence as SPDX writes it where it is a common one: ``cc-by-4.0`` and ``CC BY 4.0`` as ``CC-BY-4.0``."""
+    words = re.sub(r"[\s_-]+", "-", licence.strip())
+    if re.fullmatch(r"cc-?(by|0)[\w.-]*|mit", words, re.IGNORECASE):
+        return words.upper()
+    return licence.strip()
+
+
+_GALAXY_ZOO = "labels: Galaxy Zoo (Lintott et al. 2008, MNRAS 389, 1179; Lintott et al. 2011, MNRAS 410, 166)"
+_GZ_DECALS = "Walmsley et al. 2022, MNRAS 509, 3966, doi:10.1093/mnras/stab2093"
+_LEGACY = "images: DESI Legacy Imaging Surveys (Dey et al. 2019, AJ 157, 168, doi:10.3847/1538-3881/ab089d)"
+_GALAXY10 = f"Galaxy10 DECaLS (Leung & Bovy, doi:10.5281/zenodo.10845026); {_GALAXY_ZOO}; {_GZ_DECALS}; {_LEGACY}"
+
+# Known data sets by name, without regard to capitals and separators; first the names of this package's own commands.
+_KNOWN: dict[tuple[str, ...], DataOrigin] = {
+    ("galaxy10_decals",): DataOrigin("MIT", _GALAXY10, url="https://astronn.readthedocs.io/en/latest/galaxy10.html"),
+    ("simulated",): DataOrigin("MIT", "drawn by galaxydist's simulator: no observed galaxies"),
+    ("gz2", "galaxy_zoo_2"): DataOrigin(
+        "CC-BY-4.0",
+        "Willett et al. 2013, MNRAS 435, 2835, doi:10.1093/mnras/stt1458; Hart et al. 2016, MNRAS 461, 3663, "
+        "doi:10.1093/mnras/stw1588; images: Sloan Digital Sky Survey (York et al. 2000, AJ 120, 1579, doi:10.1086/301513)",
+        url="https://data.galaxyzoo.org",
+    ),
+    ("gz_decals", "galaxy_zoo_decals", "gz_decals_5"): DataOrigin(
+        "CC-BY-4.0", f"{_GZ_DECALS}; {_LEGACY}", url="https://doi.org/10.5281/zenodo.4573248"
+    ),
+    ("gz_desi", "galaxy_zoo_desi"): DataOrigin(
+        "CC-BY-NC-SA-4.0",
+        f"Walmsley et al. 2023, MNRAS 526, 4768, doi:10.1093/mnras/stad2919; {_LEGACY}",
+        url="https://huggingface.co/datasets/mwalmsley/gz_desi",
+    ),
+    ("gz_evo", "galaxy_zoo_evo"): DataOrigin(
+        "CC-BY-NC-SA-4.0",
+        "Galaxy Zoo Evo: 1 million human-annotated images of galaxies (Walmsley et al. 2025); Walmsley et al. 2024, "
+        "arXiv:2404.02973",
+        url="https://huggingface.co/datasets/mwalmsley/gz_evo",
+    ),
+    ("gz10", "mmu_gz10", "multimodal_universe_gz10"): DataOrigin(
+        "MIT",
+        f"The Multimodal Universe Collaboration 2024, arXiv:2412.02527; {_GALAXY10}",
+        url="https://huggingface.co/datasets/MultimodalUniverse/gz10",
+    ),
+}
+
+
+def known_origin(dataset: str) -> DataOrigin | None:
+    """Return the origin of a data set that is known by its name; a fold of it has the same."""
+    for names, origin in _KNOWN.items():
+        if any(re.fullmatch(rf"{_letters(name)}(fold\d+of\d+)?", _letters(dataset)) for name in names):
+            return origin
+    return None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def origin_of(survey: object, stated: DataOrigin | None = None) -> DataOrigin | None:
+    """Return the origin of a survey; None if nothing is known.
+
+    The user's own statement comes first, then the source's (``survey.origin``, where a survey has it), then what is known of a
+    data set of this name.
+
+    Args:
+        survey: with a ``name`` and perhaps an ``origin``.
+        stated: the user's statement.
+    """
+    own = getattr(survey, "origin", None)
+    origin = (stated or DataOrigin()).over(own).over(known_origin(str(getattr(survey, "name", ""))))
+    return origin if origin.is_known else None
+
+
+def state_origin(licence: str | None, citation: str | None, revision: str | None) -> DataOrigin | None:
+    """Return the origin that a user states; None if nothing was given.
+
+    Raises:
+        UserError: a text is empty, too long, or not valid Unicode.
+    """
+    given = {"licence": licence, "citation": citation, "revision": revision}
+    texts = {name: text.strip() for name, text in given.items() if text is not None}
+    for name, text in texts.items():
+        if not text or len(text) > MAX_LENGTH:
+            raise UserError(f"--{name} has {len(text)} characters: give 1 to {MAX_LENGTH:,}, or leave it out")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{name} is not valid Unicode: {text!r}") from None
+    if not texts:
+        return None
+    return DataOrigin(**texts | ({"licence": spdx(texts["licence"])} if licence is not None else {}))
