@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
-    from galaxydist.api import evaluate, open_shards, simulate_survey, train, write_shards
+    from galaxydist.api import evaluate, load_predictor, open_shards, simulate_survey, train, write_shards
     from galaxydist.loading.loader import EvalLoader, TrainLoader
     from galaxydist.models.build import build_model
     from galaxydist.recipe.resolve import load_recipe
@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "build_model",
     "evaluate",
+    "load_predictor",
     "load_recipe",
     "open_shards",
     "simulate_survey",
@@ -32,6 +33,7 @@ _MODULES = {
     "TrainLoader": "galaxydist.loading.loader",
     "build_model": "galaxydist.models.build",
     "evaluate": "galaxydist.api",
+    "load_predictor": "galaxydist.api",
     "load_recipe": "galaxydist.recipe.resolve",
     "open_shards": "galaxydist.api",
     "simulate_survey": "galaxydist.api",

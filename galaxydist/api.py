@@ -14,6 +14,9 @@ from galaxydist.paths import cache_dir as default_cache_dir
 from galaxydist.paths import data_root
 
 if TYPE_CHECKING:
+    import torch
+
+    from galaxydist.prediction.predictor import Predictor
     from galaxydist.recipe.resolve import ResolvedRecipe
     from galaxydist.shards.manifest import Manifest
 
@@ -129,6 +132,38 @@ def train(recipe: "ResolvedRecipe") -> Path:
     if stop_signal:
         raise SystemExit(EXIT_STOPPED)
     return run_path(recipe.recipe)
+
+
+def load_predictor(
+    run: str | Path,
+    *,
+    device: "str | torch.device | None" = None,
+    tta: Literal["none", "d4"] | None = None,
+    checkpoint: Literal["best", "last"] | None = None,
+    trained_on: str | Path | None = None,
+) -> "Predictor":
+    """Open a run's model for predictions: ``load_predictor(run)(images)`` returns probabilities with class names.
+
+    The run folder is enough: the shards of the training need not be there, except for runs of earlier versions.
+
+    Args:
+        run: the run folder.
+        device: ``cpu``, ``cuda``, ...; None: a GPU if there is one.
+        tta: ``d4`` averages the probabilities over the eight flips and quarter turns, ``none`` does not; None: as in the recipe.
+        checkpoint: ``best`` or ``last``; None: as in the recipe.
+        trained_on: shards that a run of an earlier version was trained on, if they were moved.
+
+    Returns:
+        The predictor; its call is described in docs/api.md.
+
+    Raises:
+        UserError: no run or checkpoint in the folder, or the device cannot be used.
+    """
+    set_up_process(os.environ)
+    from galaxydist.prediction.predictor import load_predictor as load
+    from galaxydist.prediction.trained_model import ModelChoice
+
+    return load(run, os.environ, device=device, choice=ModelChoice(checkpoint, tta, trained_on))
 
 
 def evaluate(

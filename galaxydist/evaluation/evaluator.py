@@ -202,11 +202,7 @@ class Evaluator:
         if own is not None:
             return self.predict(own, "val") if has_split(own, "val") else None
         tta = self.recipe.eval.tta
-        path = predictions_path(self.folder.evaluation_dir, stem_of("val", tta))
-        checkpoint = {"checkpoint": self._checkpoint.path.name, "step": self._checkpoint.step}
-        wanted = {"split": "val", "tta": tta, "manifest_hash": self.trained_on.manifest_hash, **checkpoint}
-        is_usable = self.world.run_on_main(lambda: _has_values(_stored_context(path) or {}, wanted))
-        return path if is_usable else None
+        return self.world.run_on_main(lambda: stored_validation(self.folder, self._checkpoint, tta))
 
     def _own_shards(self, manifest: Manifest) -> Manifest | None:
         try:
@@ -265,6 +261,14 @@ def _stored_context(path: Path) -> Mapping[str, Any] | None:
 
 def _has_values(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(stored.get(name) == value for name, value in wanted.items())
+
+
+def stored_validation(folder: RunFolder, checkpoint: Checkpoint, tta: TTA) -> Path | None:
+    """Return the stored predictions of a checkpoint on its run's own validation split; None if there are none."""
+    path = predictions_path(folder.evaluation_dir, stem_of("val", tta))
+    own = {"manifest_hash": checkpoint.state["data"]["manifest_hash"], "checkpoint": checkpoint.path.name}
+    wanted = {"split": "val", "tta": tta, "step": checkpoint.step, **own}
+    return path if _has_values(_stored_context(path) or {}, wanted) else None
 
 
 def find_evaluation_dir(folder: RunFolder, trained_on: TrainingData, manifest: Manifest) -> Path:
@@ -357,7 +361,7 @@ class EvaluatedRun:
             UserError: there is no run or there are no shards.
         """
         folder = RunFolder(run_dir)
-        recipe = _read_recipe(folder)
+        recipe = read_run_recipe(folder)
         if tta is not None:
             recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": tta})})
         root = data_root(data.data_dir or recipe.data.dir, environ)
@@ -366,7 +370,12 @@ class EvaluatedRun:
         return cls(folder, recipe, own, cache, open_shards(path, cache))
 
 
-def _read_recipe(folder: RunFolder) -> Recipe:
+def read_run_recipe(folder: RunFolder) -> Recipe:
+    """Read the recipe of a run.
+
+    Raises:
+        UserError: the folder holds no run, or its recipe is damaged.
+    """
     return from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
 
 
@@ -431,7 +440,7 @@ def save_weights(run_dir: Path, target: Path) -> int:
         UserError: there is no run or no checkpoint.
     """
     folder = RunFolder(run_dir)
-    checkpoint = store.read_sound(find_checkpoint(folder, _read_recipe(folder).eval.checkpoint), groups=MODEL_GROUPS)
+    checkpoint = store.read_sound(find_checkpoint(folder, read_run_recipe(folder).eval.checkpoint), groups=MODEL_GROUPS)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)

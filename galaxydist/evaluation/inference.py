@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -20,7 +21,7 @@ from galaxydist.distributed import World
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, row_dtype, write_predictions
-from galaxydist.loading.augment import Augment
+from galaxydist.loading.augment import Augment, Normalise
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.models.build import evaluation_mode
@@ -195,6 +196,35 @@ def mean_log_probabilities(logits_VBK: Sequence[Tensor]) -> Tensor:
     return log_VBK.logsumexp(0) - math.log(len(logits_VBK))
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """Computes logits from stored pixels, as a run evaluates its galaxies; the caller puts the model into evaluation mode.
+
+    Args:
+        model: on the images' device.
+        normalise: from stored pixels to model input.
+        dtype: data type of the model's input.
+        autocast: makes the context of mixed precision.
+        channels_last: memory format of the model's input.
+        tta: test-time augmentation.
+    """
+
+    model: nn.Module
+    normalise: Normalise
+    dtype: torch.dtype
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    channels_last: bool
+    tta: TTA
+
+    def __call__(self, images_BHWC: Tensor) -> Tensor:
+        """Return the logits B x K of uint8 images B x H x W x 3, H == W; see :func:`mean_log_probabilities` for the type."""
+        images_BCHW = self.normalise(images_BHWC).to(self.dtype)
+        if self.channels_last:
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            return mean_log_probabilities([self.model(turned_BCHW) for turned_BCHW in tta_images(images_BCHW, self.tta)])
+
+
 @torch.inference_mode()
 def evaluate_split(
     world: World,
@@ -232,6 +262,10 @@ def evaluate_split(
         counters.append(Counts(manifest.num_classes, world.device, subset_N=~in_validation_N))
         expected[f"{whole} without validation galaxies"] = int((~in_validation_N).sum())
 
+    forward = ForwardPass(
+        model, augment.normalise, world.dtype, world.accelerator.autocast, recipe.train.channels_last, recipe.eval.tta
+    )
+
     def count() -> None:
         with contextlib.ExitStack() as stack:
             loader = stack.enter_context(_eval_loader(world, manifest, split, recipe))
@@ -241,12 +275,7 @@ def evaluate_split(
                 writer = PredictionWriter(rank_file, image_size=manifest.image_size, threads=world.cores)
                 stack.enter_context(writer)
             for batch in batches:
-                images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
-                if recipe.train.channels_last:
-                    images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-                with world.accelerator.autocast():
-                    logits_VBK = [model(turned_BCHW) for turned_BCHW in tta_images(images_BCHW, recipe.eval.tta)]
-                logits_BK = mean_log_probabilities(logits_VBK)
+                logits_BK = forward(batch.images_BHWC)
                 predicted_B, *_ = [
                     counter.add(logits_BK, batch.labels_B, batch.weights_B, batch.samples_B) for counter in counters
                 ]

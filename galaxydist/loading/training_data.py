@@ -109,6 +109,64 @@ def has_split(manifest: Manifest, name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class StoredImages:
+    """Properties of the stored images that a model was trained on: new images are brought into the same form.
+
+    Args:
+        dataset: name of the data set.
+        image_size: side in pixels.
+        encoding: ``jpeg``, ``png``, ``raw`` or ``file``.
+        source_sides: smallest and largest shorter side of the images that they were resampled from, in pixels; None: not
+            resampled.
+        pxscale: 1st, 50th and 99th percentile of the training galaxies' pixel scale before resampling, in arcsec/pixel; None:
+            unknown.
+        origin: licence, citation and source of the data, if known.
+    """
+
+    dataset: str
+    image_size: int
+    encoding: str
+    source_sides: tuple[int, int] | None = None
+    pxscale: tuple[float, float, float] | None = None
+    origin: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Return them for the shards of a training; of a catalogue, only the pixel scales are read.
+
+        Raises:
+            UserError: the catalogue is damaged.
+        """
+        origin = manifest.origin.to_dict() if manifest.origin is not None else None
+        pxscale = _pixel_scales(manifest)
+        return cls(manifest.dataset, manifest.image_size, manifest.encoding, manifest.source_sides, pxscale, origin)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        return cls(**values)
+
+
+def _pixel_scales(manifest: Manifest) -> tuple[float, float, float] | None:
+    """Return percentiles of the training galaxies' pixel scales; None if they are unknown or there is no catalogue."""
+    import numpy as np
+
+    from galaxydist.shards.catalogue import read_catalogue
+
+    if not manifest.catalogues:  # shards of earlier versions: all tars would be read
+        return None
+    table = read_catalogue(manifest, "train", columns=["pxscale"])
+    if not table.num_columns:
+        return None
+    scales = table.column(0).to_numpy().astype(np.float64)
+    scales = scales[np.isfinite(scales) & (scales > 0)]
+    if not scales.size:
+        return None
+    low, median, high = (float(value) for value in np.percentile(scales, [1, 50, 99]))
+    return low, median, high
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """Properties of the training data that a checkpoint keeps, so that its model can be used on other data.
 
@@ -116,27 +174,31 @@ class TrainingData:
         manifest_hash: hash of the shards' manifest.
         class_names: class names by label.
         channel_mean, channel_std: normalisation of the model's input, R G B, full scale 1.
+        stored: properties of the stored images; None in checkpoints of earlier versions.
     """
 
     manifest_hash: str
     class_names: tuple[str, ...]
     channel_mean: tuple[float, float, float]
     channel_std: tuple[float, float, float]
+    stored: StoredImages | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, recipe: Recipe) -> Self:
+    def of(cls, manifest: Manifest, recipe: Recipe, stored: StoredImages | None = None) -> Self:
         """Return them with the normalisation of the model's published weights, else the data set's own."""
         from galaxydist.models.build import input_statistics
 
         mean, std = input_statistics(recipe.model) or (manifest.channel_mean, manifest.channel_std)
-        return cls(manifest.hash, manifest.class_names, mean, std)
+        return cls(manifest.hash, manifest.class_names, mean, std, stored)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        return cls(plain["manifest_hash"], *(tuple(plain[name]) for name in ("class_names", "channel_mean", "channel_std")))
+        names, mean, std = (tuple(plain[name]) for name in ("class_names", "channel_mean", "channel_std"))
+        stored = StoredImages.from_dict(plain["stored"]) if plain.get("stored") else None
+        return cls(plain["manifest_hash"], names, mean, std, stored)
 
     @property
     def statistics(self) -> "Statistics":

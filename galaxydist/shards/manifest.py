@@ -73,6 +73,8 @@ class Manifest:
         settings: settings of the writer.
         remote: the store of remote shards; None for a local folder.
         catalogues: SHA-256 of each catalogue file, by its name; empty for shards of earlier versions.
+        source_sides: smallest and largest shorter side of the images that were resampled to ``image_size``, in pixels; None: none
+            was resampled, or unknown (shards of earlier versions).
         origin: licence, citation and source of the data; None if nothing is known. Shards of earlier versions have what is known
             of a data set of their name.
     """
@@ -92,6 +94,7 @@ class Manifest:
     settings: Mapping[str, Any] = field(repr=False)
     remote: Remote | None = None
     catalogues: Mapping[str, str] = field(default_factory=dict, repr=False)
+    source_sides: tuple[int, int] | None = None
     origin: DataOrigin | None = None
 
     @property
@@ -254,6 +257,7 @@ def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
             columns=content["columns"],
             settings=content["settings"],
             catalogues=dict(content.get("catalogues", {})),
+            source_sides=tuple(content["source_sides"]) if "source_sides" in content else None,
             origin=DataOrigin.from_dict(content["origin"]) if "origin" in content else known_origin(content["dataset"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -286,6 +290,8 @@ def manifest_json(manifest: Manifest) -> bytes:
     }
     if manifest.catalogues:
         content["catalogues"] = dict(manifest.catalogues)
+    if manifest.source_sides is not None:
+        content["source_sides"] = manifest.source_sides
     if manifest.origin is not None:
         content["origin"] = manifest.origin.to_dict()
     return (json.dumps(content, indent=1) + "\n").encode()

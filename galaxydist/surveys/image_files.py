@@ -77,13 +77,22 @@ def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in _EIGHT_BIT_MODES:
-                raise DamagedImageError(f"{name} has pixels of kind {image.mode!r}, not 8-bit RGB or grey: convert it first")
-            return np.asarray(to_rgb(ImageOps.exif_transpose(image) if _is_turned(image, data) else image))
+            return decode_opened(ImageOps.exif_transpose(image) if _is_turned(image, data) else image, name)
     except DamagedImageError:
         raise
     except _UNDECODABLE as error:
         raise _undecodable(name, len(data), error) from error
+
+
+def decode_opened(image: Image.Image, name: object) -> NDArray[np.uint8]:
+    """Return an opened image as H x W x 3 uint8 RGB pixels, with transparency on black.
+
+    Raises:
+        DamagedImageError: it does not have 8-bit colours; Pillow's errors for damaged files pass through.
+    """
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise DamagedImageError(f"{name} has pixels of kind {image.mode!r}, not 8-bit RGB or grey: convert it first")
+    return np.asarray(to_rgb(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

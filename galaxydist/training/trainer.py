@@ -22,6 +22,7 @@ from galaxydist.loading.decode import sample_key
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.loading.training_data import (
+    StoredImages,
     TrainingData,
     build_augment,
     find_cache,
@@ -213,7 +214,7 @@ class Trainer:
         model, micro_batch, found = self._prepare_model()
         self.strategy = FSDPStrategy(world, model, config) if config.strategy == "fsdp" else DDPStrategy(world, model, config)
         self.model = self.strategy.model
-        data = TrainingData.of(self.manifest, recipe)
+        data = TrainingData.of(self.manifest, recipe, world.run_on_main(lambda: StoredImages.of(self.manifest)))
         self.augment = build_augment(recipe, data, threads=world.cores)
         with explained_out_of_memory(recipe, world, micro_batch):
             self.strategy.warm_up(example_images(world, recipe, self.augment, micro_batch))

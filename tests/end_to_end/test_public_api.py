@@ -37,6 +37,7 @@ NAMES = [
     "TrainLoader",
     "build_model",
     "evaluate",
+    "load_predictor",
     "load_recipe",
     "open_shards",
     "simulate_survey",

@@ -27,6 +27,7 @@ from galaxydist.shards.verify import check_shards
 from galaxydist.shards.writer import writer
 from galaxydist.shards.writer.encode import hash_pixels
 from galaxydist.shards.writer.writer import write_shards
+from tests.helpers.blobs import BlobSurvey
 from tests.helpers.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 ROOT = Path(__file__).parents[2]
@@ -452,3 +453,10 @@ def test_second_writer_of_the_same_folder_is_refused(tmp_path: Path) -> None:
         write_shards(MemorySurvey(draw_galaxies(64)), tmp_path / "shards")
     process.kill()
     process.communicate()
+
+
+def test_manifest_records_the_sizes_that_images_were_resampled_from(tmp_path: Path) -> None:
+    resampled = write_shards(BlobSurvey(num_galaxies=30, size=48), tmp_path / "a", image_size=32, workers=1)
+    assert resampled.source_sides == read_manifest(tmp_path / "a").source_sides == (48, 48)
+    same = write_shards(BlobSurvey(num_galaxies=30), tmp_path / "b", image_size=32, workers=1)
+    assert same.source_sides is None and "source_sides" not in same.path.read_text()

@@ -48,8 +48,8 @@ class Encoding:
     resize: bool
 
 
-def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple[bytes, bytes, Pixels]:
-    """Return the image file to store, the contents of the .json, and the image's pixels.
+def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple[bytes, bytes, Pixels, int]:
+    """Return the image file to store, the contents of the .json, the stored pixels, and the shorter side of the image as it came.
 
     Raises:
         DamagedImageError: the image does not decode; names its file or the galaxy.
@@ -63,7 +63,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
     size = encoding.image_size
     pixels = to_pixels(galaxy)
-    meta = _meta(galaxy, pixels)
+    meta, side = _meta(galaxy, pixels), min(pixels.shape[:2])
     if pixels.shape != (size, size, 3):
         if not encoding.resize:
             height, width = pixels.shape[:2]
@@ -73,8 +73,8 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
             )
         pixels = resize_square(pixels, size)
     elif isinstance(galaxy.image, EncodedImage) and _same_format(galaxy.image, encoding.name):
-        return galaxy.image.data, meta, pixels
-    return encode_image(pixels, encoding.name, encoding.quality), meta, pixels
+        return galaxy.image.data, meta, pixels, side
+    return encode_image(pixels, encoding.name, encoding.quality), meta, pixels, side
 
 
 def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:

@@ -88,7 +88,7 @@ def write_part(task: PartTask) -> int:
         return task.stop - task.start
     records: list[tuple[tuple[int, ...], bytes]] = []
     damaged: list[DamagedImage] = []
-    sums = np.zeros(7, np.int64)
+    sums, sides = np.zeros(7, np.int64), set[int]()
     galaxies = read_rows(task.survey, task.start, task.stop)
     for row, galaxy, index in zip(range(task.start, task.stop), galaxies, task.indexes.tolist(), strict=True):
         if index < 0:
@@ -96,13 +96,14 @@ def write_part(task: PartTask) -> int:
         try:
             if isinstance(galaxy, DamagedImageError):
                 raise galaxy
-            image, meta, pixels = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
+            image, meta, pixels, side = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
         except DamagedImageError as error:
             damaged.append(DamagedImage(row, index, error.reason))
             if len(damaged) > task.most_damaged:
                 write_json(task.path.with_suffix(".damaged.json"), [asdict(image) for image in damaged])
                 raise TooManyDamagedError from None
             continue
+        sides.add(side)
         if index < task.num_train:
             sums += pixel_sums(pixels)
         key = galaxy.id.encode()
@@ -110,7 +111,8 @@ def write_part(task: PartTask) -> int:
         records.append(((index, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
     records.sort(key=lambda record: record[0][0])
     _write_records(task.path, records)
-    write_json(finished, {"sums": sums.tolist(), "damaged": [asdict(image) for image in damaged]})
+    extent = [min(sides), max(sides)] if sides else []
+    write_json(finished, {"sums": sums.tolist(), "sides": extent, "damaged": [asdict(image) for image in damaged]})
     return task.stop - task.start
 
 
@@ -140,6 +142,12 @@ def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> 
 def read_part_sums(path: Path) -> PixelSums:
     """Return the pixel sums of a finished part."""
     return np.array(json.loads(path.with_suffix(".json").read_bytes())["sums"], np.int64)
+
+
+def read_source_sides(paths: Sequence[Path]) -> tuple[int, int]:
+    """Return the smallest and the largest shorter side of the images of finished parts, in pixels before resampling."""
+    sides = [side for path in paths for side in json.loads(path.with_suffix(".json").read_bytes())["sides"]]
+    return min(sides), max(sides)
 
 
 def read_damaged(path: Path) -> list[DamagedImage]:

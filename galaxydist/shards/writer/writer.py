@@ -53,13 +53,13 @@ from galaxydist.shards.writer.damaged import (
 from galaxydist.shards.writer.encode import Encoding
 from galaxydist.shards.writer.layout import Layout, Settings, pack_tasks, part_tasks, shard_layout, storage_order
 from galaxydist.shards.writer.stages import (
-    PixelSums,
     channel_statistics,
     pack_shards,
     read_damaged,
     read_packed,
     read_packed_catalogue,
     read_part_sums,
+    read_source_sides,
     write_array,
     write_json,
     write_part,
@@ -68,7 +68,7 @@ from galaxydist.surveys.data_origin import DataOrigin, origin_of
 
 
 def finish_manifest(
-    survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, sums: PixelSums
+    survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, parts: Sequence[Path]
 ) -> None:
     """Write the columns, the catalogues and then the manifest into the work folder, once all shards are finished."""
     splits: dict[str, Split] = {}
@@ -94,7 +94,8 @@ def finish_manifest(
         labelled = rows["labels"][rows["labels"] >= 0]
         counts = np.bincount(labelled, minlength=len(survey.class_names))
         splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
-    mean, std = channel_statistics(sums)
+    mean, std = channel_statistics(np.sum([read_part_sums(path) for path in parts], axis=0))
+    sides = read_source_sides(parts)
     manifest = Manifest(
         dir=work_dir,
         hash="",
@@ -110,6 +111,7 @@ def finish_manifest(
         columns=columns,
         settings=asdict(settings),
         catalogues=catalogues,
+        source_sides=None if sides == (image_size, image_size) else sides,
         origin=origin_of(survey),
     )
     _write_manifest(manifest)
@@ -120,7 +122,7 @@ logger = logging.getLogger(__name__)
 # Source and settings of an unfinished work folder; created last and removed last.
 SETTINGS_FILE = "settings.json"
 # Version of the work folder's contents; a folder of another version is started again.
-WORK_VERSION = 5
+WORK_VERSION = 6
 # Below this many galaxies, starting processes costs more than it saves.
 FEW_GALAXIES = 4000
 
@@ -309,8 +311,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
         _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
     if damaged:
         write_left_out(work_dir / LEFT_OUT_NAME, survey, damaged)
-    sums = np.sum([read_part_sums(path) for path in paths], axis=0)
-    finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
+    finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, parts=paths)
     return total - len(damaged)
 
 
