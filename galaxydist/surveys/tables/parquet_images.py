@@ -185,11 +185,14 @@ class ParquetImages:
 class ParquetColumns:
     """The columns of Parquet files without their images, and the class names by label column that the files give.
 
-    ``images`` is None if no column holds images: the table may name image files.
+    ``images`` is None if no column holds images: the table may name image files. ``has_image`` is (N,) False for rows without an
+    image, and ``num_rows`` has the number of rows of each file.
     """
 
     table: "pa.Table"
     images: ParquetImages | None
+    has_image: NDArray[np.bool_]
+    num_rows: tuple[int, ...]
     class_names: Mapping[str, tuple[str, ...]]
 
 
@@ -206,7 +209,7 @@ def read_parquet(tree: FileTree, files: Sequence[str], options: ArrayOptions, le
     """
     import pyarrow as pa
 
-    tables, groups, column, features = [], [], None, {}
+    tables, groups, present, column, features = [], [], [], None, {}
     for number, file in enumerate(files):
         try:
             with tree.open(file) as stream, tree.explained(file):
@@ -218,20 +221,46 @@ def read_parquet(tree: FileTree, files: Sequence[str], options: ArrayOptions, le
                 elif column is not None and column.name not in schema.names:
                     raise UserError(f"{tree.path(file)} has no column {column.name!r}, which {tree.path(files[0])} has")
                 names = [name for name in schema.names if name not in left_out and (column is None or name != column.name)]
-                paths = [leaf for leaf in (column.leaves if column else ()) if leaf.endswith(".path")]
-                tables.append(_scalar_columns(parquet, names, paths))
+                tables.append(_scalar_columns(parquet, names, column))
                 groups += [(number, group, parquet.metadata.row_group(group).num_rows) for group in range(parquet.num_row_groups)]
+                present.append(_has_image(parquet, column))
         except pa.ArrowException as error:
             raise UserError(f"{tree.path(file)} is truncated or damaged, or no Parquet file ({error}); fetch it again") from error
-        except TransientError as error:
-            raise UserError(f"{tree.path(file)} cannot be read now ({error}); give the command again") from error
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise UserError(f"{tree.location}: its files have different columns ({error}); give files of one schema") from error
     classes = {name: names for name, feature in features.items() if (names := _class_names(feature))}
     images = _image_source(tree, files, groups, column) if column is not None else None
-    return ParquetColumns(_without_unlabelled(table, classes), images, classes)
+    num_rows = tuple(map(len, present))
+    return ParquetColumns(_without_unlabelled(table, classes), images, np.concatenate(present), num_rows, classes)
+
+
+def _has_image(parquet: "pq.ParquetFile", column: ImageColumn | None) -> NDArray[np.bool_]:
+    """Return (N,) False for rows without bytes and without a path; only row groups that lack some bytes are read."""
+    found = np.ones(parquet.metadata.num_rows, np.bool_)
+    if column is None:
+        return found
+    names = [f"{parquet.schema.column(number).path}." for number in range(len(parquet.schema))]
+    leaf = next(number for number, name in enumerate(names) if name.startswith(f"{column.leaves[0]}."))
+    start = 0
+    for number in range(parquet.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        statistics = group.column(leaf).statistics
+        if statistics is not None and statistics.has_null_count and statistics.null_count:
+            batches = parquet.iter_batches(_BATCH, [number], list(column.leaves), use_threads=False)
+            found[start : start + group.num_rows] = ~np.concatenate([_is_missing(batch, column) for batch in batches])
+        start += group.num_rows
+    return found
+
+
+def _is_missing(batch: "pa.RecordBatch", column: ImageColumn) -> NDArray[np.bool_]:
+    import pyarrow.compute as pc
+
+    values = batch.column(column.name)
+    leaves = [leaf.removeprefix(f"{column.name}.") for leaf in column.leaves if leaf != column.name]
+    parts = [pc.struct_field(values, leaf) for leaf in leaves] or [values]
+    return np.all([pc.is_null(part).to_numpy(zero_copy_only=False) for part in parts], axis=0)
 
 
 def open_parquet(stream: Any) -> "pq.ParquetFile":
@@ -399,9 +428,11 @@ def _listed(schema: "pa.Schema") -> str:
     return f"its columns are {name_some([f'{field.name} ({field.type})' for field in schema], 40)}"
 
 
-def _scalar_columns(parquet: "pq.ParquetFile", names: Sequence[str], paths: Sequence[str]) -> "pa.Table":
+def _scalar_columns(parquet: "pq.ParquetFile", names: Sequence[str], column: ImageColumn | None) -> "pa.Table":
     """Return the columns of numbers and text, and the images' paths as the column ``file``."""
     import pyarrow as pa
+
+    paths = [leaf for leaf in (column.leaves if column is not None else ()) if leaf.endswith(".path")]
 
     schema = parquet.schema_arrow
     nested = [
