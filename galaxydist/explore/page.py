@@ -30,7 +30,7 @@ GALLERY_BYTES = 600_000
 _WIDTH = 4.4
 # Ten colours that are distinct with any kind of colour vision: Petroff (2021), arXiv:2107.02270, table 3.
 PETROFF = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
-_SPLIT_COLOURS = (BLUE, ORANGE, GREEN)
+_SPLIT_COLOURS = (BLUE, ORANGE, GREEN, GREY)
 _CHANNELS = (("red", "#cc3311"), ("green", "#228833"), ("blue", "#4477aa"))
 # Largest extent (degrees) of positions that are drawn on a partial map; larger ones are drawn on the whole sky.
 _WHOLE_SKY = 60
@@ -51,7 +51,7 @@ def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title
     axes.set_xlabel("galaxies")
     axes.margins(y=0.02)
     _tidy(axes)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, frameon=False)
     return figure
 
 
