@@ -51,14 +51,14 @@ class Hdf5Images:
     """Images of a data set in one or several HDF5 files, as an ``ImageSource``; rows run through the files in their order.
 
     Args:
-        files: the files.
+        sources: the files.
         starts: first row of each file, and the number of all rows.
         column: the data set.
         layout: of its images.
         slab_length: rows that are read together.
     """
 
-    files: tuple[Path, ...]
+    sources: tuple[Path, ...]
     starts: tuple[int, ...]
     column: str
     layout: ArrayLayout
@@ -75,17 +75,17 @@ class Hdf5Images:
             end = min(stop, self.starts[number + 1], start // self.slab_length * self.slab_length + self.slab_length)
             first, last = start - self.starts[number], end - self.starts[number]
             try:
-                with open_hdf5(self.files[number]) as h5:
+                with open_hdf5(self.sources[number]) as h5:
                     images = h5[self.column][first:last]
             except (OSError, KeyError) as error:
                 part = f"images of rows {first} ... {last - 1}"
-                raise DamagedImageError(describe_damage(self.files[number], OSError(error), part)) from error
+                raise DamagedImageError(describe_damage(self.sources[number], OSError(error), part)) from error
             yield from self.layout.to_rgb(images)
             start = end
 
     def digest(self) -> str:
         """Return the SHA-256 of the files' bytes, and of how images are read."""
-        digests = hash_files(Path(), [str(path) for path in self.files], self.column)
+        digests = hash_files(Path(), [str(path) for path in self.sources], self.column)
         return hashlib.sha256(f"{self.column} {self.layout} {digests}".encode()).hexdigest()
 
 
@@ -130,7 +130,9 @@ def read_hdf5(files: Sequence[Path], options: ArrayOptions, label: str | None = 
     import pyarrow as pa
 
     column, layout, image_shape, chunk_rows = _find_images(files[0], options)
-    tables, counts, class_names = [], [], {}
+    tables: list[dict[str, pa.Array | None]] = []
+    counts: list[int] = []
+    class_names: dict[str, tuple[str, ...]] = {}
     for path in files:
         try:
             with open_hdf5(path) as h5:
@@ -181,7 +183,7 @@ def _data_sets(group: Any, prefix: str = "") -> dict[str, Any]:
     """Return the data sets of a file and of its groups, by their paths; broken links are left out."""
     import h5py
 
-    found = {}
+    found: dict[str, Any] = {}
     for name in group:
         try:
             item = group[name]
@@ -317,7 +319,7 @@ def _name_list(value: Any) -> tuple[str, ...]:
 
 def _known_classes(columns: Sequence[str], image_shape: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
     """Return the class names of Galaxy10 for the label columns by which its files are known."""
-    known = {"gz10_label": GALAXY10_CLASSES} if "gz10_label" in columns else {}
+    known: dict[str, tuple[str, ...]] = {"gz10_label": GALAXY10_CLASSES} if "gz10_label" in columns else {}
     if set(COLUMNS) <= set(columns):
         known[LABELS] = GALAXY10_CLASSES
     elif image_shape == _SDSS_IMAGE and LABELS in columns:

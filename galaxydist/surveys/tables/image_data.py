@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.object_store import TransientError
 from galaxydist.surveys.data_origin import DataOrigin, spdx
+from galaxydist.surveys.file_kinds import HDF5, PARQUET
 from galaxydist.surveys.folder_scan import natural_key, safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_table import ImageSource, TableOptions
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PARQUET_FOLDER, HDF5_FOLDER = "Parquet", "HDF5"
 # Folders of a folder that are looked into to know its kind.
 _NUM_LOOKED_INTO = 50
 
@@ -73,7 +73,7 @@ class ImageData:
             class_names = self.class_names.get(found.label, self.class_names.get(""))
         return replace(given, columns=wanted, class_names=class_names)
 
-    def without_index(self, columns: Sequence[str | None]) -> "ImageData":
+    def without_index(self, columns: Collection[str]) -> "ImageData":
         """Return the data without the index column of last resort, unless it is among the columns that are used."""
         index = self.columns.get("id")
         if index is None or index in columns or index not in self.table.column_names:
@@ -90,11 +90,11 @@ def folder_kind(folder: Path) -> str | None:
             names & {"hats.properties", "collection.properties", "dataset_dict.json"}
             or {"state.json", "dataset_info.json"} <= names
         ):
-            return PARQUET_FOLDER
+            return PARQUET
         if any(name.endswith(".parquet") for name in files):
-            return PARQUET_FOLDER
+            return PARQUET
         if any(name.startswith("healpix=") for name in folders):
-            return HDF5_FOLDER
+            return HDF5
         if number == _NUM_LOOKED_INTO:
             break
     return None

@@ -67,6 +67,8 @@ def find_parquet(tree: FileTree) -> ParquetFolder | None:
         raise UserError(
             f"{tree.location}: files of a web server cannot be listed; give the address of a file or of a HATS catalogue"
         )
+    if tree.files == (tree.inside,):  # a single file, whatever its suffix
+        return ParquetFolder(tree, tree.files, card=_read_card(tree))
     files = [file for file in tree.files if file.endswith(".parquet") and not PurePosixPath(file).name.startswith("_")]
     if not files:
         _refuse_arrow(tree)
@@ -149,7 +151,8 @@ def _read_card(tree: FileTree) -> Mapping[str, Any]:
     if not text or not text.startswith("---"):
         return {}
     try:
-        return dict(RepoCard(text, ignore_metadata_errors=True).data.to_dict())
+        card: Any = RepoCard(text, ignore_metadata_errors=True)
+        return dict(card.data.to_dict())
     except Exception as error:  # any YAML and any type of values: the files are readable without it
         logger.warning("%s: the header of its README.md is not readable (%s) and is ignored", tree.location, error)
         return {}

@@ -57,7 +57,7 @@ class ParquetImages:
 
     Args:
         tree: where the files are.
-        files: the files.
+        sources: the files.
         group_file: (G,) number of the file of each row group.
         group_number: (G,) number of the row group in its file.
         starts: (G + 1,) first row of each row group, and the number of all rows.
@@ -66,7 +66,7 @@ class ParquetImages:
     """
 
     tree: FileTree
-    files: tuple[str, ...]
+    sources: tuple[str, ...]
     group_file: tuple[int, ...]
     group_number: tuple[int, ...]
     starts: tuple[int, ...]
@@ -115,7 +115,7 @@ class ParquetImages:
 
     def digest(self) -> str:
         """Return ``FileTree.digest`` of the files, with how images are read."""
-        return hashlib.sha256(f"{self.column} {self.tree.digest(self.files)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.column} {self.tree.digest(self.sources)}".encode()).hexdigest()
 
     def _images(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage | DamagedImageError]:
         group = bisect_right(self.starts, start) - 1
@@ -133,7 +133,7 @@ class ParquetImages:
         """Yield the images of rows ``start`` ... ``stop - 1`` in a range of row groups of one file."""
         import pyarrow as pa
 
-        file = self.files[number]
+        file = self.sources[number]
         row = self.starts[groups.start]
         try:
             with self.tree.open(file) as stream, self.tree.explained(file):
@@ -209,7 +209,9 @@ def read_parquet(tree: FileTree, files: Sequence[str], options: ArrayOptions, le
     """
     import pyarrow as pa
 
-    tables, groups, present, column, features = [], [], [], None, {}
+    tables, groups, present = [], [], []
+    column: ImageColumn | None = None
+    features: Mapping[str, Any] = {}
     for number, file in enumerate(files):
         try:
             with tree.open(file) as stream, tree.explained(file):
@@ -230,7 +232,7 @@ def read_parquet(tree: FileTree, files: Sequence[str], options: ArrayOptions, le
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise UserError(f"{tree.location}: its files have different columns ({error}); give files of one schema") from error
-    classes = {name: names for name, feature in features.items() if (names := _class_names(feature))}
+    classes = {name: labels for name, feature in features.items() if (labels := _class_names(feature))}
     images = _image_source(tree, files, groups, column) if column is not None else None
     num_rows = tuple(map(len, present))
     return ParquetColumns(_without_unlabelled(table, classes), images, np.concatenate(present), num_rows, classes)
@@ -260,7 +262,7 @@ def _is_missing(batch: "pa.RecordBatch", column: ImageColumn) -> NDArray[np.bool
     values = batch.column(column.name)
     leaves = [leaf.removeprefix(f"{column.name}.") for leaf in column.leaves if leaf != column.name]
     parts = [pc.struct_field(values, leaf) for leaf in leaves] or [values]
-    return np.all([pc.is_null(part).to_numpy(zero_copy_only=False) for part in parts], axis=0)
+    return np.asarray(np.all([pc.is_null(part).to_numpy(zero_copy_only=False) for part in parts], axis=0))
 
 
 def open_parquet(stream: Any) -> "pq.ParquetFile":
