@@ -23,7 +23,7 @@ from galaxydist.cli.options import (
     table_source,
 )
 from galaxydist.cli.shard import add_shard
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, find_shards, folder_name, hdf5_path, images_dir
 from galaxydist.version import __version__
@@ -185,6 +185,8 @@ def run_check(arguments: argparse.Namespace) -> None:
                 f"in order: {manifest.dataset}, {manifest.variant}: {sum(split.num_samples for split in splits)} galaxies "
                 f"in {sum(split.num_shards for split in splits)} shards ({manifest.location})"
             )
+            for name, text in manifest.origin.describe().items() if manifest.origin is not None else ():
+                print(f"  {name}: {text}")
             for line in describe_equal_images(manifest):
                 print(f"  {line}")
     if problems:
@@ -342,3 +344,5 @@ def _print_findings(findings: "Findings") -> None:
     if findings.map is not None:
         share = f"{100 * findings.map.agreement:.0f} %"
         print(f"map: {share} have the class of most of their ten nearest neighbours in {findings.map.features}")
+        if ids := [findings.scan.ids[one.index] for one in findings.map.doubtful]:
+            print(f"  {len(ids)} doubtful labels, which none of the neighbours has: {name_some(ids)}")

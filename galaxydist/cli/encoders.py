@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path
+from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path, positive_number
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, folder_name, weights_dir
@@ -38,13 +38,9 @@ def add_probe(commands: Commands) -> None:
         "the principal components of the pixels. Features are stored, and computed only once.",
         epilog=EPILOG,
     )
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="MODEL DATA [key=value]",
-        help="model name, recipe=NAME or run folder; data set in the data root, or path or URL of a manifest; values that "
-        "override the recipe, such as data.image_size=128",
-    )
+    parser.add_argument("model", metavar="MODEL", help="model name, recipe=NAME, run folder, or weights of `weights save`")
+    parser.add_argument("data", metavar="DATA", help="data set in the data root, or path or URL of a manifest")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--pretrained", action="store_true", help="published weights (default for models that have some)")
     start.add_argument("--random", action="store_true", help="random weights")
@@ -54,6 +50,13 @@ def add_probe(commands: Commands) -> None:
         choices=("none", "d4"),
         default="none",
         help="d4: mean features over the eight flips and quarter turns (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fractions",
+        type=fractions,
+        default=(1.0,),
+        metavar="F,F",
+        help="fractions of the training galaxies of each class to fit, like 0.01,0.1,1, for a learning curve (default: 1)",
     )
     parser.add_argument(
         "--out",
@@ -69,6 +72,14 @@ def add_probe(commands: Commands) -> None:
     add_data_dir(parser)
 
 
+def fractions(text: str) -> tuple[float, ...]:
+    """Parse fractions above 0 and up to 1, separated by commas."""
+    found = tuple(positive_number(part) for part in text.split(","))
+    if max(found) > 1:
+        raise argparse.ArgumentTypeError(f"{max(found):g} is more than 1")
+    return found
+
+
 def run_probe(arguments: argparse.Namespace) -> None:
     """Probe the encoder, and print the numbers."""
     from galaxydist.distributed import init_distributed, shutdown_distributed
@@ -77,12 +88,12 @@ def run_probe(arguments: argparse.Namespace) -> None:
     from galaxydist.shards.remote.cache import CacheConfig
     from galaxydist.shards.remote.open import open_shards
 
-    model, data, settings = _split_words(arguments.words)
+    model, data, settings = _split_words([arguments.model, arguments.data, *arguments.overrides])
     root = chosen_root(arguments)
     manifest = open_shards(find_manifests(data, root, arguments.variant)[-1], CacheConfig(cache_dir(root)))
     check_labels(manifest)
     folder = root / "features" / folder_name(manifest.dataset) / folder_name(manifest.variant)
-    options = ProbeOptions(folder, arguments.out, arguments.overwrite)
+    options = ProbeOptions(folder, arguments.out, arguments.overwrite, arguments.fractions)
     world = init_distributed("no", os.environ)
     try:
         if world.size > 1:
@@ -150,7 +161,7 @@ def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace)
     if model.endswith(".safetensors"):
         raise UserError(
             f"{model} has weights without the model that they belong to: give the recipe that trained it, like "
-            f"`galaxydist probe recipe=d4_cnn {arguments.words[-1]} model.weights={model}`"
+            f"`galaxydist probe recipe=d4_cnn {arguments.data} model.weights={model}`"
         )
     is_recipe = model.startswith("recipe=")
     if not is_recipe and name not in ARCHITECTURES:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, check_not_margin
-from galaxydist.paths import data_root, find_shards, hdf5_path
+from galaxydist.paths import cache_dir, data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
     from galaxydist.recipe.schema import ModelName  # importing pydantic takes a third of a second
@@ -254,6 +254,7 @@ def table_source(arguments: argparse.Namespace) -> "SourceOptions":
         arguments.images,
         columns,
         is_labelled=not getattr(arguments, "unlabelled", False),
+        cache_dir=cache_dir(chosen_root(arguments)) / "images",
         arrays=_array_options(arguments),
         class_names=class_options(arguments.classes)[1],
     )

@@ -127,6 +127,10 @@ def summary(findings: Findings) -> dict[str, Any]:
             "features": findings.map.features,
             "agreement": round(findings.map.agreement, 4),
             "by_chance": round(findings.map.by_chance, 4),
+            "doubtful": [
+                {"id": scan.ids[one.index], "label": int(scan.labels[one.index]), "neighbours": one.other, "votes": one.votes}
+                for one in findings.map.doubtful
+            ],
         },
         "odd": {kind: [scan.ids[index] for index in indices] for kind, indices in scan.odd_images.items()},
         "unreadable": scan.problems,

@@ -22,8 +22,25 @@ MAX_GALAXIES = 2000
 _LEAST_GALAXIES = 10
 COMPONENTS = 20
 _NEIGHBOURS = 10
+# Smallest share of the neighbours that must have one other class for a label to be doubtful, while none has its own.
+_DOUBTFUL_SHARE = 0.8
 # Cells along each side of the map of images.
 CELLS = 22
+
+
+@dataclass(frozen=True, slots=True)
+class DoubtfulLabel:
+    """A galaxy none of whose nearest neighbours has its label, while most of them have one other.
+
+    Args:
+        index: in the sample.
+        other: most frequent label of its neighbours.
+        votes: number of neighbours that have it.
+    """
+
+    index: int
+    other: int
+    votes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,7 @@ class Map:
         features: description of the features.
         agreement: share of the galaxies whose class is the most common one among their ten nearest neighbours in feature space.
         by_chance: share of the largest class: the agreement of uninformative features.
+        doubtful: galaxies whose label may be wrong, the most doubtful first; empty for principal components.
     """
 
     indices: NDArray[np.int64]
@@ -43,6 +61,7 @@ class Map:
     features: str
     agreement: float
     by_chance: float
+    doubtful: tuple[DoubtfulLabel, ...] = ()
 
 
 def map_sample(scan: ImageScan, seed: int, features: FeaturesFile | None = None) -> Map | None:
@@ -65,8 +84,10 @@ def map_sample(scan: ImageScan, seed: int, features: FeaturesFile | None = None)
     xy_m2 = TSNE(2, perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(features_mD)
     xy_m2 = (xy_m2 - xy_m2.min(axis=0)) / np.maximum(np.ptp(xy_m2, axis=0), 1e-9)
     labels_m = scan.labels[indices]
-    agreement, by_chance = _agreement(features_mD, labels_m)
-    return Map(indices, np.asarray(xy_m2, np.float64), description, agreement, by_chance)
+    near_mK = _nearest(features_mD)
+    agreement, by_chance = _agreement(near_mK, labels_m)
+    doubtful = [] if features is None else find_doubtful(near_mK, labels_m, indices)
+    return Map(indices, np.asarray(xy_m2, np.float64), description, agreement, by_chance, tuple(doubtful))
 
 
 def encoder_features(
@@ -112,14 +133,37 @@ def _middle(images_mHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return images_mHWC[..., quarter:-quarter, quarter:-quarter, :]
 
 
-def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) -> tuple[float, float]:
-    from scipy.stats import mode
+def _nearest(features_mD: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the nearest neighbours of each galaxy, m x K, without itself."""
     from sklearn.neighbors import NearestNeighbors
 
-    number = min(_NEIGHBOURS, len(labels_m) - 1)
-    near_mK = NearestNeighbors(n_neighbors=number).fit(features_mD).kneighbors(return_distance=False)
+    number = min(_NEIGHBOURS, len(features_mD) - 1)
+    return np.asarray(NearestNeighbors(n_neighbors=number).fit(features_mD).kneighbors(return_distance=False))
+
+
+def _agreement(near_mK: NDArray[np.int64], labels_m: NDArray[np.int64]) -> tuple[float, float]:
+    from scipy.stats import mode
+
     _, codes_m = np.unique(labels_m, return_inverse=True)
     return float((mode(codes_m[near_mK], axis=1).mode == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
+
+
+def find_doubtful(near_mK: NDArray[np.int64], labels_m: NDArray[np.int64], indices: NDArray[np.int64]) -> list[DoubtfulLabel]:
+    """Return the galaxies whose label none of their neighbours has, while most have one other label; most votes first.
+
+    Args:
+        near_mK: neighbours of each galaxy.
+        labels_m: labels; galaxies without a label (-1) are never doubtful, and do not vote for having none.
+        indices: of the m galaxies in the sample.
+    """
+    from scipy.stats import mode
+
+    found = mode(labels_m[near_mK], axis=1)
+    is_alone_m = (labels_m[near_mK] != labels_m[:, None]).all(axis=1)
+    is_doubtful_m = is_alone_m & (labels_m >= 0) & (found.mode >= 0) & (found.count >= _DOUBTFUL_SHARE * near_mK.shape[1])
+    rows = np.flatnonzero(is_doubtful_m)
+    rows = rows[np.argsort(-found.count[rows], kind="stable")]
+    return [DoubtfulLabel(int(indices[row]), int(found.mode[row]), int(found.count[row])) for row in rows.tolist()]
 
 
 def image_map(found: Map, scan: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:

@@ -13,7 +13,7 @@ from galaxydist.evaluation.text_table import readable
 from galaxydist.explore.analysis import Findings, analyse, label_conflicts, pixel_statistics, split_leaks, summary, widths
 from galaxydist.explore.checks import ODD_KINDS
 from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
-from galaxydist.explore.embedding import image_map, sprite
+from galaxydist.explore.embedding import DoubtfulLabel, image_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
 from galaxydist.pages.contact_sheet import write_class_sheet
 from galaxydist.pages.html import figure_svg, image_uri, render
@@ -379,6 +379,8 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
         "features": found.features,
         "agreement": f"{100 * found.agreement:.0f}",
         "by_chance": f"{100 * found.by_chance:.0f}",
+        "doubtful": [_doubtful(findings, one, shown) for one in found.doubtful[:ODD_SHOWN]],
+        "num_doubtful": len(found.doubtful),
         "images": image_uri(image_map(found, scan, colours), quality=80),
         "sprite": image_uri(sheet, quality=75),
         "columns": columns,
@@ -388,6 +390,13 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
             for index, (x, y), label in points
         ],
     }
+
+
+def _doubtful(findings: Findings, one: DoubtfulLabel, shown: Mapping[int, str]) -> dict[str, Any]:
+    scan = findings.scan
+    uri = image_uri(scan.thumbnails_nHWC[one.index], width=96)
+    card = _card(findings, int(scan.rows[one.index]), scan.ids[one.index], uri)
+    return {**card, "other": shown[one.other], "votes": one.votes}
 
 
 def explore(

@@ -23,6 +23,8 @@ from galaxydist.surveys.tables.listed_images import open_listed_images
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
 
 _CONFLICTING = ("keep", "drop")
+# Names of tables that say nothing about the data set.
+_PLAIN_NAMES = {"catalog", "catalogue", "data", "galaxies", "images", "index", "labels", "metadata", "table", "train"}
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
@@ -34,6 +36,7 @@ class SourceOptions:
         images: folder or URL that the file names of a table start from; None: the table's own folder.
         columns: columns of a table.
         is_labelled: False for galaxies without labels, all in the split ``test``.
+        cache_dir: folder for images that a table lists by URL.
         arrays: choices for data that hold their images.
         class_names: names of the classes 0, 1, ...; None: those of the data.
     """
@@ -41,6 +44,7 @@ class SourceOptions:
     images: str | None = None
     columns: ColumnNames = field(default_factory=ColumnNames)
     is_labelled: bool = True
+    cache_dir: Path | None = None
     arrays: ArrayOptions = field(default_factory=ArrayOptions)
     class_names: tuple[str, ...] | None = None
 
@@ -114,7 +118,8 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
         kind = file_kind(file) if file.is_file() else HDF5
         kind = HDF5 if path.suffix.lower() in _HDF5_SUFFIXES else kind
     if kind == PARQUET:
-        return read_parquet_data(file, source.arrays)
+        data = read_parquet_data(file, source.arrays)
+        return data if file.is_dir() else replace(data, name=_table_name(file))
     if kind == HDF5:
         is_survey_file = not file.exists() or (file.is_file() and _is_plain(source) and has_galaxy10_schema(file))
         return None if is_survey_file else read_hdf5_data(file, source.arrays, source.columns.label)
@@ -123,13 +128,12 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     if kind not in (CSV, FITS):
         raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS) or a survey file (HDF5)")
     location = str(file) if hdu is None else f"{file}[{hdu}]"
-    stem = safe_name(file.name.removesuffix(".gz").rpartition(".")[0] or file.name)
-    return ImageData(location, stem, read_table(file, hdu), None, str(file.parent))
+    return ImageData(location, _table_name(file), read_table(file, hdu), None, str(file.parent))
 
 
 def _is_plain(source: SourceOptions) -> bool:
     """Return True if no option asks for another reading of a survey file than that of Galaxy10's schema."""
-    return replace(source, images=None) == SourceOptions()
+    return replace(source, images=None, cache_dir=None) == SourceOptions()
 
 
 def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
@@ -144,10 +148,17 @@ def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple
 
 
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
-    if source is not None and source != SourceOptions():
+    if source is not None and replace(source, cache_dir=None) != SourceOptions():
         raise UserError(
-            f"{path} is {kind}; --images, --unlabelled and names of columns are for tables (CSV, Parquet, FITS): remove them"
+            f"{path} is {kind}; --images, --unlabelled, names of columns and classes, --image-column, --bands and --scale are for "
+            "tables (CSV, Parquet, FITS) and for Parquet and HDF5 files with images: remove them"
         )
+
+
+def _table_name(file: Path) -> str:
+    """Return the name of a data set: the table's, or its folder's if the table is named like any other."""
+    stem = file.name.removesuffix(".gz").rpartition(".")[0] or file.name
+    return safe_name(file.resolve().parent.name if stem.lower() in _PLAIN_NAMES else stem)
 
 
 def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
@@ -160,12 +171,17 @@ def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> 
             raise UserError(f"{data.location} holds its images itself; leave out --images")
         survey = open_table(data.table, data.images, data.location, options, data.has_image)
     else:
+        if given.arrays != ArrayOptions():
+            raise UserError(
+                f"{data.location} is a table without images; --image-column, --bands and --scale are for Parquet and HDF5 files "
+                "with images: remove them"
+            )
         if columns.file is None:
             raise UserError(
                 f"{data.location} has no column with the names of image files; name it with --file. Its columns are "
                 f"{', '.join(data.table.column_names)}"
             )
         files = text_values(data.table.column(columns.file))
-        images, has_image = open_listed_images(files, given.images or data.root, data.location, columns.file)
+        images, has_image = open_listed_images(files, given.images or data.root, data.location, columns.file, given.cache_dir)
         survey = open_table(data.table, images, data.location, options, has_image)
     return replace(survey, origin=data.origin)

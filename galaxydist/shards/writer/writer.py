@@ -235,10 +235,10 @@ def _with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bo
         return manifest
     if not overwrite:
         known = manifest.origin.describe() if manifest.origin is not None else {}
-        said = ", ".join(f"{name}: {text} (in the manifest: {known.get(name)})" for name, text in stated.describe().items())
+        difference = ", ".join(f"{name}: {text} (in the manifest: {known.get(name)})" for name, text in stated.describe().items())
         raise UserError(
-            f"{manifest.location} exists with another origin. {said}. Give --overwrite to change it: the shards stay, but runs "
-            "that were trained on them find a changed manifest"
+            f"{manifest.location} exists with another origin. {difference}. Give --overwrite to change it: the shards stay, but "
+            "runs that were trained on them find a changed manifest"
         )
     _write_manifest(replace(manifest, origin=stated.over(manifest.origin)))
     return read_manifest(manifest.path)

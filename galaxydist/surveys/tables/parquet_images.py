@@ -348,12 +348,12 @@ def _image_column(location: str, parquet: "pq.ParquetFile", name: str, options: 
     import pyarrow as pa
 
     kind = _storage(parquet.schema_arrow.field(name).type)
-    if _is_bytes(kind):
-        return ImageColumn(name, (name,))
-    if pa.types.is_struct(kind):
-        names = [kind.field(number).name for number in range(kind.num_fields)]
-        if "bytes" in names and _is_bytes(_storage(kind.field("bytes").type)):
-            return ImageColumn(name, tuple(f"{name}.{leaf}" for leaf in ("bytes", "path") if leaf in names))
+    names = [kind.field(number).name for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    if _is_bytes(kind) or ("bytes" in names and _is_bytes(_storage(kind.field("bytes").type))):
+        if options.bands or options.scaling is not None:
+            raise UserError(f"{location}: {name!r} holds image files of 8 bits; --bands and --scale are for arrays: remove them")
+        return ImageColumn(name, tuple(f"{name}.{leaf}" for leaf in ("bytes", "path") if leaf in names) or (name,))
+    if names:
         array = next((leaf for leaf in _ARRAYS if leaf in names), None)
         bands = next((leaf for leaf in _BANDS if leaf in names), None)
         if array is None or _depth(_storage(kind.field(array).type)) not in (2, 3):
