@@ -150,8 +150,8 @@ def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
     if source is not None and replace(source, cache_dir=None) != SourceOptions():
         raise UserError(
-            f"{path} is {kind}; --images, --unlabelled, names of columns and classes, --image-column, --bands and --scale are for "
-            "tables (CSV, Parquet, FITS) and for Parquet and HDF5 files with images: remove them"
+            f"{path} is {kind}; --images, --unlabelled, --image-column, --bands, --scale, names of columns and classes are "
+            "for tables (CSV, Parquet, FITS) and for Parquet and HDF5 files with images: remove them"
         )
 
 
