@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -26,8 +26,9 @@ from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import recipe_of
 from galaxydist.recipe.identity import run_name
+from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.resolve import ResolvedRecipe, load_recipe
-from galaxydist.recipe.schema import ModelName, Recipe
+from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -86,7 +87,7 @@ class _PlainTraining:
         groups = [dict(group) for group in parameter_groups(self.model, recipe.optim.weight_decay)]
         self.optimizer = build_optimizer(groups, recipe.optim, self.device)
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema > 0 else None
-        self.augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=available_cores())
+        self.augment = build_augment(recipe, TrainingData.of(manifest, recipe, self.model), threads=available_cores())
         loader = TrainLoader(
             manifest,
             seed=recipe.seed,
@@ -188,8 +189,8 @@ def measure_folds(
     extra = read_overrides(overrides)
     models = MODELS if models is None else models
     for model in models:
-        if model not in get_args(ModelName) or list(models).count(model) > 1:
-            raise UserError(f"--models: {model!r} is given twice, or is none of {', '.join(get_args(ModelName))}")
+        if model not in NAMED_MODELS or list(models).count(model) > 1:
+            raise UserError(f"--models: {model!r} is given twice, or is none of {', '.join(NAMED_MODELS)}")
         load_recipe(_arguments(model, extra))
     manifests = write_folds(real_dir, work_dir, num_folds)
     first_fold = {model: _recipe(model, extra, manifests[0], work_dir) for model in models}
