@@ -43,6 +43,7 @@ class EncoderInfo:
         image_size, crop: width of the encoder's input in pixels; central fraction of the stored width that it sees.
         channel_mean, channel_std: normalisation of the input, R G B, full scale 1.
         tta: ``d4`` if features are the mean over the eight flips and quarter turns, else ``none``.
+        licence: of the weights, if known.
     """
 
     model: str
@@ -54,6 +55,7 @@ class EncoderInfo:
     channel_mean: tuple[float, float, float]
     channel_std: tuple[float, float, float]
     tta: str
+    licence: str | None = None
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
@@ -64,6 +66,11 @@ class EncoderInfo:
     def title(self) -> str:
         """Model and origin of its weights."""
         return f"{self.model} ({self.weights})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Values that the numbers depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("weights", "licence")}
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,8 @@ class FeaturesInfo:
 
     def differences(self, other: "FeaturesInfo") -> list[str]:
         """Return how another file's galaxies or numbers differ, in words; empty if they are the same."""
-        mine, theirs = ({**asdict(info.encoder), "manifest": info.manifest_hash[:12]} for info in (self, other))
-        names = [name for name in mine if name != "weights"]
-        return [f"{name} is {_short(theirs[name])}, not {_short(mine[name])}" for name in names if mine[name] != theirs[name]]
+        mine, theirs = ({**info.encoder.identity, "manifest": info.manifest_hash[:12]} for info in (self, other))
+        return [f"{name} is {_short(theirs[name])}, not {_short(mine[name])}" for name in mine if mine[name] != theirs[name]]
 
 
 def _short(value: object) -> str:
@@ -121,8 +127,7 @@ def features_path(folder: Path, info: FeaturesInfo) -> Path:
     """Return the file of these features in a folder: its name has the model, and a hash of all that the numbers depend on."""
     import hashlib
 
-    encoder = {name: value for name, value in asdict(info.encoder).items() if name != "weights"}
-    text = json.dumps([encoder, info.manifest_hash], sort_keys=True)
+    text = json.dumps([info.encoder.identity, info.manifest_hash], sort_keys=True)
     name = re.sub(r"[^\w.+-]+", "_", folder_name(info.encoder.model)).strip("_") or "model"
     return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"
 
@@ -258,14 +263,14 @@ def read_features(path: Path) -> FeaturesFile:
     import pyarrow as pa
     from pyarrow import parquet
 
-    remedy = "make it with `galaxydist probe MODEL DATA`"
+    remedy = "give a file that `galaxydist probe MODEL DATA` has written"
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}; {remedy}")
     try:
         metadata = parquet.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole Parquet file of features ({error}); {remedy}") from None
+        raise UserError(f"{path} is not a whole Parquet file of features ({error}); remove it, or {remedy}") from None
     try:
         content = json.loads((schema.metadata or {})[METADATA_KEY])
         if content["kind"] != KIND:
@@ -274,7 +279,9 @@ def read_features(path: Path) -> FeaturesFile:
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is a Parquet file of something else than features; {remedy}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this galaxydist reads version {FORMAT_VERSION}; {remedy} again")
+        raise UserError(
+            f"{path} has format version {version}, this galaxydist reads version {FORMAT_VERSION}; remove it and probe again"
+        )
     try:
         info = FeaturesInfo(
             encoder=EncoderInfo.from_dict(content["encoder"]),
@@ -290,4 +297,4 @@ def read_features(path: Path) -> FeaturesFile:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); remove it and make it again with `galaxydist probe MODEL DATA`")
+    return UserError(f"{path} is damaged ({error}); remove it and probe again")
