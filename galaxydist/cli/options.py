@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, check_not_margin
-from galaxydist.paths import data_root, find_shards, hdf5_path
+from galaxydist.paths import cache_dir, data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
     from galaxydist.recipe.schema import ModelName  # importing pydantic takes a third of a second
@@ -189,7 +189,9 @@ def table_source(arguments: argparse.Namespace) -> "SourceOptions":
 
     kinds = ("file", "label", "id", "split", "ra", "dec")
     columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column") for kind in kinds})
-    return SourceOptions(arguments.images, columns, is_labelled=not getattr(arguments, "unlabelled", False))
+    cache = cache_dir(chosen_root(arguments)) / "images"
+    is_labelled = not getattr(arguments, "unlabelled", False)
+    return SourceOptions(arguments.images, columns, is_labelled=is_labelled, cache_dir=cache)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
