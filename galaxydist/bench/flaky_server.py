@@ -1,4 +1,4 @@
-"""HTTP server on loopback that delays and fails as configured, and counts its requests."""
+"""HTTP server on loopback that delays and fails as configured, serves ranges, and counts its requests."""
 
 import contextlib
 import socket
@@ -44,6 +44,7 @@ class FileServer:
 
     Attributes:
         gets: number of GETs by path below the folder, with their failures.
+        heads: number of HEADs by path below the folder, which never fail.
         failures: number of GETs by path that did not get the complete, correct file.
         others: requests of any other kind or outside the prefix, as "METHOD address".
         asked: address (with its query) and headers of the last GET of each path.
@@ -52,6 +53,7 @@ class FileServer:
     def __init__(self, folder: Path, behaviour: Behaviour | None = None, *, prefix: str = "/") -> None:
         self.folder, self.behaviour, self.prefix = folder, behaviour or Behaviour(), prefix
         self.gets: Counter[str] = Counter()
+        self.heads: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.others: list[str] = []
         self.asked: dict[str, tuple[str, dict[str, str]]] = {}
@@ -105,6 +107,19 @@ class FileServer:
                 with contextlib.suppress(ConnectionError):
                     self._answer(files.folder / path, trouble)
 
+            def do_HEAD(self) -> None:
+                path = unquote(urlsplit(self.path).path)
+                if not path.startswith(files.prefix):
+                    self._other()
+                    return
+                path = path.removeprefix(files.prefix)
+                with files._lock:
+                    files.heads[path] += 1
+                if not (files.folder / path).is_file():
+                    self.send_error(404)
+                    return
+                self._start(200, files.folder / path, (files.folder / path).stat().st_size)
+
             def _answer(self, path: Path, trouble: Trouble) -> None:
                 if trouble == "reset":
                     self._reset()
@@ -116,12 +131,24 @@ class FileServer:
                     data = bytearray(path.read_bytes())
                     if trouble == "corrupt":
                         data[len(data) // 2] ^= 1
+                    total, unit = len(data), self.headers.get("Range", "").partition("=")
+                    if unit[0] == "bytes":
+                        first, _, last = unit[2].partition("-")
+                        data = data[int(first) : int(last) + 1]
+                        self._start(206, path, len(data), f"bytes {first}-{last}/{total}")
+                    else:
+                        self._start(200, path, len(data))
                     self._send(data, len(data) // 2 if trouble == "cut" else len(data))
 
-            def _send(self, data: bytearray, length: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
+            def _start(self, status: int, path: Path, length: int, content_range: str | None = None) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(length))
+                self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
+                if content_range is not None:
+                    self.send_header("Content-Range", content_range)
                 self.end_headers()
+
+            def _send(self, data: bytearray, length: int) -> None:
                 for start in range(0, length, BLOCK_BYTES):
                     self.wfile.write(data[start : min(start + BLOCK_BYTES, length)])
                     if files.behaviour.block_delay_s:
@@ -137,7 +164,7 @@ class FileServer:
                 files.others.append(f"{self.command} {self.path}")
                 self.send_error(405)
 
-            do_HEAD = do_POST = do_PUT = do_PROPFIND = _other
+            do_POST = do_PUT = do_PROPFIND = _other
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

@@ -176,9 +176,13 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None) -> Mani
             f"{manifest.location}: {len(problems)} problem(s):\n"
             + "\n".join(problems[:LISTED])
             + more
-            + (f"\nRemove the folder and {manifest.remedy}" if manifest.remote is None else "")
+            + (f"\nRemove the folder and {_remedy(manifest)}" if manifest.remote is None else "")
         )
     return manifest
+
+
+def _remedy(manifest: Manifest) -> str:
+    return "make the shards anew with: galaxydist data shard" if manifest.tars is None else manifest.remedy
 
 
 def check_columns(manifest: Manifest) -> None:

@@ -258,7 +258,8 @@ class _Names:
         if given in self._found:
             return given
         matches = [name for name in self._found if name.partition(":")[2] == given]
-        matches = matches or [name for name in self._found if name.lower() == given.lower()]
+        lowered = given.lower()
+        matches = matches or [name for name in self._found if lowered in (name.lower(), name.partition(":")[2].lower())]
         if len(matches) > 1:
             raise UserError(f"{self._location}: {given} is in several JSON files: choose one of {', '.join(matches)}")
         return matches[0] if matches else None
@@ -285,7 +286,7 @@ def _add_names(table: pa.Table, keys: pa.ChunkedArray, images: TarImages) -> tup
         for tar, key, name in zip(images.tar.tolist(), keys.to_pylist(), images.names, strict=True)
     ]
     folders = [PurePosixPath(key).parent.name for key in keys.to_pylist()]
-    table = table.append_column(NAME, pa.array(names, pa.string()))
+    table = table.append_column(NAME, pa.array(names, pa.string())) if table.num_columns else pa.table({NAME: names})
     if any(folders) and FOLDER not in table.column_names:
         table = table.append_column(FOLDER, pa.array(folders, pa.string()))
     return table, len({*folders}) > 1

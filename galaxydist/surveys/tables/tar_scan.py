@@ -41,7 +41,7 @@ _LONGEST_TEXT = 1 << 20
 _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_HIDDEN = re.compile(r"__[^/]*__($|/)")
+_HIDDEN = re.compile(r"__[^/]*__($|[./])")
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
     b"BZh": ("bzip2", "bunzip2 -k"),
@@ -249,13 +249,14 @@ class _Stream:
         self._raw, self._is_hashed = raw, is_hashed
         self._position = 0
         self.digest = hashlib.sha256()
-        self.last = b""
+        self.first = self.last = b""
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
         self.last = data = self._raw.read(size)
+        self.first = self.first or data
         self._position += len(data)
         if self._is_hashed:
             self.digest.update(data)
@@ -280,8 +281,8 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             if info.isreg() and not info.issparse():
                 yield info
     except tarfile.TarError as error:
-        if stream.tell() <= tarfile.BLOCKSIZE:
-            _refuse_compressed(path, stream.last)
+        if stream.tell() <= tarfile.BLOCKSIZE and not _is_header(stream.first):
+            _refuse_compressed(path, stream.first)
             if not is_url(path) and (kind := file_kind(Path(path))) != TAR:
                 raise refuse_kind(path, kind, "a tar of images") from None
             raise UserError(f"{path} is not a tar ({error})") from None
@@ -294,6 +295,14 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             raise UserError(
                 f"{path} goes on after the end of the tar, at byte {tar.offset} (several tars in one file?): pack its files anew"
             )
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _truncated(path: str, offset: int) -> str:
