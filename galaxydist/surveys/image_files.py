@@ -165,7 +165,8 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
     def one(file: str) -> str:
         path = root / file
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
         except (FileNotFoundError, PermissionError) as error:
             return f"{UNREADABLE} ({error.strerror})"
         except OSError as error:

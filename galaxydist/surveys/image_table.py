@@ -5,6 +5,7 @@ Every reader of other people's data (CSV, Parquet, FITS, HDF5, tars) yields the 
 """
 
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.surveys import official_split
+from galaxydist.surveys.data_origin import DataOrigin
 from galaxydist.surveys.folder_scan import check_name, file_ids, unique_ids
 from galaxydist.surveys.given_split import (
     SplitOptions,
@@ -141,6 +143,7 @@ class TableSurvey:
         ra, dec: (N,) degrees, nan where unknown.
         extras: the catalogue's other columns: ``source_id``, the table's own, and ``file``; scalars only.
         left_out: the rows that are left out, with their reasons.
+        origin: licence, citation and revision that the source states; None if it states none.
     """
 
     location: str
@@ -155,6 +158,7 @@ class TableSurvey:
     extras: "pa.Table" = field(repr=False)
     images: ImageSource = field(repr=False)
     left_out: tuple[LeftOutRow, ...] = field(repr=False, default=())
+    origin: DataOrigin | None = None
 
     @property
     def slab_length(self) -> int:
@@ -171,10 +175,11 @@ class TableSurvey:
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``; raises DamagedImageError at a row whose image cannot be read."""
+        images = zip(range(start, stop), self.images.read(start, stop), strict=True)
         for first in range(start, stop, self.slab_length):
             last = min(first + self.slab_length, stop)
             extras = self.extras.slice(first, last - first).to_pylist() if self.extras.num_columns else [{}] * (last - first)
-            for row, image in zip(range(first, last), self.images.read(first, last), strict=True):
+            for row, image in itertools.islice(images, last - first):
                 label = int(self.labels[row])
                 ra, dec = (float(degrees) if np.isfinite(degrees) else None for degrees in (self.ra[row], self.dec[row]))
                 yield Galaxy(self.ids[row], image, None if label < 0 else label, ra, dec, extras[row - first])
