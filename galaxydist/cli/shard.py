@@ -211,7 +211,7 @@ def _name(arguments: argparse.Namespace, source: str | Path) -> str | None:
     if arguments.fold is None:
         return name
     from galaxydist.surveys.folder_scan import fold_name
-    from galaxydist.surveys.survey_sources import open_survey
+    from galaxydist.surveys.survey_sources import survey_name
 
-    survey = open_survey(source, classes=class_options(arguments.classes)[0], source=table_source(arguments))
-    return fold_name(name or survey.name, *arguments.fold)
+    classes = class_options(arguments.classes)[0]
+    return fold_name(name or survey_name(source, classes=classes, source=table_source(arguments)), *arguments.fold)
