@@ -20,6 +20,7 @@ from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_c
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.log import set_up_logging
+from galaxydist.recipe.model_names import NAMED_MODELS, TRUST_VARIABLE
 from galaxydist.version import __version__
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
@@ -130,6 +131,8 @@ def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
         choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
         if get_origin(field.annotation) is Literal:
             choices = tuple(map(str, get_args(field.annotation)))
+        if key == "model.name":
+            choices = NAMED_MODELS
         yield from (f"{key}={choice}" for choice in choices)
 
 
@@ -144,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else arguments
         parsed = parser.parse_args(words)
         parsed.command = shlex.join(["galaxydist", *words])  # for the provenance of pages
+        if getattr(parsed, "trust_code", False):
+            os.environ[TRUST_VARIABLE] = "1"
         code: int | None = parsed.run(parsed)
         sys.stdout.flush()
     except UserError as error:
