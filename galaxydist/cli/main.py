@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
@@ -147,9 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else arguments
         parsed = parser.parse_args(words)
         parsed.command = shlex.join(["galaxydist", *words])  # for the provenance of pages
-        if getattr(parsed, "trust_code", False):
-            os.environ[TRUST_VARIABLE] = "1"
-        code: int | None = parsed.run(parsed)
+        with _trust(getattr(parsed, "trust_code", False)):
+            code: int | None = parsed.run(parsed)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
@@ -167,6 +167,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir")
         raise
     return code or 0
+
+
+@contextmanager
+def _trust(is_given: bool) -> Iterator[None]:
+    """Trust the code of models inside, if ``--trust-code`` is given: also in processes that the command starts."""
+    before = os.environ.get(TRUST_VARIABLE, "")
+    os.environ[TRUST_VARIABLE] = "1" if is_given else before
+    try:
+        yield
+    finally:
+        os.environ[TRUST_VARIABLE] = before
 
 
 def _discard_unwritable_output() -> None:

@@ -109,8 +109,8 @@ def _check_code(folder: RunFolder, recipe: Recipe, state: Mapping[str, Any]) -> 
         return
     raise UserError(
         f"model.name={recipe.model.name}: its source {find_source(recipe.model.name) or '(not found)'} is not that with which "
-        f"the run in {folder} was started (SHA-256 {before[:12]}). Give it the old source, start a new run with run.dir=FOLDER, or "
-        "continue it all the same with resume.force=[model.name]."
+        f"the run in {folder} was started (SHA-256 {before[:12]}). Give it the old source, start a new run with run.dir=FOLDER, "
+        "or continue it all the same with resume.force=[model.name]."
     )
 
 
