@@ -17,6 +17,7 @@ from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.folder_scan import known_split
 from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, is_blank, parse_image
+from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
 from galaxydist.surveys.table_columns import NO_COLUMN, USUAL_NAMES, ColumnNames
 from galaxydist.surveys.tables.json_columns import conform, parse_object, typed_column, unite_fields
 from galaxydist.surveys.tables.tar_scan import (
@@ -30,6 +31,7 @@ from galaxydist.surveys.tables.tar_scan import (
     OWN,
     ScannedTar,
     TarLocation,
+    describe_tars,
     open_tar,
 )
 
@@ -127,10 +129,13 @@ class TarTable:
     facts: pa.Table
     tars: Sequence[ScannedTar]
 
+    def survey(self, options: TableOptions) -> TableSurvey:
+        """Return the samples as a survey; raises as ``open_table``."""
+        options = replace(options, columns=self.columns)
+        return open_table(self.table, self.images, self.images.location, options, self.has_image)
 
-def read_tar_table(
-    scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames, location: str
-) -> TarTable:
+
+def read_tar_table(scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames) -> TarTable:
     """Return the samples of tars as a table.
 
     Each JSON member is a column named by its key, ``EXTENSION:KEY`` if that is not unique. Each other text is a column named by
@@ -140,13 +145,13 @@ def read_tar_table(
         scanned: the contents of the tars, in the order of ``locations``.
         locations: the tars.
         columns: the user's columns.
-        location: the tars, for messages.
 
     Raises:
         UserError: a column that does not exist (after the first tar, not after all), or JSON that is damaged.
     """
     tars: list[ScannedTar] = []
     pieces: list[pa.Table] = []
+    location = describe_tars(locations)
     names = _Names(columns, location)
     for tar in scanned:
         pieces.append(names.read(tar))

@@ -8,6 +8,8 @@ the images too if they are to be hashed.
 import glob
 import hashlib
 import io
+import os
+import posixpath
 import re
 import tarfile
 import threading
@@ -164,6 +166,29 @@ def _local_tars(path: Path) -> list[str]:
     if not names and (packed := sorted(str(file) for file in path.rglob("*.tar.*"))):
         _refuse_compressed(packed[0], Path(packed[0]).read_bytes()[:8])
     return names
+
+
+def describe_tars(locations: Sequence[TarLocation]) -> str:
+    """Return a text for messages that names tars: one tar, or their number and folder."""
+    if len(locations) == 1:
+        return locations[0].path
+    return f"{len(locations)} tars in {common_folder([location.path for location in locations])}"
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """Return the folder that all paths or URLs are in.
+
+    Raises:
+        UserError: URLs of several servers.
+    """
+    if not is_url(paths[0]):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])  # noqa: PTH100, PTH120
+    heads = {"://".join((protocol, rest.partition("/")[0])) for protocol, _, rest in (path.partition("://") for path in paths)}
+    if len(heads) > 1:
+        raise UserError(f"tars of one data set must be on one server, and these are on {name_some(sorted(heads))}")
+    (head,) = heads
+    inner = [posixpath.dirname(path.removeprefix(f"{head}/")) for path in paths]
+    return f"{head}/{posixpath.commonpath(inner)}".rstrip("/")
 
 
 def scan_tars(locations: Sequence[TarLocation], options: ScanOptions) -> Iterator[ScannedTar]:
