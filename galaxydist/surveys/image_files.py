@@ -146,6 +146,8 @@ def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
 
 logger = logging.getLogger(__name__)
 
+# Files that a thread hashes at a time.
+_HASH_BATCH = 64
 # Prefix of the text that replaces the hash of an unreadable file.
 UNREADABLE = "unreadable"
 # Largest number of copies of an image that a message names.
@@ -172,9 +174,16 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; check its disk or file server") from error
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        digests = pool.map(one, files)
-        return list(tqdm(digests, total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0))
+    found: list[str] = []
+    batches = [files[start : start + _HASH_BATCH] for start in range(0, len(files), _HASH_BATCH)]
+    with (
+        ThreadPoolExecutor(available_cores()) as pool,
+        tqdm(total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0) as bar,
+    ):
+        for digests in pool.map(lambda batch: [one(file) for file in batch], batches):
+            found += digests
+            bar.update(len(digests))
+    return found
 
 
 def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:
