@@ -120,7 +120,7 @@ def index_tars(
             (work_dir / _SCANS).mkdir(parents=True, exist_ok=True)
             (work_dir / "columns").mkdir(exist_ok=True)
             scans = _checked_sizes(_scans(work_dir / _SCANS, locations, options), options)
-            samples = read_tar_table(scans, locations, table.columns)
+            samples = read_tar_table(scans, locations, table.columns, is_labelled=table.is_labelled)
             survey = samples.survey(table)
             folder, names = _relative(locations, out_dir)
             manifest = _write_columns(work_dir, samples, survey, names, options)

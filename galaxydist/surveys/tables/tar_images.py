@@ -135,7 +135,9 @@ class TarTable:
         return open_table(self.table, self.images, self.images.location, options, self.has_image)
 
 
-def read_tar_table(scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames) -> TarTable:
+def read_tar_table(
+    scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames, *, is_labelled: bool = True
+) -> TarTable:
     """Return the samples of tars as a table.
 
     Each JSON member is a column named by its key, ``EXTENSION:KEY`` if that is not unique. Each other text is a column named by
@@ -145,6 +147,7 @@ def read_tar_table(scanned: Iterable[ScannedTar], locations: Sequence[TarLocatio
         scanned: the contents of the tars, in the order of ``locations``.
         locations: the tars.
         columns: the user's columns.
+        is_labelled: False if no labels are wanted.
 
     Raises:
         UserError: a column that does not exist (after the first tar, not after all), or JSON that is damaged.
@@ -155,6 +158,8 @@ def read_tar_table(scanned: Iterable[ScannedTar], locations: Sequence[TarLocatio
     names = _Names(columns, location)
     for tar in scanned:
         pieces.append(names.read(tar))
+        if is_labelled and len(pieces) == 1:
+            names.check_label(tar)
         tars.append(replace(tar, samples=tar.samples.select(OWN)))
     schema = pa.schema(unite_fields(piece.schema for piece in pieces))
     table = pa.concat_tables([conform(piece, schema) for piece in pieces]).combine_chunks()
@@ -240,6 +245,16 @@ class _Names:
                 )
             chosen[kind] = given if name is None else final[name]
         return replace(self._columns, **chosen)
+
+    def check_label(self, tar: ScannedTar) -> None:
+        """Raise a UserError if nothing in the first tar can be a label, before all others are read."""
+        plain = [name.partition(":")[2] or name for name in self._found]
+        is_usual = any(name.lower() in USUAL_NAMES["label"] or name.rpartition(".")[2] in CLASS_ENDINGS for name in plain)
+        if self._columns.label is None and not is_usual and not any("/" in key for key in tar.samples[KEY].to_pylist()):
+            raise UserError(
+                f"{tar.path} has no label with a usual name: name a text or JSON key with --label, or give --unlabelled if there "
+                f"are no labels. It has {name_some(plain, 40) or 'images only'}"
+            )
 
     def _members(self, tar: ScannedTar, extension: str, texts: Sequence[bytes | None]) -> dict[str, list[Any]]:
         rows = []

@@ -13,7 +13,7 @@ import posixpath
 import re
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
 from galaxydist.object_store import RemoteFile, Store, is_url, list_files
 from galaxydist.surveys.file_kinds import TAR, file_kind, refuse_kind
-from galaxydist.surveys.folder_scan import natural_key
+from galaxydist.surveys.folder_scan import known_split, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
 
 # Last parts of the extensions of texts, by webdataset's own list of decoders.
@@ -42,6 +42,8 @@ _LONGEST_TEXT = 1 << 20
 # Bytes of a remote tar that are read at a time: small images are streamed, larger ones skipped.
 _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
+# Folders of a folder that are looked into to know its kind.
+_NUM_LOOKED_INTO = 50
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"__[^/]*__($|[./])")
 _COMPRESSED = {
@@ -110,7 +112,50 @@ class ScannedTar:
     samples: pa.Table = field(repr=False)
 
 
-def find_tars(patterns: Mapping[str | None, str]) -> list[TarLocation]:
+# Split, or None for all -> a tar, a folder of tars or a pattern.
+TarPatterns = Mapping[str | None, str]
+
+
+def names_tars(source: str | Path) -> bool:
+    """Return True if a path, a URL or a pattern means tars: by its name, and a file or folder by its contents."""
+    text = str(source)
+    if is_url(text):
+        return ".tar" in text.rpartition("/")[2]
+    path = Path(text)
+    if path.is_dir():
+        return _is_folder_of_tars(path)
+    if path.is_file():
+        return file_kind(path) == TAR or any(
+            text.endswith(ending) for ending in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz")
+        )
+    return ".tar" in path.name and (glob.has_magic(text) or "{" in text)
+
+
+def _is_folder_of_tars(folder: Path) -> bool:
+    """Return True if the first folder with tars or images has tars, and neither it nor the folders in it have images."""
+    for number, (place, folders, files) in enumerate(os.walk(folder)):
+        folders.sort(key=natural_key)
+        if _has_images(files):
+            return False
+        if any(name.endswith((".tar", ".tar.gz")) for name in files):
+            return not any(_has_images(path.name for path in Path(place, name).iterdir()) for name in folders)
+        if number == _NUM_LOOKED_INTO:
+            return False
+    return False
+
+
+def _has_images(names: Iterable[str]) -> bool:
+    return any(Path(name).suffix.lower() in EXTENSIONS for name in names)
+
+
+def tars_name(locations: Sequence[TarLocation]) -> str:
+    """Return the name of the data set of some tars: that of their folder, or the one above a folder that names a split."""
+    folder = common_folder([location.path for location in locations])
+    parts = [part for part in folder.rstrip("/").split("/") if part and known_split(part) is None]
+    return safe_name(parts[-1].partition("@")[0]) if parts else "tars"
+
+
+def find_tars(patterns: TarPatterns) -> list[TarLocation]:
     """Return the tars that patterns match, in natural order (braces: in theirs).
 
     Args:
@@ -386,8 +431,8 @@ class _Samples:
         if row[FILE]:
             images = [extension for extension in sorted(self._own) if f".{extension.rpartition('.')[2]}" in EXTENSIONS]
             raise UserError(
-                f"{self._path}: the sample {row[KEY]} has {len(images)} images, {' and '.join(images)}: choose one with --image "
-                f"{images[0]}"
+                f"{self._path}: the sample {row[KEY]} has {len(images)} images, {' and '.join(images)}: choose one with "
+                f"--image-column {images[0]}"
             )
         facts: dict[str, Any] = {}
         options = self._options
@@ -408,7 +453,7 @@ class _Samples:
                 if self._found
                 else "it has no samples"
             )
-            raise UserError(f"{self._path} has {wanted}: {found}" + ("; choose one with --image" if self._image else ""))
+            raise UserError(f"{self._path} has {wanted}: {found}" + ("; choose one with --image-column" if self._image else ""))
         texts = [extension for extension in self._found if extension.rpartition(".")[2] in TEXT_ENDINGS]
         types = {KEY: pa.string(), FILE: pa.string(), OFFSET: pa.int64(), LENGTH: pa.int64()}
         columns = {name: pa.array([row[name] for row in self._rows], kind) for name, kind in types.items()}
