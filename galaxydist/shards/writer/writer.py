@@ -170,12 +170,12 @@ def write_shards(
     existing = _existing(out_dir, survey, settings, overwrite)
     if existing:
         if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed during its cleanup
-            with suppress(UserError), _writer_lock(work_dir):
+            with suppress(UserError), writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
         return _with_origin(existing, origin, overwrite=overwrite)
     if len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
-    with _writer_lock(work_dir):
+    with writer_lock(work_dir):
         try:
             _write(survey, work_dir, settings, workers or available_cores(), max_errors)
             _with_origin(read_manifest(work_dir), origin, overwrite=True)
@@ -258,7 +258,7 @@ def _is_complete(manifest: Manifest) -> bool:
 
 
 @contextmanager
-def _writer_lock(work_dir: Path) -> Iterator[None]:
+def writer_lock(work_dir: Path) -> Iterator[None]:
     """Keep out a second writer of the same shards; the lock is released however the process ends."""
     path = _lock_path(work_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
