@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from galaxydist.errors import UserError
+
 if TYPE_CHECKING:  # commands that only read class and variant names import no numpy
     import numpy as np
     from numpy.typing import NDArray
@@ -29,6 +31,15 @@ SPLITS = ("train", "val", "test")
 # A fourth part of some surveys: galaxies too close to another split's part of the sky. It is stored and counted, and no model is
 # trained, chosen or evaluated on it.
 MARGIN = "margin"
+
+
+def check_not_margin(split: str) -> None:
+    """Raise a UserError with the reason if ``split`` is the margin, on which no model is evaluated."""
+    if split == MARGIN:
+        raise UserError(
+            "a model is not evaluated on the split margin: its galaxies are within one cutout width of another split's part of "
+            f"the sky, so that training galaxies may be visible in their images. Choose {', '.join(SPLITS)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

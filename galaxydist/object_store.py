@@ -1,7 +1,8 @@
 """Downloads from object stores and web servers through fsspec, one file at a time by its name.
 
-Nothing is listed and nothing is written. A ``Store`` makes one request per attempt and never repeats it; ``download`` decides
-about retries. Errors are classified: a ``TransientError`` may pass, a ``MissingError`` or any other ``UserError`` will not.
+Nothing is written, and only ``list_files`` lists. A ``Store`` makes one request per attempt and never repeats it; ``download``
+and ``RemoteFile`` decide about retries. Errors are classified: a ``TransientError`` may pass, a ``MissingError`` or any other
+``UserError`` will not.
 """
 
 import asyncio
@@ -9,11 +10,12 @@ import concurrent.futures
 import errno
 import hashlib
 import importlib.util
+import io
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from galaxydist.errors import UserError
@@ -138,9 +140,15 @@ PROTOCOLS = {
     "file": ("file", None),
 }
 
+# Keys of fsspec's file information that tell versions of a file apart.
+_VERSIONS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime")
+
 CONNECT_S = 20.0
 # Seconds without data after which an attempt is given up.
 SILENCE_S = 60.0
+
+
+T = TypeVar("T")
 
 
 class StoppedError(Exception):
@@ -207,11 +215,54 @@ class Store:
         """
         with path.open("wb"):
             pass  # an error here is the local disk's, not the store's
+        if self._kind == "file":
+            self._explained(name, lambda: self._files.get_file(f"{self._address}/{name}", str(path)))
+        else:
+            self._explained(name, lambda: _wait(self._get(name, str(path)), self._files.loop, stop))
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes ``start`` ... ``stop - 1`` of a file, fewer at its end, in one attempt; raises as :meth:`get` does."""
+        address = f"{self._address}/{name}"
+        if self._kind == "http":
+            options = {"headers": self._headers} if self._headers else {}
+            address = f"{self._address}/{quote(name)}{self._query}"
+            found = self._explained(name, lambda: self._files.cat_file(address, start=start, end=stop, **options))
+        else:
+            found = self._explained(name, lambda: self._files.cat_file(address, start=start, end=stop))
+        if len(found) > stop - start:
+            raise UserError(f"{self.url(name)}: the server sends whole files only; copy it to this machine")
+        return bytes(found)
+
+    def stat(self, name: str) -> tuple[int, str]:
+        """Return the size of a file and its version: an ETag or a time of change, empty if the store has neither.
+
+        Raises:
+            TransientError, UserError: as :meth:`get`.
+        """
+        info = self._explained(name, lambda: self._info(name))
+        if info.get("size") is None:
+            raise UserError(f"{self.url(name)}: the server does not give its size; copy it to this machine")
+        version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+        return int(info["size"]), str(version).strip('"')
+
+    def _info(self, name: str) -> Any:
+        if self._kind != "http":
+            return self._files.info(f"{self._address}/{name}")
+        from fsspec.asyn import sync
+        from fsspec.implementations.http import _file_info
+
+        # The filesystem's own method reports every error, a denied access too, as a missing file.
+        async def head() -> Any:
+            session = await self._files.set_session()
+            address = self._files.encode_url(f"{self._address}/{quote(name)}{self._query}")
+            options = {**self._files.kwargs, **({"headers": self._headers} if self._headers else {})}
+            return await _file_info(address, session, size_policy="head", **options)
+
+        return sync(self._files.loop, head)
+
+    def _explained(self, name: str, work: Callable[[], T]) -> T:
         try:
-            if self._kind == "file":
-                self._files.get_file(f"{self._address}/{name}", str(path))
-            else:
-                _wait(self._get(name, str(path)), self._files.loop, stop)
+            return work()
         except StoppedError:
             raise
         except Exception as error:
@@ -340,9 +391,6 @@ def download(
         UserError: the file cannot be fetched, or keeps differing from the manifest.
         OSError: the local file cannot be written.
     """
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-    from tenacity.nap import sleep_using_event
-
     wrong = 0
 
     def attempt() -> None:
@@ -361,19 +409,27 @@ def download(
                 "Copy the whole folder of shards there again, manifest.json last."
             ) from None
 
+    _retried(attempt, store.url(name), stop, attempts)
+
+
+def _retried(attempt: Callable[[], T], url: str, stop: threading.Event, attempts: int) -> T:
+    """Call a function until it raises no ``TransientError``, with growing pauses; raises as :func:`download` does."""
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+    from tenacity.nap import sleep_using_event
+
     retrying = Retrying(
         retry=retry_if_exception_type(TransientError),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         stop=stop_after_attempt(attempts),
         sleep=sleep_using_event(stop),
-        before_sleep=lambda state: _log_retry(store.url(name), state),
+        before_sleep=lambda state: _log_retry(url, state),
         reraise=True,
     )
     try:
-        retrying(attempt)
+        return retrying(attempt)
     except TransientError as error:
         raise UserError(
-            f"{store.url(name)} could not be read in {attempts} attempts; the last one: {error}. See that the server can be "
+            f"{url} could not be read in {attempts} attempts; the last one: {error}. See that the server can be "
             "reached from this machine and give the command again: files fetched so far stay in the cache."
         ) from error
 
@@ -393,3 +449,75 @@ def _log_retry(url: str, state: "RetryCallState") -> None:
     level = logging.DEBUG if state.attempt_number <= QUIET_ATTEMPTS else logging.WARNING
     error = state.outcome.exception() if state.outcome is not None else None
     logger.log(level, "%s: attempt %d failed (%s); it is tried again", url, state.attempt_number, error)
+
+
+# Reading parts of files, and finding files.
+
+
+class RemoteFile(io.RawIOBase):
+    """A file of a store that is read by ranges; wrap it in ``io.BufferedReader``, whose buffer is the size of a request.
+
+    Args:
+        store, name: the file.
+        stop: ends pauses between attempts when it is set.
+
+    Attributes:
+        num_bytes, version: as ``Store.stat`` returns them.
+
+    Raises:
+        UserError: as :func:`download`.
+    """
+
+    def __init__(self, store: Store, name: str, stop: threading.Event) -> None:
+        self._store, self._name, self._stop, self._position = store, name, stop, 0
+        self.num_bytes, self.version = self._retry(lambda: store.stat(name))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.num_bytes}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer from the current position; return the number of bytes, 0 at the end of the file."""
+        start, stop = self._position, min(self._position + len(buffer), self.num_bytes)
+        if stop <= start:
+            return 0
+        found = self._retry(lambda: self._store.read(self._name, start, stop))
+        if len(found) < stop - start:
+            raise UserError(f"{self._store.url(self._name)} became shorter while it was read; give the command again")
+        buffer[: len(found)] = found
+        self._position = stop
+        return len(found)
+
+    def _retry(self, attempt: Callable[[], T]) -> T:
+        return _retried(attempt, self._store.url(self._name), self._stop, ATTEMPTS)
+
+
+def list_files(pattern: str) -> list[str]:
+    """Return the URLs that a pattern with ``*``, ``?``, ``[...]`` or ``**`` matches; ``s3://``, ``gs://`` and ``hf://`` only.
+
+    Raises:
+        UserError: the store cannot list files, or as :func:`download`.
+    """
+    protocol = pattern.partition("://")[0].lower()
+    store = Store(pattern.rpartition("/")[0])
+    kind = PROTOCOLS[protocol][0]
+    if protocol == "hf":
+        from huggingface_hub import HfFileSystem
+
+        files: Any = HfFileSystem()
+    elif kind == "http":
+        raise UserError(f"{store.url()}: a web server does not list its files; name them with braces, like name-{{000..099}}.tar")
+    else:
+        files = store._files
+    try:
+        return sorted(f"{protocol}://{name.removeprefix(f'{protocol}://')}" for name in files.glob(pattern))
+    except Exception as error:
+        explained = classify_error(error, store.url(), kind)
+        raise explained if isinstance(explained, UserError) else UserError(f"{store.url()} cannot be listed ({error})") from error

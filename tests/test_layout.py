@@ -28,7 +28,6 @@ SHORT = {
     "log.py": "ground floor",
     "models/param_groups.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
-    "surveys/survey_sources.py": "tables of images come here",
     "training/health/guard_process.py": "a script that imports nothing of the package",
     "version.py": "read by the build",
 }
@@ -41,6 +40,7 @@ MANY_PARAMETERS = {
     "_Loader": "base of the two loaders",
     "PrefetchedShards": "starts threads",
     "open_shard_source": "the parameters of PrefetchedShards",
+    "open_survey": "public API, keyword-only options",
     "EpochOrder": "computes tables from its arguments",
     "Augment": "computes tables from its arguments",
     "Normalise": "computes tables from its arguments",

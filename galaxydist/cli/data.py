@@ -1,8 +1,6 @@
 """``galaxydist data``: fetch, simulate, export, shard, check and explore data sets."""
 
 import argparse
-from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,34 +15,25 @@ from galaxydist.cli.options import (
     add_workers,
     chosen_root,
     find_manifests,
-    fold,
     local_path,
     non_negative_int,
     positive_int,
     survey_source,
-    whole_number,
 )
-from galaxydist.errors import UserError
+from galaxydist.cli.shard import add_shard
+from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import VARIANTS
-from galaxydist.paths import cache_dir, find_shards, folder_name, hdf5_path, images_dir, shards_dir
+from galaxydist.paths import cache_dir, find_shards, folder_name, hdf5_path, images_dir
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from galaxydist.explore.analysis import Findings
-    from galaxydist.galaxy import Survey
-    from galaxydist.shards.manifest import Manifest
-    from galaxydist.surveys.image_folder import FolderSurvey
-
-# File names of images that are compressed without loss.
-LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
-
-quality = partial(whole_number, least=1, most=100)
 
 
 def add_parser(commands: Commands) -> None:
     """Add all data commands."""
     inner = add_group(commands, "data", "survey files, exported folders and shards in the data root")
-    for add in (_add_fetch, _add_simulate, _add_export, _add_shard, _add_check, _add_explore):
+    for add in (_add_fetch, _add_simulate, _add_export, add_shard, _add_check, _add_explore):
         add(inner)
 
 
@@ -99,159 +88,6 @@ def run_export(arguments: argparse.Namespace) -> None:
     for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=arguments.classes):
         counts = ", ".join(f"{split} {number}" for split, number in tree.num_galaxies.items())
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.existed else ''}")
-
-
-def _add_shard(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "shard",
-        run_shard,
-        "write a survey as shards",
-        description="Write a survey as shards (plain WebDataset tars) with an index and a manifest, ready for training.",
-    )
-    add_dataset(parser)
-    add_survey(parser)
-    parser.add_argument("--name", help="name of the data set, for data.dataset=NAME (default: the survey's own)")
-    parser.add_argument(
-        "--variant", choices=(*VARIANTS, "both"), default="original", help="variant of the survey (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--conflicting",
-        choices=("keep", "drop"),
-        default="keep",
-        help="galaxies that the survey lists twice with different labels (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test split, no validation split"
-    )
-    parser.add_argument(
-        "--val", choices=("0",), metavar="0", help="0: no validation split; its galaxies stay in the training split"
-    )
-    parser.add_argument(
-        "--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="encoding of images (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--quality",
-        type=quality,
-        default=95,
-        metavar="Q",
-        help="JPEG quality, 1 to 100 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the survey's)"
-    )
-    parser.add_argument(
-        "--shard-size", type=positive_int, metavar="N", help="galaxies per shard (default: from the size of the split)"
-    )
-    parser.add_argument(
-        "--seed", type=non_negative_int, default=0, metavar="S", help="seed of the storage order (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=local_path, metavar="DIR", help="folder to write (default: shards/NAME/VARIANT in the data root)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace shards of another survey or with other settings")
-    parser.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="damaged images: raise stops, skip leaves them out and lists them (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: most images to leave out (default: 100)"
-    )
-    add_workers(parser)
-    add_data_dir(parser)
-
-
-def run_shard(arguments: argparse.Namespace) -> None:
-    """Write the shards, unless they exist."""
-    variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
-    if arguments.out is not None and len(variants) > 1:
-        raise UserError("--out names one folder, --variant=both writes two: omit --out, or write one variant at a time")
-
-    if arguments.max_errors is not None and arguments.on_error != "skip":
-        raise UserError("--max-errors is the number of images to leave out: add --on-error skip")
-
-    from galaxydist.shards.writer.writer import write_shards
-    from galaxydist.surveys.survey_sources import open_survey
-
-    root = chosen_root(arguments)
-    source = survey_source(arguments, root)
-    for variant in variants:
-        survey = open_survey(
-            source,
-            variant,
-            conflicting=arguments.conflicting,
-            name=_name(arguments, source),
-            fold=arguments.fold,
-            classes=arguments.classes,
-            has_val=arguments.val is None,
-        )
-        out_dir = arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting)
-        written_before = _written_at(out_dir)
-        manifest = write_shards(
-            survey,
-            out_dir,
-            encoding=arguments.encoding,
-            quality=arguments.quality,
-            image_size=arguments.image_size,
-            shard_size=arguments.shard_size,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-            max_errors=(100 if arguments.max_errors is None else arguments.max_errors) if arguments.on_error == "skip" else None,
-        )
-        counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
-        note = " (there already)" if written_before == _written_at(out_dir) else ""
-        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{note}")
-        _print_notes(survey, manifest, arguments)
-
-
-def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
-    """Print facts about the images and classes that matter for training."""
-    from galaxydist.shards.verify import describe_equal_images
-    from galaxydist.shards.writer.damaged import LEFT_OUT_NAME, count_left_out
-    from galaxydist.surveys.folder_scan import mirrored_classes
-    from galaxydist.surveys.image_folder import FolderSurvey
-
-    if left_out := count_left_out(manifest.dir):
-        print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
-    if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
-        _print_lossy(survey, arguments.quality)
-    for line in describe_equal_images(manifest):
-        print(line)
-    if mirrored := mirrored_classes(manifest.class_names):
-        print(
-            f"the classes {', '.join(mirrored)} are mirror images of one another: train with data.augment.flip=false, without "
-            "d4_cnn and without eval.tta=d4, which cannot tell them apart"
-        )
-
-
-def _print_lossy(survey: "FolderSurvey", quality: int) -> None:
-    """Print the number of lossless images that are stored as JPEG."""
-    endings = Counter(Path(file).suffix.lower() for file in survey.files)
-    lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
-    if lossless:
-        numbers = ", ".join(f"{count} {ending}" for ending, count in lossless.items())
-        print(f"{numbers} are stored as JPEG of quality {quality}; --encoding png keeps every pixel")
-
-
-def _written_at(folder: Path) -> int | None:
-    from galaxydist.shards.manifest import MANIFEST_NAME
-
-    path = folder / MANIFEST_NAME
-    return path.stat().st_mtime_ns if path.is_file() else None
-
-
-def _name(arguments: argparse.Namespace, source: Path) -> str | None:
-    """Return the name of the data set, which includes the fold: a fold is another data set than the whole."""
-    name: str | None = arguments.name
-    if arguments.fold is None:
-        return name
-    from galaxydist.surveys.folder_scan import fold_name
-    from galaxydist.surveys.survey_sources import open_survey
-
-    return fold_name(name or open_survey(source, classes=arguments.classes).name, *arguments.fold)
 
 
 def _add_simulate(commands: Commands) -> None:
@@ -346,6 +182,8 @@ def run_check(arguments: argparse.Namespace) -> None:
                 f"in order: {manifest.dataset}, {manifest.variant}: {sum(split.num_samples for split in splits)} galaxies "
                 f"in {sum(split.num_shards for split in splits)} shards ({manifest.location})"
             )
+            for name, text in manifest.origin.describe().items() if manifest.origin is not None else ():
+                print(f"  {name}: {text}")
             for line in describe_equal_images(manifest):
                 print(f"  {line}")
     if problems:
@@ -400,6 +238,12 @@ def _add_explore(commands: Commands) -> None:
         "--per-class", type=positive_int, default=8, metavar="N", help="example galaxies of each class (default: %(default)s)"
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="seed of the sample (default: %(default)s)")
+    parser.add_argument(
+        "--features",
+        type=local_path,
+        metavar="FILE",
+        help="features of these shards, written by `galaxydist probe`, for the map (default: principal components of the images)",
+    )
     parser.add_argument("-o", dest="page", type=local_path, metavar="FILE", help="write the page only, to this file")
     parser.add_argument(
         "--out",
@@ -413,12 +257,14 @@ def _add_explore(commands: Commands) -> None:
 
 def run_explore(arguments: argparse.Namespace) -> None:
     """Explore the data set, and print its counts and the path of the page."""
-    from galaxydist.explore.datasets import open_population
+    from galaxydist.explore.datasets import add_features, open_population
     from galaxydist.explore.page import PAGE, explore
     from galaxydist.shards.remote.cache import CacheConfig
 
     root = chosen_root(arguments)
     population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)
+    if arguments.features is not None:
+        population = add_features(population, arguments.features)
     out_dir: Path | None = arguments.out
     if out_dir is None and arguments.page is None:
         out_dir = root / "explore" / folder_name(population.dataset) / folder_name(population.variant)
@@ -487,3 +333,8 @@ def _print_findings(findings: "Findings") -> None:
             f"sky: {len(near.pairs_P2)} overlapping pairs among {int(findings.positions.known.sum())} positions, "
             f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} positions with two labels"
         )
+    if findings.map is not None:
+        share = f"{100 * findings.map.agreement:.0f} %"
+        print(f"map: {share} have the class of most of their ten nearest neighbours in {findings.map.features}")
+        if ids := [findings.scan.ids[one.index] for one in findings.map.doubtful]:
+            print(f"  {len(ids)} doubtful labels, which none of the neighbours has: {name_some(ids)}")

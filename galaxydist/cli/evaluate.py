@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.jobs import find_folder
-from galaxydist.cli.options import Commands, add_command, add_data_dir, local_path, positive_int
+from galaxydist.cli.options import Commands, add_command, add_data_dir, evaluated_split, local_path, positive_int
 from galaxydist.errors import UserError
-from galaxydist.galaxy import VARIANTS, Variant
+from galaxydist.galaxy import MARGIN, SPLITS, VARIANTS, Variant, check_not_margin
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
@@ -161,6 +161,9 @@ def read_target(words: list[str], manifest: str | None) -> tuple[Path, str | Non
     if any(word.startswith("recipe=") for word in words):
         return _trained_by(words), manifest, None
     folders = [word for word in words if "=" not in word or Path(word).is_dir()]
+    if len(folders) == 2 and folders[1] in (*SPLITS, MARGIN):
+        check_not_margin(folders[1])
+        raise UserError(f"{folders[1]} is a split: give it as --split {folders[1]}")
     if len(folders) != 1:
         raise UserError(f"one run at a time, not {len(folders)}: {' '.join(words)}")
     keys = dict(word.split("=", 1) for word in words if word not in folders)
@@ -209,7 +212,7 @@ def add_evaluate(commands: Commands) -> None:
         epilog=EVALUATE_EPILOG,
     )
     parser.add_argument("target", nargs="*", metavar="RUN", help=TARGET_HELP)
-    parser.add_argument("--split", choices=("train", "val", "test"), help="split (default: test)")
+    parser.add_argument("--split", type=evaluated_split, metavar="SPLIT", help="split: train, val or test (default: test)")
     parser.add_argument(
         "--tta",
         choices=("none", "d4"),
@@ -288,7 +291,9 @@ def add_gallery(commands: Commands) -> None:
         epilog=GALLERY_EPILOG,
     )
     parser.add_argument("target", nargs="+", metavar="RUN", help=TARGET_HELP)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="split (default: %(default)s)")
+    parser.add_argument(
+        "--split", type=evaluated_split, metavar="SPLIT", default="test", help="split: train, val or test (default: %(default)s)"
+    )
     parser.add_argument("--tta", choices=("none", "d4"), help="test-time augmentation of the evaluation (default: the recipe's)")
     parser.add_argument(
         "--per-class",

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from galaxydist.errors import UserError
+from galaxydist.galaxy import SPLITS, check_not_margin
 from galaxydist.paths import data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
     from galaxydist.recipe.schema import ModelName  # importing pydantic takes a third of a second
+    from galaxydist.surveys.survey_sources import SourceOptions
 
 # ``add_subparsers`` returns a private type of argparse.
 Commands = Any
@@ -154,13 +156,40 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=local_path,
         metavar="PATH",
-        help="other survey: an HDF5 file in Galaxy10's schema, or a folder of images",
+        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), or an HDF5 file in Galaxy10's schema",
     )
     parser.add_argument(
         "--classes",
         choices=("galaxy10",),
-        help="galaxy10: the folders 0 to 9 are the classes of Galaxy10 (default: each folder is a class of its own)",
+        help="galaxy10: the folders or labels 0 to 9 are the classes of Galaxy10 (default: each is a class of its own)",
     )
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Add ``--images`` and the columns of a table of images."""
+    group = parser.add_argument_group("tables", "columns are found by their usual names; `none` stands for no column")
+    group.add_argument(
+        "--images", metavar="ROOT", help="folder or URL that the table's file names start from (default: the table's folder)"
+    )
+    for kind, what in (
+        ("file", "image files: paths or URLs"),
+        ("label", "classes: names or numbers"),
+        ("id", "ids"),
+        ("split", "splits: train, val, test"),
+        ("ra", "right ascensions in degrees"),
+        ("dec", "declinations in degrees"),
+    ):
+        group.add_argument(f"--{kind}", dest=f"{kind}_column", metavar="COLUMN", help=f"column of {what}")
+
+
+def table_source(arguments: argparse.Namespace) -> "SourceOptions":
+    """Return the options that ``add_table`` added."""
+    from galaxydist.surveys.survey_sources import SourceOptions
+    from galaxydist.surveys.table_columns import ColumnNames
+
+    kinds = ("file", "label", "id", "split", "ra", "dec")
+    columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column") for kind in kinds})
+    return SourceOptions(arguments.images, columns, is_labelled=not getattr(arguments, "unlabelled", False))
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +229,17 @@ def positive_number(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def evaluated_split(text: str) -> str:
+    """Parse a split that a model may be evaluated on."""
+    try:
+        check_not_margin(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if text not in SPLITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no split; choose from {', '.join(SPLITS)}")
+    return text
 
 
 def fold(text: str) -> tuple[int, int]:
@@ -247,7 +287,7 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
     """
     if arguments.source is not None:
         source: Path = arguments.source
-        if not source.exists():
+        if not source.exists() and not Path(str(source).partition("[")[0]).exists():  # TABLE.fits[2]
             raise UserError(f"--from {source}: there is no such file or folder")
         return source
     path = hdf5_path(root, arguments.dataset)

@@ -29,7 +29,7 @@ from galaxydist.evaluation.leakage import TEST_SPLIT, FindTrainingShards, open_t
 from galaxydist.evaluation.metrics import summarise
 from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, predictions_path, rank_file_path, read_predictions
 from galaxydist.evaluation.results_files import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
-from galaxydist.galaxy import Variant
+from galaxydist.galaxy import Variant, check_not_margin
 from galaxydist.loading.loader import Batch
 from galaxydist.loading.training_data import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.log import results
@@ -400,8 +400,10 @@ def evaluate_run(
         The evaluation, as in its JSON file.
 
     Raises:
-        UserError: there is no run, checkpoint or split; the shards have other classes; the run was trained on test galaxies.
+        UserError: there is no run, checkpoint or split, or the split is the margin; the shards have other classes; the run was
+            trained on test galaxies.
     """
+    check_not_margin(split)
     data = data or EvaluationData()
     run = EvaluatedRun.open(run_dir, environ, data, tta)
     if not has_split(run.manifest, split):

@@ -65,7 +65,7 @@ def analyse(population: ExploredDataset, *, sample: int, seed: int) -> Findings:
         positions=positions,
         neighbours=find_neighbours(population, positions) if positions.known.any() else None,
         duplicates=find_duplicates(scan.hash_nB, scan.digests, scan.thumbnails_nHWC),
-        map=map_sample(scan, seed),
+        map=map_sample(scan, seed, population.features),
     )
 
 
@@ -120,6 +120,18 @@ def summary(findings: Findings) -> dict[str, Any]:
             }
             for pair in findings.duplicates
         ],
+        "map": None
+        if findings.map is None
+        else {
+            "galaxies": len(findings.map.indices),
+            "features": findings.map.features,
+            "agreement": round(findings.map.agreement, 4),
+            "by_chance": round(findings.map.by_chance, 4),
+            "doubtful": [
+                {"id": scan.ids[one.index], "label": int(scan.labels[one.index]), "neighbours": one.other, "votes": one.votes}
+                for one in findings.map.doubtful
+            ],
+        },
         "odd": {kind: [scan.ids[index] for index in indices] for kind, indices in scan.odd_images.items()},
         "unreadable": scan.problems,
     }
@@ -132,9 +144,10 @@ def label_conflicts(findings: Findings) -> int:
 
 
 def split_leaks(findings: Findings) -> int:
-    """Return the number of duplicates across splits."""
-    split_n = findings.population.split_N[findings.scan.rows]
-    return sum(1 for pair in findings.duplicates if split_n[pair.first] != split_n[pair.second])
+    """Return the number of duplicates across splits, without those in the margin."""
+    rows = findings.scan.rows
+    first, second = np.array([(pair.first, pair.second) for pair in findings.duplicates], np.int64).reshape(-1, 2).T
+    return int(findings.population.are_across(rows[first], rows[second]).sum())
 
 
 def widths(scan: ImageScan) -> str:

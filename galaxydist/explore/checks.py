@@ -132,7 +132,7 @@ class Neighbours:
         separation_P: arcsec.
         num_galaxies: number of galaxies in these pairs.
         two_labels_P: True if both galaxies are at one position with two labels.
-        across_P: True if the galaxies are in different splits.
+        across_P: True if the galaxies are in different splits, neither of them in the margin.
     """
 
     pairs_P2: NDArray[np.int64]
@@ -150,7 +150,7 @@ def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighb
     chords_P3 = np.subtract(*(unit_vectors(positions.ra[rows_P], positions.dec[rows_P]) for rows_P in (first_P, second_P)))
     separation_P = np.degrees(2 * np.arcsin(np.linalg.norm(chords_P3, axis=1) / 2)) * 3600
     two_labels_P = (separation_P <= SAME_POSITION_ARCSEC) & (population.labels_N[first_P] != population.labels_N[second_P])
-    across_P = population.split_N[first_P] != population.split_N[second_P]
+    across_P = population.are_across(first_P, second_P)
     order = np.lexsort((separation_P, ~two_labels_P))
     return Neighbours(pairs_P2[order], separation_P[order], len(np.unique(pairs_P2)), two_labels_P[order], across_P[order])
 

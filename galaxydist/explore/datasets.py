@@ -6,7 +6,7 @@ The images come from shards, an HDF5 file or a folder of images.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.errors import UserError
-from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.explore.features_file import FeaturesFile, read_features
+from galaxydist.galaxy import MARGIN, EncodedImage, Galaxy
 from galaxydist.object_store import is_url
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
@@ -26,6 +27,7 @@ from galaxydist.shards.writer.encode import decode_stored
 from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
+from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.survey_sources import open_survey
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Positions:
         return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
 
 
-class ImageSource(Protocol):
+class ExploredImages(Protocol):
     """Source of images and positions; rows are indices into the data set's N galaxies."""
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -95,6 +97,8 @@ class ExploredDataset:
         labels_N: class numbers, -1 for unlabelled galaxies.
         split_names: the splits, in order.
         split_N: indices into ``split_names``.
+        source: of the images.
+        features: of an encoder, for the map; None: principal components of the sample.
     """
 
     dataset: str
@@ -106,7 +110,8 @@ class ExploredDataset:
     labels_N: NDArray[np.int64]
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
-    source: ImageSource
+    source: ExploredImages
+    features: FeaturesFile | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -116,6 +121,12 @@ class ExploredDataset:
         """Label -> class name of every class; the unlabelled last, if there are any."""
         named = dict(enumerate(self.class_names))
         return named | ({UNLABELLED: "unlabelled"} if (self.labels_N == UNLABELLED).any() else {})
+
+    def are_across(self, first_P: NDArray[np.int64], second_P: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return a mask (P,) of the pairs of rows in different splits; the margin, which no model sees, does not count."""
+        in_margin_S = np.array([name == MARGIN for name in self.split_names])
+        first_split_P, second_split_P = self.split_N[first_P], self.split_N[second_P]
+        return np.asarray((first_split_P != second_split_P) & ~in_margin_S[first_split_P] & ~in_margin_S[second_split_P])
 
     def counts(self) -> dict[str, list[int]]:
         """Return split name -> number of galaxies in each group, in the order of ``groups``, over all N galaxies."""
@@ -304,20 +315,20 @@ def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: FolderSurvey | Galaxy10Survey, path: Path) -> ExploredDataset:
+def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, path: Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
     for number, name in enumerate(names):
         codes[survey.splits[name]] = number
     numbers_N = np.flatnonzero(codes >= 0)
-    is_folder = isinstance(survey, FolderSurvey)
+    kind = {FolderSurvey: "folder of images", TableSurvey: "table of images"}.get(type(survey), "HDF5 file")
     return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
-        kind="folder of images" if is_folder else "HDF5 file",
+        kind=kind,
         location=str(path),
-        source_hash="" if is_folder else survey.source_hash,
+        source_hash=survey.source_hash if isinstance(survey, Galaxy10Survey) else "",
         class_names=survey.class_names,
         labels_N=np.asarray(survey.labels[numbers_N], np.int64),
         split_names=names,
@@ -330,7 +341,7 @@ def survey_population(survey: FolderSurvey | Galaxy10Survey, path: Path) -> Expl
 class SurveyImages:
     """Reads images and positions from a survey; ``numbers_N`` are the survey's rows of the data set's N galaxies."""
 
-    survey: FolderSurvey | Galaxy10Survey
+    survey: FolderSurvey | Galaxy10Survey | TableSurvey
     numbers_N: NDArray[np.int64]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -338,7 +349,7 @@ class SurveyImages:
             return
         numbers = self.numbers_N[rows]
         # Rows are read one by one from image files, so that a damaged file affects no other, and from short slabs.
-        is_single = isinstance(self.survey, FolderSurvey) or self.survey.slab_length <= _SHORT_SLAB
+        is_single = self.survey.reads_single_files or self.survey.slab_length <= _SHORT_SLAB
         cuts = np.flatnonzero(np.diff(numbers // (1 if is_single else self.survey.slab_length))) + 1
         for slab_rows, slab_numbers in zip(np.split(rows, cuts), np.split(numbers, cuts), strict=True):
             pending = dict(zip(slab_numbers.tolist(), slab_rows.tolist(), strict=True))
@@ -349,13 +360,15 @@ class SurveyImages:
                         yield _image(pending.pop(number), galaxy)
             except UserError as error:
                 for number, row in pending.items():
-                    name = self.survey.files[number] if isinstance(self.survey, FolderSurvey) else self.survey.galaxy_id(number)
-                    yield ExploredImage(row, name, None, str(error))
+                    yield ExploredImage(row, self.survey.image_name(number), None, str(error))
 
     def positions(self) -> Positions:
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
+        elif isinstance(self.survey, TableSurvey):
+            redshift = _column(self.survey.extras, "redshift")
+            found = [column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)]
         else:
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
             values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
@@ -410,3 +423,23 @@ def open_population(location: str, variant: str | None, cache: CacheConfig, clas
     if not len(population):
         raise UserError(f"{location} has no galaxies in any split, so that there is nothing to explore; make the data set again")
     return population
+
+
+def add_features(population: ExploredDataset, path: Path) -> ExploredDataset:
+    """Return the data set with the features of a file that `galaxydist probe` wrote.
+
+    Raises:
+        UserError: there is no such file, or its features are those of other shards.
+    """
+    features = read_features(path)
+    info = features.info
+    if info.manifest_hash != population.source_hash:
+        reason = (
+            f"and {population.location} is no folder of shards: explore the shards that were probed"
+            if not population.kind.startswith("shards")
+            else f"not of {population.location} (manifest {population.source_hash[:12]}): probe these shards, or explore those"
+        )
+        raise UserError(
+            f"--features {path} has features of {info.dataset} ({info.variant}, manifest {info.manifest_hash[:12]}), {reason}"
+        )
+    return replace(population, features=features)

@@ -13,7 +13,7 @@ from galaxydist.evaluation.text_table import readable
 from galaxydist.explore.analysis import Findings, analyse, label_conflicts, pixel_statistics, split_leaks, summary, widths
 from galaxydist.explore.checks import ODD_KINDS
 from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
-from galaxydist.explore.embedding import image_map, sprite
+from galaxydist.explore.embedding import DoubtfulLabel, image_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
 from galaxydist.pages.contact_sheet import write_class_sheet
 from galaxydist.pages.html import figure_svg, image_uri, render
@@ -30,7 +30,7 @@ GALLERY_BYTES = 600_000
 _WIDTH = 4.4
 # Ten colours that are distinct with any kind of colour vision: Petroff (2021), arXiv:2107.02270, table 3.
 PETROFF = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
-_SPLIT_COLOURS = (BLUE, ORANGE, GREEN)
+_SPLIT_COLOURS = (BLUE, ORANGE, GREEN, GREY)
 _CHANNELS = (("red", "#cc3311"), ("green", "#228833"), ("blue", "#4477aa"))
 # Largest extent (degrees) of positions that are drawn on a partial map; larger ones are drawn on the whole sky.
 _WHOLE_SKY = 60
@@ -51,7 +51,7 @@ def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title
     axes.set_xlabel("galaxies")
     axes.margins(y=0.02)
     _tidy(axes)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, frameon=False)
     return figure
 
 
@@ -379,6 +379,8 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
         "features": found.features,
         "agreement": f"{100 * found.agreement:.0f}",
         "by_chance": f"{100 * found.by_chance:.0f}",
+        "doubtful": [_doubtful(findings, one, shown) for one in found.doubtful[:ODD_SHOWN]],
+        "num_doubtful": len(found.doubtful),
         "images": image_uri(image_map(found, scan, colours), quality=80),
         "sprite": image_uri(sheet, quality=75),
         "columns": columns,
@@ -388,6 +390,13 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
             for index, (x, y), label in points
         ],
     }
+
+
+def _doubtful(findings: Findings, one: DoubtfulLabel, shown: Mapping[int, str]) -> dict[str, Any]:
+    scan = findings.scan
+    uri = image_uri(scan.thumbnails_nHWC[one.index], width=96)
+    card = _card(findings, int(scan.rows[one.index]), scan.ids[one.index], uri)
+    return {**card, "other": shown[one.other], "votes": one.votes}
 
 
 def explore(

@@ -29,8 +29,9 @@ from galaxydist.report.statistics import (
     rank_by_validation,
     read_outcomes,
 )
-from galaxydist.runs.folder import RunFolder, StoredRecipe
+from galaxydist.runs.folder import ORIGIN_KEY, RunFolder, StoredRecipe
 from galaxydist.runs.metrics_file import MetricsFile
+from galaxydist.surveys.data_origin import DataOrigin, known_origin
 
 # Regimes: the sets of recipes that are compared with the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
@@ -165,6 +166,7 @@ class RunFacts:
         lines: of metrics.jsonl.
         cost: None where its timing was not logged.
         evaluation: content of its evaluation file on its own test set; empty where it cannot be read.
+        origin: licence and source of its training data; None where nothing is known.
         notes: parts of the run that could not be read.
     """
 
@@ -176,6 +178,7 @@ class RunFacts:
     lines: Sequence[Mapping[str, Any]]
     cost: RunCost | None
     evaluation: Mapping[str, Any]
+    origin: DataOrigin | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -205,8 +208,18 @@ def read_facts(run: FinishedRun) -> RunFacts:
         lines=lines,
         cost=cost_of(timing, int(stored.recipe.get("train.batch_size", 0))),
         evaluation=evaluation or {},
+        origin=_read_origin(folder, notes) or known_origin(run.dataset),
         notes=tuple(notes),
     )
+
+
+def _read_origin(folder: RunFolder, notes: list[str]) -> DataOrigin | None:
+    content = (folder.read_result() or {}).get(ORIGIN_KEY)
+    try:
+        return None if content is None else DataOrigin.from_dict(content)
+    except (TypeError, AttributeError):
+        notes.append(f"{folder.result_path}: {ORIGIN_KEY} is not an origin of data")
+        return None
 
 
 def command_of(stored: StoredRecipe) -> str:
@@ -303,6 +316,18 @@ class DatasetResults:
     pairs: tuple[Pairs, ...]
     ensembles: tuple[Ensemble, ...]
     rankings: tuple[tuple[list[FinishedRun], list[FinishedRun]], ...]
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Licence, citation, revision and address of the data set, one line of text each; empty where nothing is known.
+
+        Runs on several versions of the data may differ: different texts stand side by side.
+        """
+        lines: dict[str, dict[str, None]] = {}
+        for facts in self.facts:
+            for name, text in facts.origin.describe().items() if facts.origin is not None else ():
+                lines.setdefault(name, {})[text] = None
+        return {name: " | ".join(texts) for name, texts in lines.items()}
 
     def runs_of(self, row: Row) -> list[RunFacts]:
         return [facts for facts in self.facts if self.row_of.get(facts.run.run_dir) == row]

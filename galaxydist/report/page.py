@@ -266,6 +266,7 @@ def _data_set(found: DatasetResults, index: int) -> dict[str, Any]:
         "is_real": table.is_real,
         "is_galaxy10": table.is_galaxy10,
         "caption": caption_of(table),
+        "origin": found.origin,
         "scores": score_rows(found),
         "sizes": ", ".join(f"{variant} {count:,}" for variant, count in sorted(sizes.items(), reverse=True)),
         "settings_of": settings_of(found),

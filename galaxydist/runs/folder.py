@@ -13,6 +13,8 @@ from galaxydist.errors import UserError
 from galaxydist.runs.metrics_file import MetricsFile
 
 FORMAT_VERSION = 1
+# Key of result.json: licence, citation and source of the training data, where they are known.
+ORIGIN_KEY = "data_origin"
 FailureKind = Literal["bad_input", "nonfinite", "crash"]
 
 

@@ -12,11 +12,10 @@ disk, but a catalogue is fetched from a store only on demand. For shards of earl
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,16 @@ from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.open import file_reader
 from galaxydist.shards.remote.prefetcher import LocalShards, fetch_shard
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
+from galaxydist.surveys.tables.json_columns import conform, is_unicode, parse_object, typed_column, unite_fields
 
 ID, RA, DEC = OWN = ("id", "ra", "dec")
 OWN_FIELDS = (pa.field(ID, pa.string()), pa.field(RA, pa.float64()), pa.field(DEC, pa.float64()))
-
-# Kinds of values of an extra. EXACT: integers up to 2^53, all of which float64 can represent; WHOLE: larger integers.
-NOTHING, BOOLEAN, EXACT, WHOLE, FLOAT, TEXT, MIXED = "nothing", "boolean", "exact", "whole", "float", "text", "mixed"
-# Arrow's types of the kinds; all other columns are null.
-TYPES = {BOOLEAN: "bool", EXACT: "int64", WHOLE: "int64", FLOAT: "float64", TEXT: "string"}
-_KIND = b"kind"
-_EXACT_LIMIT, _WHOLE_LIMIT = 2**53, 2**63
 
 
 def table_of(metas: Iterable[tuple[str, bytes]]) -> pa.Table:
     """Return a row per galaxy: ``id`` string, ``ra`` and ``dec`` float64 (degrees), then the extras in order of appearance.
 
-    Numbers that are not finite, and positions that are not numbers, become null. Each field's metadata holds the kind of its
+    Numbers that are not finite, and positions that are not numbers, become null. Each extra's metadata holds the kind of its
     values, for :func:`unite`. A column of several types is all null.
 
     Args:
@@ -57,7 +50,7 @@ def table_of(metas: Iterable[tuple[str, bytes]]) -> pa.Table:
     Raises:
         ValueError: a .json is not JSON, or not an object.
     """
-    return table_of_rows([(key, _parse(meta)) for key, meta in metas])
+    return table_of_rows([(key, parse_object(meta)) for key, meta in metas])
 
 
 def table_of_rows(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> pa.Table:
@@ -69,74 +62,20 @@ def table_of_rows(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> pa.Table:
         *(pa.array([_number(row.get(name)) for _, row in rows], pa.float64()) for name in (RA, DEC)),
     ]
     for name in names:
-        values = [row.get(name) for _, row in rows]
-        values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
-        kind = _merge({*map(_kind, values)})
-        fields.append(pa.field(name, TYPES.get(kind, "null"), metadata={_KIND: kind}))
-        columns.append(pa.array(values, TYPES[kind]) if kind in TYPES else pa.nulls(len(values)))
+        field, column = typed_column(name, [row.get(name) for _, row in rows])
+        fields.append(field)
+        columns.append(column)
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
 def unite(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Unite the schemas of several tables of :func:`table_of`.
-
-    Columns of several types and columns that are all null are left out. Integers mixed with floats become float64, if no integer
-    is beyond 2^53.
-    """
-    kinds: dict[str, str] = {}
-    for schema in schemas:
-        for field in schema:
-            if field.name not in OWN:
-                kinds[field.name] = _merge({kinds.get(field.name, NOTHING), field.metadata[_KIND].decode()})
-    return pa.schema([*OWN_FIELDS, *(pa.field(name, TYPES[kind]) for name, kind in kinds.items() if kind in TYPES)])
-
-
-def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return a table of :func:`table_of` with the columns of a united schema."""
-    columns = [
-        table.column(field.name).cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _parse(meta: bytes) -> Mapping[str, Any]:
-    content = json.loads(meta) if meta else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"its .json is not an object but {type(content).__name__}")
-    return content
+    """Unite the schemas of several tables of :func:`table_of`, as :func:`unite_fields` does."""
+    return pa.schema([*OWN_FIELDS, *unite_fields([field for field in schema if field.name not in OWN] for schema in schemas)])
 
 
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if is_number else None
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return NOTHING
-    if isinstance(value, bool):
-        return BOOLEAN
-    if isinstance(value, int):
-        if abs(value) <= _EXACT_LIMIT:
-            return EXACT
-        return WHOLE if -_WHOLE_LIMIT <= value < _WHOLE_LIMIT else MIXED
-    if isinstance(value, float):
-        return FLOAT
-    return TEXT if isinstance(value, str) and is_unicode(value) else MIXED
-
-
-def is_unicode(text: str) -> bool:
-    """Return False for text with half a surrogate pair, which JSON allows and no column can hold."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _merge(kinds: set[str]) -> str:
-    """Return the kind of a column that has values of all these kinds."""
-    kinds = kinds - {NOTHING}
-    if len(kinds) < 2:
-        return kinds.pop() if kinds else NOTHING
-    return {frozenset({EXACT, WHOLE}): WHOLE, frozenset({EXACT, FLOAT}): FLOAT}.get(frozenset(kinds), MIXED)
 
 
 # Rows written and held in memory at a time.

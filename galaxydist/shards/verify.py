@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError, name_some
-from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
+from galaxydist.galaxy import MARGIN
+from galaxydist.shards.catalogue import ID, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
 from galaxydist.shards.manifest import (
     COLUMNS,
     Manifest,
@@ -38,6 +39,7 @@ from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_stored
 from galaxydist.shards.writer.stages import key_hash
+from galaxydist.surveys.tables.json_columns import conform
 
 # Galaxies of a shard that a message names.
 NAMED = 3
@@ -330,7 +332,7 @@ def describe_equal_images(manifest: Manifest) -> list[str]:
     for _, members in itertools.groupby(rows.to_pylist(), itemgetter("hash")):
         group = list(members)
         names = " = ".join(f"{row['split']}/{row['id']}" for row in group[:MOST_NAMED])
-        if len({row["split"] for row in group}) > 1:
+        if len({row["split"] for row in group} - {MARGIN}) > 1:
             across.append(names)
         if len({row["label"] for row in group if row["label"] >= 0}) > 1:
             two_labels.append(names)

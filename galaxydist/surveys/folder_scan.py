@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -125,10 +125,11 @@ class ImageFile:
     split: str | None
     label: int
 
-    def id_candidates(self) -> tuple[str, ...]:
-        """Return names for the image, from the shortest to the most specific."""
-        parts = PurePosixPath(self.file).with_suffix("").parts
-        return parts[-1], "-".join(parts[-2:]), "-".join(parts), self.file.replace("/", "-")
+
+def file_ids(file: str) -> tuple[str, str, str, str]:
+    """Return ids for an image file, from the shortest to the most specific, for :func:`unique_ids`."""
+    parts = PurePosixPath(file).with_suffix("").parts
+    return parts[-1], "-".join(parts[-2:]), "-".join(parts), file.replace("/", "-")
 
 
 def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[ImageFile]]:
@@ -190,18 +191,33 @@ def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[st
             f"{root} has {f'only the class {next(iter(found))!r}' if found else 'no class folder'}; "
             "expected one folder of images for each class, at least two, or such folders inside train, val and test"
         )
-    if found == set(GALAXY10_CLASSES):
+    return label_classes(found, root, as_galaxy10=as_galaxy10)
+
+
+def label_classes(found: Collection[str], location: object, *, as_galaxy10: bool) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the class names by label, and the label of each name found: Galaxy10's if these are its classes, else sorted names.
+
+    Args:
+        found: the names of the classes in a folder or a table.
+        location: the folder or table, for messages.
+        as_galaxy10: the user's word that they are Galaxy10's classes, named by class or by the numbers 0-9.
+
+    Raises:
+        UserError: other classes than Galaxy10's with ``as_galaxy10``.
+    """
+    found = set(found)
+    if found == set(GALAXY10_CLASSES) or (as_galaxy10 and found and found <= set(GALAXY10_CLASSES)):
         return GALAXY10_CLASSES, {name: label for label, name in enumerate(GALAXY10_CLASSES)}
     names = tuple(sorted(found, key=natural_key))
-    if found == _NUMBERED and as_galaxy10:
+    if as_galaxy10 and found and found <= _NUMBERED:
         return GALAXY10_CLASSES, {name: int(name) for name in found}
     if as_galaxy10:
         raise UserError(
-            f"{root} does not have Galaxy10's classes but {_quoted(names)}; they are folders named 0 to 9, or "
-            f"{', '.join(GALAXY10_CLASSES)}: rename the folders, or leave out --classes"
+            f"{location} does not have Galaxy10's classes but {_quoted(names)}; they are named 0 to 9, or "
+            f"{', '.join(GALAXY10_CLASSES)}: rename the classes, or leave out --classes"
         )
     if found == _NUMBERED:
-        logger.warning("%s: its classes are named 0 to 9; if they are Galaxy10's labels, give --classes galaxy10", root)
+        logger.warning("%s: its classes are named 0 to 9; if they are Galaxy10's labels, give --classes galaxy10", location)
     return names, {name: label for label, name in enumerate(names)}
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,7 @@ class Galaxy10Survey:
     original: Codes = field(repr=False)
     conflicting: NDArray[np.bool_] = field(repr=False)
     class_names: tuple[str, ...] = GALAXY10_CLASSES
+    reads_single_files: ClassVar[bool] = False
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of ``slab_length`` rows.
@@ -74,7 +75,7 @@ class Galaxy10Survey:
             for offset, image in enumerate(images):
                 yield self._galaxy(first + offset, image)
 
-    def galaxy_id(self, row: int) -> str:
+    def image_name(self, row: int) -> str:
         """Return the id of the galaxy in ``row``."""
         return f"{self.id_prefix}-{row:05d}"
 
@@ -88,7 +89,7 @@ class Galaxy10Survey:
             "conflicting": bool(self.conflicting[row]),
             "original_split": None if code == NONE else SPLITS[code],
         }
-        return Galaxy(self.galaxy_id(row), image, int(self.labels[row]), numbers["ra"], numbers["dec"], extras)
+        return Galaxy(self.image_name(row), image, int(self.labels[row]), numbers["ra"], numbers["dec"], extras)
 
 
 def open_galaxy10(

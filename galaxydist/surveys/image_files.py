@@ -8,7 +8,7 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,47 +160,65 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
 
 
 def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Group files of equal bytes, with a warning about copies and about copies with two labels.
+    """Group files of equal bytes, as :func:`group_equal_images` does; ``files`` are relative to ``root``."""
+
+    def is_blank_file(row: int) -> bool:
+        try:
+            return is_blank((root / files[row]).read_bytes(), files[row])
+        except OSError:
+            return True
+
+    return group_equal_images(root, files, digests, labels, is_blank_file)
+
+
+def group_equal_images(
+    location: object,
+    names: Sequence[str],
+    digests: Sequence[str],
+    labels: NDArray[np.integer],
+    is_blank_row: Callable[[int], bool],
+) -> NDArray[np.int64]:
+    """Group images of equal bytes, with a warning about copies and about copies with two labels.
 
     Args:
-        root, files: the folder and its image files.
-        digests: hashes of the files.
+        location, names: the data set and the N images, for messages.
+        digests: N hashes of the images' bytes; those that begin with ``UNREADABLE`` are equal to none.
         labels: (N,) class numbers.
+        is_blank_row: returns True for an image of a single colour, or one that cannot be read.
 
     Returns:
-        (N,) group numbers, equal for equal files; -1 for a unique file and for images of a single colour, which show nothing.
+        (N,) group numbers, equal for equal images; -1 for a unique image and for images of a single colour, which show nothing.
     """
-    groups = np.full(len(files), -1, np.int64)
+    groups = np.full(len(names), -1, np.int64)
     _, number_N, count = np.unique(np.array(digests, np.str_), return_inverse=True, return_counts=True)
     order = np.argsort(number_N, kind="stable")
     members = np.split(order, np.cumsum(count)[:-1])
     found = [rows for rows in members if len(rows) > 1 and not digests[rows[0]].startswith(UNREADABLE)]
-    found = sorted((rows for rows in found if not _is_blank(root / files[rows[0]])), key=lambda rows: int(rows[0]))
+    found = sorted((rows for rows in found if not is_blank_row(int(rows[0]))), key=lambda rows: int(rows[0]))
     for number, rows in enumerate(found):
         groups[rows] = number
     two_labels = [rows for rows in found if len(set(labels[rows].tolist())) > 1]
     if found:
         logger.warning(
             "%s: %d images are copies of others, byte for byte (%s); copies are kept in one split",
-            root,
+            location,
             sum(len(rows) - 1 for rows in found),
-            _names(files, found),
+            _names(names, found),
         )
     if two_labels:
         logger.warning(
             "%s: %d images are in two classes, byte for byte: %s; --conflicting drop leaves them out",
-            root,
+            location,
             len(two_labels),
-            _names(files, two_labels),
+            _names(names, two_labels),
         )
     return groups
 
 
-def _is_blank(path: Path) -> bool:
-    """Return True if an image has a single colour or cannot be read; reading it later reports the error."""
+def is_blank(data: bytes, name: object) -> bool:
+    """Return True if an image file has a single colour or cannot be read; reading it later reports the error."""
     try:
-        image = read_image(path)
-        pixels = decode_file(image.data, path) if isinstance(image, EncodedImage) else image
+        pixels = decode_file(data, name)
     except UserError:
         return True
     return bool((pixels == pixels[:1, :1]).all())

@@ -6,8 +6,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,25 +17,19 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, read_info, read_metadata
-from galaxydist.surveys.folder_scan import ImageFile, known_split, safe_name, scan_folder, unique_ids
+from galaxydist.surveys.folder_scan import ImageFile, file_ids, safe_name, scan_folder, unique_ids
+from galaxydist.surveys.given_split import SplitOptions, choose_split, is_complete, split_code
 from galaxydist.surveys.hdf5_schema import SIMULATED
 from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
 from galaxydist.surveys.split import (
     NONE,
-    TEST,
-    TRAIN,
-    VAL,
     Codes,
     SplitCandidates,
     build_candidates,
     check_positions,
-    cut,
     id_keys,
     join_groups,
     rows_by_split,
-    split_balanced,
-    split_fold,
-    split_original,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,6 +53,11 @@ class FolderSurvey:
     rows: tuple[FolderRow, ...] = field(repr=False)
     source_ids: tuple[str | None, ...] = field(repr=False)
     slab_length: int = _SLAB
+    reads_single_files: ClassVar[bool] = True
+
+    def image_name(self, row: int) -> str:
+        """Return the image file of a row."""
+        return self.files[row]
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``: RGB JPEG and PNG files as bytes, others as pixels.
@@ -127,23 +127,13 @@ def open_image_folder(
     given = _folder_codes(root, images, rows)
     files = tuple(image.file for image in images)
     digests: list[str] | None = None
-    if info is None and (variant == "balanced" or not _is_complete(root, given, has_val=has_val)):
+    if info is None and (variant == "balanced" or not is_complete(root, given, has_val=has_val)):
         digests = hash_files(root, files, name or root.name)
         equal = group_equal_files(root, files, digests, galaxies.labels)
         galaxies = replace(galaxies, sky=join_groups(galaxies.sky, equal, galaxies.labels))
-    if fold is None:
-        codes = _complete(root, galaxies, given, has_val=has_val)
-    elif given is None:
-        codes = split_fold(galaxies, *fold)
-    else:
-        raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders only")
-    if variant == "balanced" and not is_balanced:
-        codes = split_balanced(galaxies, codes)
-    if not has_val:
-        codes = np.where(codes == VAL, TRAIN, codes).astype(np.int8)
-    if conflicting == "drop":
-        marked = np.array([bool(row.extras.get("conflicting")) for row in rows])
-        codes = np.where(marked | galaxies.sky.conflicting, NONE, codes).astype(np.int8)
+    codes = choose_split(root, galaxies, given, SplitOptions("original" if is_balanced else variant, conflicting, fold, has_val))
+    if conflicting == "drop":  # the marks of an exported folder's metadata
+        codes = np.where([bool(row.extras.get("conflicting")) for row in rows], NONE, codes).astype(np.int8)
     survey = FolderSurvey(
         root=root,
         name=name or (info.name if info else safe_name(root.resolve().name)),
@@ -174,7 +164,7 @@ def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile]
     others = [image for image in images if image.file not in exported]
     own_ids = [listed[image.file].id if image.file in listed else "" for image in others]
     candidates = [
-        (own_id, own_id, own_id, f"{own_id}-{image.file}") if own_id else image.id_candidates()
+        (own_id, own_id, own_id, f"{own_id}-{image.file}") if own_id else file_ids(image.file)
         for image, own_id in zip(others, own_ids, strict=True)
     ]
     ids = dict(zip((image.file for image in others), unique_ids(candidates), strict=True))
@@ -241,46 +231,14 @@ def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
     """Return the split codes of the metadata for a folder without split folders, or None if it names no split."""
     if not any(row.split for row in rows):
         return None
-    names = [known_split(row.split) for row in rows]
-    if None in names:
-        row = rows[names.index(None)]
+    codes = [split_code(row.split) for row in rows]
+    if None in codes:
+        row = rows[codes.index(None)]
         raise UserError(
             f"{root / METADATA_FILE}: the split of {row.id} is {row.split!r}, not train, val or test; "
             "name one of these for every image, or remove the column"
         )
-    return np.array([SPLITS.index(name or "train") for name in names], np.int8)
-
-
-def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
-    """Return True if the folder itself has all wanted splits, so that none must be cut from train."""
-    found = set() if given is None else set(given.tolist())
-    if VAL in found and not has_val:
-        raise UserError(f"{root} has a validation split of its own; --val 0 is for a folder without one")
-    return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
-
-
-@cache
-def _report_new_split(root: Path, shares: str) -> None:
-    """Log once for each folder: a command may open it several times."""
-    logger.warning("%s has no train, val and test folders: its images are split %s by class", root, shares)
-
-
-def _complete(root: Path, galaxies: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
-    """Cut the wanted splits that the folder lacks from train, with a warning."""
-    if codes is None:
-        _report_new_split(root, "80/10/10" if has_val else "90/10 into train and test")
-        return split_original(galaxies)
-    for target, split in ((TEST, "test"), *(((VAL, "val"),) if has_val else ())):
-        if not (codes == target).any():
-            logger.warning("%s has no %s folder: a tenth of each class of train is used for it", root, split)
-            codes = cut(galaxies, codes, target)
-    for code, split in enumerate(SPLITS):
-        absent = [galaxies.class_names[label] for label in np.flatnonzero(galaxies.counts(codes == code) == 0).tolist()]
-        if absent and code == TRAIN:
-            raise UserError(f"{root}: class {absent[0]!r} has no training images; add some or remove the class everywhere")
-        if absent and (has_val or code != VAL):
-            logger.warning("%s: %s has no images of %s", root, split, ", ".join(absent))
-    return codes
+    return np.array(codes, np.int8)
 
 
 def _printable(text: str) -> str:

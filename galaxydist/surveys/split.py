@@ -170,6 +170,13 @@ class SplitCandidates:
         """Return the (K,) number of galaxies of each class among ``rows``."""
         return np.bincount(self.labels[rows], minlength=self.num_classes)
 
+    def subset(self, rows: Rows, classes: NDArray[np.int64]) -> "SplitCandidates":
+        """Return the galaxies of ``rows``, which all have one of ``classes`` (sorted class numbers), numbered anew."""
+        groups, conflicting = self.sky.groups[rows], self.sky.conflicting[rows]
+        names = [self.class_names[label] for label in classes.tolist()]
+        labels = np.searchsorted(classes, self.labels[rows])
+        return SplitCandidates(labels, names, Sky(groups, conflicting), self.keys[rows], self.seed)
+
     def hash_sorted(self, rows: NDArray[np.bool_] | Rows, stream: int) -> Rows:
         """Return ``rows`` (numbers or a mask) sorted by their hashes in the RNG stream ``stream``."""
         chosen = np.flatnonzero(rows) if rows.dtype == np.bool_ else np.asarray(rows, np.int64)

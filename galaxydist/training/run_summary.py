@@ -43,6 +43,7 @@ def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder
     lines = {
         "run folder": str(folder),
         "data": f"{manifest.dataset} ({manifest.variant}), {manifest.num_classes} classes, {counts}",
+        **({"licence": manifest.origin.describe()["licence"]} if manifest.origin and manifest.origin.licence else {}),
         "model": f"{recipe.model.name}, {total / 1e6:,.2f} million parameters"
         + (f", {trained / 1e6:,.2f} million trained" if trained != total else "")
         + f", images of {recipe.data.image_size} pixels",

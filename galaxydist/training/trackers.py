@@ -28,7 +28,7 @@ from galaxydist.distributed import World
 from galaxydist.errors import first_line
 from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
-from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.shards.manifest import Manifest
 
 WandbMode = Literal["online", "offline"]
@@ -368,7 +368,7 @@ def complete_tracker(
     result = folder.read_result() or {}
     if not world.is_main or folder.read_tracker().get("is_complete", True):
         return None
-    summary = {name: value for name, value in result.items() if name != "step"}
+    summary = {name: value for name, value in result.items() if name not in ("step", ORIGIN_KEY)}
     return start_tracker(world, recipe, folder, manifest, run_id=None, environ=environ).finish(summary, 0)
 
 

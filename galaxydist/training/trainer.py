@@ -45,7 +45,7 @@ from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
-from galaxydist.runs.folder import FailureKind, RunFolder
+from galaxydist.runs.folder import ORIGIN_KEY, FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
@@ -475,7 +475,8 @@ class Trainer:
         state = self.state
         summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
         summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
-        self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary}))
+        origin = {ORIGIN_KEY: self.manifest.origin.to_dict()} if self.manifest.origin is not None else {}
+        self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
         self._summary = summary
         results.info("%s", describe_end(self.run_folder))
 

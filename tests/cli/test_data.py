@@ -146,7 +146,7 @@ def test_data_shard_reports_unreadable_images_and_png_stored_as_jpeg(tmp_path: P
     assert command(tmp_path, *shard, "--on-error", "skip") == 0
     out = capsys.readouterr().out
     folder = tmp_path / "shards" / "squares" / "original"
-    assert f"left out as damaged: 1, listed in {folder / 'left_out.csv'}" in out
+    assert f"left out: 1, listed in {folder / 'left_out.csv'}" in out
     assert "25 .png are stored as JPEG of quality 95; --encoding png keeps every pixel" in out
     assert sum(split.num_samples for split in read_manifest(folder).splits.values()) == 24
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.data_origin import DataOrigin, known_origin, origin_of, spdx, state_origin
+from tests.helpers.blobs import BlobSurvey
+from tests.helpers.report_runs import write_sweep
+from tests.helpers.runs import quick_settings, run_here
 from tests.helpers.shard_surveys import MemorySurvey, draw_galaxies
 
 APACHE = DataOrigin("Apache-2.0", revision="5b2f0c")
@@ -106,3 +110,32 @@ def test_another_origin_of_existing_shards_needs_overwrite_and_changes_the_manif
     assert changed.hash != first.hash
     assert write_shards(survey, first.dir, workers=1).hash == changed.hash, "without a statement the shards are kept as they are"
     assert {path: path.stat().st_mtime_ns for path in first.dir.glob("*.tar")} == tars
+
+
+def test_check_training_and_result_show_the_licence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stated = DataOrigin("CC-BY-NC-4.0", "Me\n2026")
+    shards = write_shards(BlobSurvey(), tmp_path / "shards", encoding="png", shard_size=16, workers=1, origin=stated)
+    assert main(["data", "check", str(shards.path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:3] == [
+        "  licence: CC-BY-NC-4.0 (non-commercial use only)",
+        "  citation: Me 2026",
+    ]
+    assert run_here(quick_settings(shards.path, tmp_path / "run", train__epochs=1)) == 0
+    assert "licence     CC-BY-NC-4.0 (non-commercial use only)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/result.json").read_text())["data_origin"] == stated.to_dict()
+
+
+def test_the_report_gives_licence_and_citation_of_each_data_set(tmp_path: Path) -> None:
+    runs = write_sweep(tmp_path / "runs", models=("vit",), seeds=(0,), dataset="mine")
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "unknown.html")]) == 0
+    assert "licence:" not in (tmp_path / "unknown.html").read_text()
+    result = runs[0].read_result()
+    runs[0].write_result({**(result or {}), "data_origin": {"licence": "CC-BY-NC-4.0", "citation": "Me & You_2026"}})
+    runs[1].write_result({**(result or {}), "data_origin": [1]})
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "report.html")]) == 0
+    page, markdown, tex = ((tmp_path / f"report{suffix}").read_text() for suffix in (".html", ".md", ".tex"))
+    assert "licence: CC-BY-NC-4.0 (non-commercial use only)</small>" in page
+    assert "citation Me &amp; You_2026" in page
+    assert "data_origin is not an origin of data" in page
+    assert "- licence: CC-BY-NC-4.0 (non-commercial use only)" in markdown
+    assert "% mine, citation: Me & You_2026" in tex

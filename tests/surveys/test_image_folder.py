@@ -358,7 +358,7 @@ def test_invalid_image_folder_is_refused_with_its_problem(tmp_path: Path) -> Non
 
 def test_fold_of_a_folder_with_split_folders_is_refused(tmp_path: Path) -> None:
     class_folders(tmp_path / "train")
-    with pytest.raises(UserError, match="split folders of its own"):
+    with pytest.raises(UserError, match="a split of its own"):
         open_survey(tmp_path, fold=(0, 3))
 
 

@@ -1,4 +1,7 @@
-"""Damaged images of a survey: they are reported together, and left out of the shards if the user allows it."""
+"""Damaged images of a survey: they are reported together, and left out of the shards if the user allows it.
+
+Rows of a table that have no image or no label are listed with them.
+"""
 
 import csv
 import io
@@ -13,8 +16,9 @@ from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import Galaxy, Survey
 from galaxydist.shards.writer.encode import Pixels, to_pixels
+from galaxydist.surveys.image_table import LeftOutRow, TableSurvey
 
-# The list of the images left out, beside the shards' manifest.
+# The list of the images and rows left out, beside the shards' manifest.
 LEFT_OUT_NAME = "left_out.csv"
 # Damaged images that an error message names.
 NAMED = 100
@@ -110,8 +114,13 @@ def rows_of(damaged: Sequence[DamagedImage]) -> NDArray[np.int64]:
     return np.array([image.row for image in damaged], np.int64)
 
 
+def rows_left_out(survey: Survey) -> tuple[LeftOutRow, ...]:
+    """Return the rows of a table that are in no split, because they have no image, label or split."""
+    return survey.left_out if isinstance(survey, TableSurvey) else ()
+
+
 def write_left_out(path: Path, survey: Survey, damaged: Sequence[DamagedImage]) -> None:
-    """Write the list of the images left out: split, class, and reason, which begins with the file name."""
+    """Write the list of the images left out: split, class, and reason, which begins with the file name or the table's row."""
     split_of = {row: split for split, rows in survey.splits.items() for row in np.intersect1d(rows, rows_of(damaged)).tolist()}
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
@@ -119,11 +128,13 @@ def write_left_out(path: Path, survey: Survey, damaged: Sequence[DamagedImage]) 
     for image in damaged:
         label = int(survey.labels[image.row])
         table.writerow((split_of[image.row], survey.class_names[label] if label >= 0 else "", image.reason))
+    for left_out in rows_left_out(survey):
+        table.writerow(("", "", f"row {left_out.row + 1} ({left_out.id}): {left_out.reason}"))
     replace_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def count_left_out(folder: Path) -> int:
-    """Return the number of damaged images that were left out of the shards of a folder."""
+    """Return the number of images and rows that were left out of the shards of a folder."""
     path = folder / LEFT_OUT_NAME
     if not path.is_file():
         return 0

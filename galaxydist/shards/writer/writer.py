@@ -25,7 +25,7 @@ from galaxydist.atomic_files import NO_SPACE, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
-from galaxydist.shards.catalogue import is_unicode, unite, write_catalogue
+from galaxydist.shards.catalogue import unite, write_catalogue
 from galaxydist.shards.manifest import (
     COLUMNS,
     EXTENSIONS,
@@ -47,6 +47,7 @@ from galaxydist.shards.writer.damaged import (
     check_classes_left,
     check_damaged,
     first_image,
+    rows_left_out,
     rows_of,
     write_left_out,
 )
@@ -65,6 +66,7 @@ from galaxydist.shards.writer.stages import (
     write_part,
 )
 from galaxydist.surveys.data_origin import DataOrigin, origin_of
+from galaxydist.surveys.tables.json_columns import is_unicode
 
 
 def finish_manifest(
@@ -173,7 +175,7 @@ def write_shards(
             with suppress(UserError), writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
         return _with_origin(existing, origin, overwrite=overwrite)
-    if len(survey.splits.get("train", ())) == 0:
+    if survey.class_names and len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
     with writer_lock(work_dir):
         try:
@@ -233,10 +235,10 @@ def _with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bo
         return manifest
     if not overwrite:
         known = manifest.origin.describe() if manifest.origin is not None else {}
-        said = ", ".join(f"{name}: {text} (in the manifest: {known.get(name)})" for name, text in stated.describe().items())
+        difference = ", ".join(f"{name}: {text} (in the manifest: {known.get(name)})" for name, text in stated.describe().items())
         raise UserError(
-            f"{manifest.location} exists with another origin. {said}. Give --overwrite to change it: the shards stay, but runs "
-            "that were trained on them find a changed manifest"
+            f"{manifest.location} exists with another origin. {difference}. Give --overwrite to change it: the shards stay, but "
+            "runs that were trained on them find a changed manifest"
         )
     _write_manifest(replace(manifest, origin=stated.over(manifest.origin)))
     return read_manifest(manifest.path)
@@ -309,7 +311,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
         gaps = np.sort(np.array([image.index for image in damaged], np.int64))
         packs = pack_tasks(layout, paths, settings.encoding, work_dir, gaps)
         _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
-    if damaged:
+    if damaged or rows_left_out(survey):
         write_left_out(work_dir / LEFT_OUT_NAME, survey, damaged)
     finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, parts=paths)
     return total - len(damaged)

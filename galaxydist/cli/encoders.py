@@ -1,0 +1,164 @@
+"""``galaxydist probe``: linear and nearest-neighbour classification of an encoder's frozen features."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path
+from galaxydist.errors import UserError
+from galaxydist.galaxy import VARIANTS
+from galaxydist.paths import cache_dir, folder_name, weights_dir
+
+if TYPE_CHECKING:
+    from galaxydist.explore.encoder import Encoder
+    from galaxydist.recipe.schema import Recipe
+    from galaxydist.shards.manifest import Manifest
+
+EPILOG = """examples:
+  galaxydist probe vit galaxy10_decals                          published weights of a named model
+  galaxydist probe recipe=d4_cnn galaxy10_decals model.weights=sim.safetensors
+  galaxydist probe runs/vit-0123abcd galaxy10_decals            the best checkpoint of a run, without its head
+  galaxydist probe vit galaxy10_decals --random                 random weights, for comparison
+  galaxydist data explore galaxy10_decals --features FILE       the features as a map
+"""
+_SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
+
+
+def add_probe(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "probe",
+        run_probe,
+        "measure what an encoder knows before it is trained",
+        description="Compute the features of all galaxies with a frozen encoder, and classify them by logistic regression and by "
+        "nearest neighbours: balanced accuracy and accuracy on the test split with 95 % intervals, beside the largest class and "
+        "the principal components of the pixels. Features are stored, and computed only once.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("model", metavar="MODEL", help="model name, recipe=NAME, run folder, or weights of `weights save`")
+    parser.add_argument("data", metavar="DATA", help="data set in the data root, or path or URL of a manifest")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--pretrained", action="store_true", help="published weights (default for models that have some)")
+    start.add_argument("--random", action="store_true", help="random weights")
+    parser.add_argument("--variant", choices=VARIANTS, help="variant of the data set (default: original)")
+    parser.add_argument(
+        "--tta",
+        choices=("none", "d4"),
+        default="none",
+        help="d4: mean features over the eight flips and quarter turns (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        metavar="FILE",
+        help="Parquet file of the features; the numbers are beside it as JSON (default: "
+        "features/NAME/VARIANT/MODEL-HASH.parquet in the data root)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="compute the features again, also if --out has other ones")
+    parser.add_argument(
+        "--trained-on", metavar="FILE", help="path or URL of the manifest of a run's training data, if it has moved since"
+    )
+    add_data_dir(parser)
+
+
+def run_probe(arguments: argparse.Namespace) -> None:
+    """Probe the encoder, and print the numbers."""
+    from galaxydist.distributed import init_distributed, shutdown_distributed
+    from galaxydist.explore.probe import ProbeOptions, check_labels, probe, render_result
+    from galaxydist.models.performance import set_tf32
+    from galaxydist.shards.remote.cache import CacheConfig
+    from galaxydist.shards.remote.open import open_shards
+
+    model, data, settings = _split_words([arguments.model, arguments.data, *arguments.overrides])
+    root = chosen_root(arguments)
+    manifest = open_shards(find_manifests(data, root, arguments.variant)[-1], CacheConfig(cache_dir(root)))
+    check_labels(manifest)
+    folder = root / "features" / folder_name(manifest.dataset) / folder_name(manifest.variant)
+    options = ProbeOptions(folder, arguments.out, arguments.overwrite)
+    world = init_distributed("no", os.environ)
+    try:
+        if world.size > 1:
+            raise UserError(f"a probe runs in one process, not in {world.size}: call it without a launcher")
+        set_tf32(False, world.device)
+        encoder = _open_encoder(model, settings, manifest, root, arguments)
+        result, path = probe(manifest, encoder, world, options)
+    finally:
+        shutdown_distributed()
+    print(render_result(result))
+    print(f"features: {path}; numbers: {path.with_suffix('.json')}")
+
+
+def _split_words(words: list[str]) -> tuple[str, str, list[str]]:
+    """Return model, data and settings, in any order of the settings; ``recipe=NAME`` is a model.
+
+    Raises:
+        UserError: there is no model or no data, or there are more.
+    """
+    settings = [word for word in words if _SETTING.match(word) and not Path(word).exists()]
+    named = [word for word in settings if word.startswith("recipe=")]
+    settings = [word for word in settings if word not in named]
+    others = [*named, *(word for word in words if word not in (*named, *settings))]
+    if len(others) != 2:
+        raise UserError(
+            f"give a model and a data set, not {' '.join(others) or 'settings alone'}, as in "
+            "`galaxydist probe vit galaxy10_decals`"
+        )
+    return others[0], others[1], settings
+
+
+def _open_encoder(model: str, settings: list[str], manifest: "Manifest", root: Path, arguments: argparse.Namespace) -> "Encoder":
+    from galaxydist.evaluation.leakage import open_training_shards
+    from galaxydist.explore.encoder import open_model, open_run
+    from galaxydist.loading.training_data import find_manifest
+    from galaxydist.shards.remote.cache import CacheConfig
+
+    run_dir = _find_run(model)
+    if run_dir is None:
+        return open_model(_read_recipe(model, settings, arguments), manifest, weights_dir(root), arguments.tta)
+    if given := [*settings, *(f"--{name}" for name in ("random", "pretrained") if getattr(arguments, name))]:
+        raise UserError(f"{model} is a run, which has its own settings and weights: leave {' '.join(given)} out")
+    return open_run(
+        run_dir,
+        manifest,
+        lambda recipe, trained_on: open_training_shards(
+            trained_on, find_manifest(recipe.data, root), arguments.trained_on, CacheConfig(cache_dir(root))
+        ),
+        arguments.tta,
+    )
+
+
+def _find_run(model: str) -> Path | None:
+    """Return the run folder of that path or of that name in ./runs; None if there is none."""
+    return next((path for path in (Path(model), Path("runs") / model) if (path / "recipe.json").is_file()), None)
+
+
+def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace) -> "Recipe":
+    """Return the recipe of a model, or the one that is named, with the starting weights that the options choose."""
+    from galaxydist.models.registry import ARCHITECTURES, recipe_of
+    from galaxydist.recipe.resolve import load_recipe
+
+    keys = {word.partition("=")[0] for word in settings}
+    name = model.removeprefix("recipe=")
+    if model.endswith(".safetensors"):
+        raise UserError(
+            f"{model} has weights without the model that they belong to: give the recipe that trained it, like "
+            f"`galaxydist probe recipe=d4_cnn {arguments.data} model.weights={model}`"
+        )
+    is_recipe = model.startswith("recipe=")
+    if not is_recipe and name not in ARCHITECTURES:
+        raise UserError(f"{model} is no model, recipe=NAME or run folder; there are the models {', '.join(ARCHITECTURES)}")
+    options = [f"--{name}" for name in ("random", "pretrained") if getattr(arguments, name)]
+    if options and (given := sorted(keys & {"model.weights", "model.pretrained"})):
+        raise UserError(f"{options[0]} and {' and '.join(given)} both choose the weights: leave one out")
+    if "model.weights" in keys:
+        start = {"model.pretrained": "false"}
+    elif options:
+        start = {"model.pretrained": "true" if arguments.pretrained else "false"}
+    else:
+        start = {} if is_recipe else {"model.pretrained": str(ARCHITECTURES[name].has_published_weights).lower()}
+    words = [f"{key}={value}" for key, value in start.items() if key not in keys]
+    return load_recipe([model if is_recipe else f"recipe={recipe_of(name)}", *settings, *words]).recipe

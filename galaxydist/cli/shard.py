@@ -1,0 +1,201 @@
+"""``galaxydist data shard``: surveys, image folders and tables of images to shards."""
+
+import argparse
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from galaxydist.cli.options import (
+    Commands,
+    add_command,
+    add_data_dir,
+    add_dataset,
+    add_survey,
+    add_table,
+    add_workers,
+    chosen_root,
+    fold,
+    local_path,
+    non_negative_int,
+    positive_int,
+    survey_source,
+    table_source,
+    whole_number,
+)
+from galaxydist.errors import UserError
+from galaxydist.galaxy import VARIANTS
+from galaxydist.paths import shards_dir
+
+if TYPE_CHECKING:
+    from galaxydist.galaxy import Survey
+    from galaxydist.shards.manifest import Manifest
+
+# File names of images that are compressed without loss.
+LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+
+quality = partial(whole_number, least=1, most=100)
+
+
+def add_shard(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "shard",
+        run_shard,
+        "write a survey as shards",
+        description="Write a survey as shards (plain WebDataset tars) with an index and a manifest, ready for training.",
+    )
+    add_dataset(parser)
+    add_survey(parser)
+    add_table(parser)
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="a table of galaxies without labels: for `galaxydist predict`, not for training"
+    )
+    parser.add_argument("--name", help="name of the data set, for data.dataset=NAME (default: the survey's own)")
+    parser.add_argument(
+        "--variant", choices=(*VARIANTS, "both"), default="original", help="variant of the survey (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--conflicting",
+        choices=("keep", "drop"),
+        default="keep",
+        help="galaxies that the survey lists twice with different labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test split, no validation split"
+    )
+    parser.add_argument(
+        "--val", choices=("0",), metavar="0", help="0: no validation split; its galaxies stay in the training split"
+    )
+    _add_storage(parser)
+    add_workers(parser)
+    add_data_dir(parser)
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the files to write."""
+    parser.add_argument(
+        "--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="encoding of images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quality",
+        type=quality,
+        default=95,
+        metavar="Q",
+        help="JPEG quality, 1 to 100 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the survey's)"
+    )
+    parser.add_argument(
+        "--shard-size", type=positive_int, metavar="N", help="galaxies per shard (default: from the size of the split)"
+    )
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, metavar="S", help="seed of the storage order (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="folder to write (default: shards/NAME/VARIANT in the data root)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of another survey or with other settings")
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="damaged images: raise stops, skip leaves them out and lists them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: most images to leave out (default: 100)"
+    )
+
+
+def run_shard(arguments: argparse.Namespace) -> None:
+    """Write the shards, unless they exist."""
+    variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
+    if arguments.out is not None and len(variants) > 1:
+        raise UserError("--out names one folder, --variant=both writes two: omit --out, or write one variant at a time")
+
+    if arguments.max_errors is not None and arguments.on_error != "skip":
+        raise UserError("--max-errors is the number of images to leave out: add --on-error skip")
+
+    from galaxydist.shards.writer.writer import write_shards
+    from galaxydist.surveys.survey_sources import open_survey
+
+    root = chosen_root(arguments)
+    source = survey_source(arguments, root)
+    for variant in variants:
+        survey = open_survey(
+            source,
+            variant,
+            conflicting=arguments.conflicting,
+            name=_name(arguments, source),
+            fold=arguments.fold,
+            classes=arguments.classes,
+            has_val=arguments.val is None,
+            source=table_source(arguments),
+        )
+        out_dir = arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting)
+        written_before = _written_at(out_dir)
+        manifest = write_shards(
+            survey,
+            out_dir,
+            encoding=arguments.encoding,
+            quality=arguments.quality,
+            image_size=arguments.image_size,
+            shard_size=arguments.shard_size,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            max_errors=(100 if arguments.max_errors is None else arguments.max_errors) if arguments.on_error == "skip" else None,
+        )
+        counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
+        note = " (there already)" if written_before == _written_at(out_dir) else ""
+        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{note}")
+        _print_notes(survey, manifest, arguments)
+
+
+def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
+    """Print facts about the images and classes that matter for training."""
+    from galaxydist.shards.verify import describe_equal_images
+    from galaxydist.shards.writer.damaged import LEFT_OUT_NAME, count_left_out
+    from galaxydist.surveys.folder_scan import mirrored_classes
+
+    if left_out := count_left_out(manifest.dir):
+        print(f"left out: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
+    if arguments.encoding == "jpeg":
+        _print_lossy(survey, arguments.quality)
+    for line in describe_equal_images(manifest):
+        print(line)
+    if mirrored := mirrored_classes(manifest.class_names):
+        print(
+            f"the classes {', '.join(mirrored)} are mirror images of one another: train with data.augment.flip=false, without "
+            "d4_cnn and without eval.tta=d4, which cannot tell them apart"
+        )
+
+
+def _print_lossy(survey: "Survey", quality: int) -> None:
+    """Print the number of lossless images that are stored as JPEG."""
+    files = getattr(getattr(survey, "images", survey), "files", ())
+    endings = Counter(Path(file).suffix.lower() for file in files)
+    lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
+    if lossless:
+        numbers = ", ".join(f"{count} {ending}" for ending, count in lossless.items())
+        print(f"{numbers} are stored as JPEG of quality {quality}; --encoding png keeps every pixel")
+
+
+def _written_at(folder: Path) -> int | None:
+    from galaxydist.shards.manifest import MANIFEST_NAME
+
+    path = folder / MANIFEST_NAME
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _name(arguments: argparse.Namespace, source: Path) -> str | None:
+    """Return the name of the data set, which includes the fold: a fold is another data set than the whole."""
+    name: str | None = arguments.name
+    if arguments.fold is None:
+        return name
+    from galaxydist.surveys.folder_scan import fold_name
+    from galaxydist.surveys.survey_sources import open_survey
+
+    survey = open_survey(source, classes=arguments.classes, source=table_source(arguments))
+    return fold_name(name or survey.name, *arguments.fold)

@@ -1,0 +1,239 @@
+"""Frozen encoders: a recipe's model, the best checkpoint of a run, or principal components of the pixels; and their features.
+
+An encoder sees a galaxy as an evaluation does: the central crop, resized to the model's size and normalised.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from galaxydist.checkpoints import store
+from galaxydist.distributed import World
+from galaxydist.evaluation.evaluator import MODEL_GROUPS, find_checkpoint, load_model
+from galaxydist.evaluation.inference import TTA, tta_images
+from galaxydist.evaluation.leakage import TEST_SPLIT, validation_mask
+from galaxydist.explore.embedding import COMPONENTS
+from galaxydist.explore.features_file import EncoderInfo, FeatureRows
+from galaxydist.loading.augment import Normalise
+from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.loader import DecodeOptions, EvalLoader
+from galaxydist.loading.training_data import TrainingData, has_split
+from galaxydist.models.build import build_model
+from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.weights import Statistics
+from galaxydist.recipe.identity import from_dict
+from galaxydist.recipe.schema import Recipe
+from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.catalogue import read_catalogue
+from galaxydist.shards.manifest import Manifest
+
+PIXELS = "pixels"
+# The central half of an image at this width: on real galaxies, it agrees better with the classes than the whole image.
+PIXELS_WIDTH, PIXELS_CROP = 32, 0.5
+# Training galaxies from which the principal components are computed.
+PIXELS_SAMPLE = 5000
+PIXELS_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder.
+
+    Args:
+        info: its description.
+        extract: images B x 3 x T x T -> features B x D, on the device of the model.
+        model: the module with the parameters, in evaluation mode.
+        batch_size: images of one forward pass.
+    """
+
+    info: EncoderInfo
+    extract: Callable[[Tensor], Tensor]
+    model: nn.Module
+    batch_size: int
+
+    @torch.inference_mode()
+    def features(self, manifest: Manifest, world: World) -> Iterator[FeatureRows]:
+        """Yield the features of all galaxies of a data set, split by split in the order of storage.
+
+        Raises:
+            UserError: a galaxy cannot be read.
+        """
+        from tqdm import tqdm
+
+        self.model.to(world.device)
+        total = sum(split.num_samples for split in manifest.splits.values())
+        with tqdm(total=total, desc=f"features of {self.info.model}", unit="img", disable=None) as bar:
+            for split in manifest.splits:
+                if not has_split(manifest, split):
+                    continue
+                ids = read_catalogue(manifest, split, ("id",)).column("id").to_pylist()
+                labels_N = manifest.labels(split)
+                for rows, features_BD in self.batches(manifest, split, world):
+                    yield FeatureRows(split, ids[rows], np.asarray(labels_N[rows]), features_BD.cpu().numpy())
+                    bar.update(len(features_BD))
+
+    def batches(self, manifest: Manifest, split: str, world: World) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the stored samples of each batch and their features."""
+        info = self.info
+        normalise = Normalise(info.channel_mean, info.channel_std, info.image_size, info.crop, threads=world.cores)
+        options = DecodeOptions(info.image_size, info.crop, threads=world.cores, pin=world.device.type == "cuda")
+        with (
+            EvalLoader(manifest, split, batch_size=self.batch_size, decode=options) as loader,
+            DevicePrefetcher(loader, world.device) as batches,
+        ):
+            for batch in batches:
+                images_BCHW = normalise(batch.images_BHWC)
+                views = [self.extract(view_BCHW) for view_BCHW in tta_images(images_BCHW, _tta(info))]
+                mean_BD = torch.stack(views).mean(0) if len(views) > 1 else views[0]
+                count = int((batch.samples_B >= 0).sum())  # the last batch is padded at its end
+                start = int(batch.samples_B[0])
+                yield slice(start, start + count), mean_BD[:count].float()
+
+
+def _tta(info: EncoderInfo) -> TTA:
+    return "d4" if info.tta == "d4" else "none"
+
+
+def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) -> Encoder:
+    """Return the encoder of a recipe's model, with its starting weights.
+
+    Args:
+        recipe: its model and its image size, crop and seed.
+        manifest: of the data set, whose statistics normalise the images unless the weights have their own.
+        weights_dir: folder of published weights.
+        tta: ``d4``: average the features over the eight flips and quarter turns.
+
+    Raises:
+        UserError: settings that the model cannot use, or weights that are missing or do not fit.
+    """
+    config = recipe.model.model_copy(update={"freeze_backbone": False})
+    torch.manual_seed(recipe.seed)
+    model = build_model(config, manifest.num_classes, recipe.data.image_size, weights_dir=weights_dir)
+    if config.weights is not None:
+        weights = f"{config.weights.name}"
+    else:
+        weights = "published weights" if config.pretrained else f"random weights, seed {recipe.seed}"
+    return _encoder(recipe, model, weights, TrainingData.of(manifest, recipe).statistics, tta)
+
+
+def open_run(
+    run_dir: Path, manifest: Manifest, find_training_shards: Callable[[Recipe, TrainingData], Manifest], tta: TTA
+) -> Encoder:
+    """Return the encoder of a run: its best checkpoint without the head.
+
+    Args:
+        run_dir: the run folder.
+        manifest: of the data set to probe.
+        find_training_shards: opens the shards of the run's training; called if they are others.
+        tta: as in ``open_model``.
+
+    Raises:
+        UserError: no run, no checkpoint, or test galaxies of the data set on which the run was trained.
+    """
+    folder = RunFolder(run_dir)
+    recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    checkpoint = store.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=MODEL_GROUPS)
+    trained_on = TrainingData.from_dict(checkpoint.state["data"])
+    if has_split(manifest, TEST_SPLIT):
+        validation_mask(manifest, TEST_SPLIT, trained_on, lambda data: find_training_shards(recipe, data))
+    model = load_model(recipe, checkpoint)
+    return _encoder(recipe, model, f"run {run_dir.resolve().name}, step {checkpoint.step}", trained_on.statistics, tta)
+
+
+def _encoder(recipe: Recipe, model: nn.Module, weights: str, statistics: Statistics, tta: TTA) -> Encoder:
+    head_names = ARCHITECTURES[recipe.model.name].head
+    size = recipe.data.image_size
+    model.eval()
+    extract = _pooled_features(model, head_names)
+    with torch.inference_mode():
+        num_features = extract(torch.zeros(1, 3, size, size)).shape[1]
+    info = EncoderInfo(
+        model=recipe.model.name,
+        weights=weights,
+        weights_sha256=weights_sha256(model, head_names),
+        num_features=num_features,
+        image_size=size,
+        crop=recipe.data.crop,
+        channel_mean=statistics[0],
+        channel_std=statistics[1],
+        tta=tta,
+    )
+    return Encoder(info, extract, model, recipe.eval.batch_size)
+
+
+def _pooled_features(model: nn.Module, head_names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    """Return the input of the model's last linear layer."""
+    linear = [module for name in head_names for module in model.get_submodule(name).modules() if isinstance(module, nn.Linear)][
+        -1
+    ]
+
+    def extract(images_BCHW: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            model(images_BCHW)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    return extract
+
+
+def weights_sha256(model: nn.Module, head_names: Sequence[str] = ()) -> str:
+    """Return the SHA-256 (hex) of the names, shapes, types and values of a model's parameters and buffers, without its head."""
+    digest = hashlib.sha256()
+    heads = tuple(f"{name}." for name in head_names)
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(heads):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pixels_info(manifest: Manifest) -> EncoderInfo:
+    """Return the description of the principal components of a data set's pixels, without reading an image."""
+    num_features = min(COMPONENTS, min(manifest.split("train").num_samples, PIXELS_SAMPLE) - 1)
+    return EncoderInfo(
+        model=PIXELS,
+        weights=f"{num_features} principal components",
+        weights_sha256=hashlib.sha256(f"{PIXELS} {PIXELS_SAMPLE}".encode()).hexdigest(),  # the data set decides the rest
+        num_features=num_features,
+        image_size=PIXELS_WIDTH,
+        crop=PIXELS_CROP,
+        channel_mean=(0.0, 0.0, 0.0),
+        channel_std=(1.0, 1.0, 1.0),
+        tta="none",
+    )
+
+
+def open_pixels(manifest: Manifest, world: World) -> Encoder:
+    """Return principal components of the pixels as an encoder: the features of a data set without any network.
+
+    They are those of at most ``PIXELS_SAMPLE`` training galaxies, which are stored in random order.
+
+    Raises:
+        UserError: a galaxy cannot be read.
+    """
+    from sklearn.decomposition import PCA
+
+    info = pixels_info(manifest)
+    pixels = Encoder(info, lambda images_BCHW: images_BCHW.flatten(1), nn.Identity(), PIXELS_BATCH)
+    parts: list[NDArray[np.float32]] = []
+    for _, pixels_BD in pixels.batches(manifest, "train", world):
+        parts.append(pixels_BD.cpu().numpy())
+        if sum(map(len, parts)) >= PIXELS_SAMPLE:
+            break
+    sample_ND = np.concatenate(parts)[:PIXELS_SAMPLE]
+    analysis = PCA(info.num_features, svd_solver="randomized", random_state=0).fit(sample_ND)
+    linear = nn.Linear(sample_ND.shape[1], info.num_features)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(analysis.components_))
+        linear.bias.copy_(torch.from_numpy(-analysis.mean_ @ analysis.components_.T))
+    model = nn.Sequential(nn.Flatten(), linear)
+    return Encoder(info, model, model, PIXELS_BATCH)

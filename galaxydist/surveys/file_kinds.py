@@ -1,0 +1,114 @@
+"""Kinds of files by their content, so that a file is opened and named as what it is, whatever its suffix."""
+
+import gzip
+import zipfile
+import zlib
+from pathlib import Path
+
+from galaxydist.errors import UserError
+
+CSV, PARQUET, FITS, HDF5, TAR = "CSV", "Parquet", "FITS", "HDF5", "tar"
+
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# First bytes -> kind. Tars, HDF5 with a user block, zips and text need a closer look.
+_SIGNATURES = (
+    (b"PAR1", PARQUET),
+    (b"SIMPLE  =", FITS),
+    (_HDF5_SIGNATURE, HDF5),
+    (b"PK\x03\x04", "zip archive"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "Excel workbook"),
+    (b"ARROW1", "Arrow (Feather) file"),
+    (b"\x93NUMPY", "NumPy array"),
+    (b"SQLite format 3\0", "SQLite database"),
+    (b"\x89PNG", "PNG image"),
+    (b"\xff\xd8\xff", "JPEG image"),
+    (b"BZh", "bzip2 file"),
+    (b"\xfd7zXZ\0", "xz file"),
+    (b"\x28\xb5\x2f\xfd", "zstd file"),
+    (b"Rar!", "RAR archive"),
+    (b"7z\xbc\xaf\x27\x1c", "7-Zip archive"),
+    (b"%PDF", "PDF document"),
+    (b"\x80\x04", "Python pickle"),
+    (b"\x80\x05", "Python pickle"),
+    (b"\xff\xfe", "UTF-16 text file"),
+    (b"\xfe\xff", "UTF-16 text file"),
+)
+# What to do with files of other kinds.
+_ADVICE = {
+    "zip archive": "unpack it first",
+    "RAR archive": "unpack it first",
+    "7-Zip archive": "unpack it first",
+    "gzip-compressed tar": "unpack it first: `tar xzf FILE`",
+    "bzip2 file": "unpack it first",
+    "xz file": "unpack it first",
+    "zstd file": "unpack it first",
+    "Excel workbook": 'save it as "CSV UTF-8"',
+    "UTF-16 text file": 'save it as "CSV UTF-8"',
+    "JPEG image": "give the folder of the images",
+    "PNG image": "give the folder of the images",
+    "Arrow (Feather) file": "convert it to Parquet",
+    "FITS image": "give a FITS table",
+}
+_HEAD_BYTES = 4096
+
+
+def file_kind(path: Path) -> str:
+    """Return the kind of a file by its content: ``CSV`` for any text, ``FITS``, ``Parquet``, ``HDF5``, ``tar``, or another name.
+
+    Raises:
+        UserError: the file cannot be read or is empty.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror}; make it readable for this account") from error
+    if not head:
+        raise UserError(f"{path} is empty (0 bytes); copy or write it again")
+    if head.startswith(b"\x1f\x8b"):
+        try:
+            with gzip.open(path) as unpacked:
+                head = unpacked.read(_HEAD_BYTES)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is a damaged gzip file ({error}); copy it again") from error
+        kind = _kind(head)
+        return {TAR: "gzip-compressed tar", PARQUET: "gzip-compressed Parquet file"}.get(kind, kind)
+    kind = _kind(head)
+    if kind == "zip archive" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        kind = "Excel workbook" if any(name.startswith("xl/") for name in names) else kind
+        kind = "NumPy archive" if names and all(name.endswith(".npy") for name in names) else kind
+    return kind
+
+
+def _kind(head: bytes) -> str:
+    known = next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), None)
+    if known is not None:
+        return known
+    if head[257:262] == b"ustar":
+        return TAR
+    if _HDF5_SIGNATURE in (head[512:520], head[1024:1032], head[2048:2056]):
+        return HDF5
+    return "binary file of an unknown kind" if b"\0" in head else _kind_of_text(head)
+
+
+def _kind_of_text(head: bytes) -> str:
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    starts = {
+        "VOTable": (b"<votable",),
+        "XML file": (b"<?xml",),
+        "Git LFS pointer": (b"version https://git-lfs",),
+        "web page": (b"<!doctype html", b"<html"),
+        "JSON file": (b"{", b"["),
+    }
+    kind = next((kind for kind, texts in starts.items() if start.startswith(texts)), CSV)
+    return "VOTable" if kind == "XML file" and b"<votable" in start else kind
+
+
+def refuse_kind(path: object, kind: str, expected: str) -> UserError:
+    """Return the error for a file of a kind that cannot be read here."""
+    article = "an" if kind[0] in "AEIOaeio" or kind.startswith(("HDF", "XML")) else "a"
+    named = f"{kind} file" if kind in (CSV, PARQUET, FITS, HDF5, TAR) else kind
+    advice = _ADVICE.get(kind, "convert it, or give another file")
+    return UserError(f"{path} is {article} {named}, by its content, not {expected}: {advice}")

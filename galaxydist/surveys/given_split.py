@@ -1,0 +1,150 @@
+"""Completion of the split that a folder or a table gives, and the user's options for it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from galaxydist.errors import UserError, name_some
+from galaxydist.galaxy import SPLITS
+from galaxydist.surveys.folder_scan import known_split
+from galaxydist.surveys.split import (
+    MIN_PER_CLASS,
+    NONE,
+    TEST,
+    TRAIN,
+    VAL,
+    Codes,
+    SplitCandidates,
+    cut,
+    split_balanced,
+    split_fold,
+    split_original,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitOptions:
+    """The user's options for the split of a folder or a table.
+
+    Args:
+        variant: ``original``, or ``balanced``: every class undersampled to the smallest.
+        conflicting: ``keep`` or ``drop`` galaxies with two labels.
+        fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation.
+        has_val: False for no validation split; its galaxies stay in train.
+        needs_all_classes: a class without training images is an error, not a warning.
+    """
+
+    variant: str = "original"
+    conflicting: str = "keep"
+    fold: tuple[int, int] | None = None
+    has_val: bool = True
+    needs_all_classes: bool = True
+
+
+def choose_split(
+    location: object,
+    galaxies: SplitCandidates,
+    given: Codes | None,
+    options: SplitOptions,
+    new_split: Callable[[], Codes] | None = None,
+) -> Codes:
+    """Return the (N,) split codes of a source: the given ones, completed, or new ones.
+
+    Args:
+        location: the folder or table, for messages.
+        galaxies: the N galaxies.
+        given: the codes that the source gives, -1 for a galaxy in no split; None if it gives none.
+        options: the user's options; its ``conflicting`` concerns the galaxies that ``galaxies`` marks so.
+        new_split: makes and reports the split of a source that gives none; None: stratified by class.
+
+    Raises:
+        UserError: a fold of a source with a split of its own, or classes that are too small.
+    """
+    if options.fold is not None:
+        if given is not None:
+            raise UserError(
+                f"{location} has a split of its own (split folders or a split column), and a cross-validation makes another: "
+                "remove --fold, or give the images without that split (--split none for a table)"
+            )
+        codes = split_fold(galaxies, *options.fold)
+    else:
+        codes = _complete(location, galaxies, given, options, new_split)
+    if options.variant == "balanced":
+        codes = split_balanced(galaxies, codes)
+    if not options.has_val:
+        codes = np.where(codes == VAL, TRAIN, codes).astype(np.int8)
+    if options.conflicting == "drop":
+        codes = np.where(galaxies.sky.conflicting, NONE, codes).astype(np.int8)
+    return codes
+
+
+def is_complete(location: object, given: Codes | None, *, has_val: bool) -> bool:
+    """Return True if a source itself has all wanted splits, so that none must be cut from train."""
+    found = set() if given is None else set(given.tolist())
+    if VAL in found and not has_val:
+        raise UserError(f"{location} has a validation split of its own; --val 0 is for a folder without one")
+    return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
+
+
+def split_code(name: str) -> int | None:
+    """Return the code of the split that a folder or table calls ``name``, or None if it is not known."""
+    split = known_split(name)
+    return None if split is None else SPLITS.index(split)
+
+
+def split_common_classes(galaxies: SplitCandidates) -> Codes:
+    """Split as ``split_original`` does, with the galaxies of classes that are too small to split all in train."""
+    counts = np.bincount(galaxies.labels, minlength=galaxies.num_classes)
+    common = np.flatnonzero(counts >= MIN_PER_CLASS)
+    rows = np.flatnonzero(np.isin(galaxies.labels, common))
+    codes = np.full(len(galaxies.labels), TRAIN, np.int8)
+    if len(common):
+        codes[rows] = split_original(galaxies.subset(rows, common))
+    return codes
+
+
+@cache
+def report_new_split(location: object, how: str, *, has_val: bool) -> None:
+    """Log once for each source how its images are split: a command may open it several times."""
+    shares = "80/10/10" if has_val else "90/10 into train and test"
+    logger.warning("%s gives no train, val and test splits: its images are split %s %s", location, shares, how)
+
+
+def _complete(
+    location: object,
+    galaxies: SplitCandidates,
+    codes: Codes | None,
+    options: SplitOptions,
+    new_split: Callable[[], Codes] | None,
+) -> Codes:
+    """Return new codes, or cut the wanted splits that the source lacks from train, with a warning."""
+    if codes is None:
+        if new_split is not None:
+            return _warn_of_absent(location, galaxies, new_split(), options)
+        report_new_split(location, "by class", has_val=options.has_val)
+        return split_original(galaxies)
+    for target, split in ((TEST, "test"), *(((VAL, "val"),) if options.has_val else ())):
+        if not (codes == target).any():
+            logger.warning("%s has no %s split: a tenth of each class of train is used for it", location, split)
+            counts = galaxies.counts(codes == TRAIN)
+            before, codes = codes, cut(galaxies, codes, target)
+            if not options.needs_all_classes:  # the only galaxy of a class stays in train
+                codes = np.where((counts == 1)[galaxies.labels], before, codes).astype(np.int8)
+    return _warn_of_absent(location, galaxies, codes, options)
+
+
+def _warn_of_absent(location: object, galaxies: SplitCandidates, codes: Codes, options: SplitOptions) -> Codes:
+    """Warn about classes without images in a split, and return the codes; such a class of train may be an error."""
+    for code, split in enumerate(SPLITS):
+        absent = [galaxies.class_names[label] for label in np.flatnonzero(galaxies.counts(codes == code) == 0).tolist()]
+        if absent and code == TRAIN and options.needs_all_classes:
+            raise UserError(f"{location}: class {absent[0]!r} has no training images; add some or remove the class everywhere")
+        if absent and (options.has_val or code != VAL):
+            share = f"{len(absent)} of {galaxies.num_classes} classes: " if len(absent) > 1 else ""
+            logger.warning("%s: %s has no images of %s%s", location, split, share, name_some(absent, 10))
+    return codes

@@ -1,0 +1,475 @@
+"""Surveys from tables: one row per galaxy, whose columns give label, id, split and position, beside a source of its images.
+
+Every reader of other people's data (CSV, Parquet, FITS, HDF5, tars) yields the table without image bytes and an ``ImageSource``;
+``open_table`` decides on class names, ids, splits and left-out rows.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import UserError, name_some
+from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.surveys import official_split
+from galaxydist.surveys.folder_scan import check_name, file_ids, unique_ids
+from galaxydist.surveys.given_split import (
+    SplitOptions,
+    choose_split,
+    is_complete,
+    report_new_split,
+    split_code,
+    split_common_classes,
+)
+from galaxydist.surveys.sky_cells import is_spread, split_by_cell, split_by_id
+from galaxydist.surveys.split import (
+    IN_MARGIN,
+    NONE,
+    TEST,
+    TRAIN,
+    Codes,
+    SplitCandidates,
+    build_candidates,
+    check_positions,
+    id_keys,
+    join_groups,
+    rows_by_split,
+)
+from galaxydist.surveys.table_columns import (
+    ColumnNames,
+    decoded,
+    find_columns,
+    is_scalar,
+    is_text,
+    read_degrees,
+    read_labels,
+    text_values,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+# Names of the catalogue's own columns: a column of the table with such a name gets a `_` at its end.
+_CATALOGUE_NAMES = frozenset({"id", "ra", "dec", "file", "source_id", "pixel_hash"})
+
+
+class ImageSource(Protocol):
+    """The images of a table's rows. It can be pickled, and opens its own files in each process.
+
+    Attributes:
+        slab_length: number of consecutive rows that are cheapest to read together.
+    """
+
+    @property
+    def slab_length(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
+        """Yield the images of rows ``start`` ... ``stop - 1``: H x W x 3 uint8 RGB pixels, or the bytes of a JPEG or PNG file.
+
+        Raises:
+            DamagedImageError: the image of a row cannot be read.
+        """
+        ...
+
+    def digest(self) -> str:
+        """Return a SHA-256 (hex) that changes when an image changes."""
+        ...
+
+
+@runtime_checkable
+class HashedImages(Protocol):
+    """An ``ImageSource`` that also finds equal images, so that they stay in one split."""
+
+    def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (N,) group numbers, equal for equal images; -1 for an image without a copy."""
+        ...
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """The user's options for a table.
+
+    Args:
+        name: the data set's name.
+        columns: the columns that the user names.
+        classes: ``galaxy10``: the labels are Galaxy10's classes, by name or number; None: as they are.
+        class_names: names of the classes 0, 1, ...; None: the label column holds the names.
+        variant: ``original`` or ``balanced``.
+        conflicting: ``keep`` or ``drop`` galaxies with two labels, by position, equal files or a column ``conflicting``.
+        fold: ``(k, n)``: fold k of an n-fold cross-validation.
+        has_val: False for no validation split.
+        is_labelled: False for galaxies without labels: all rows are in the split ``test``, and there are no classes.
+    """
+
+    name: str
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    classes: str | None = None
+    class_names: tuple[str, ...] | None = None
+    variant: str = "original"
+    conflicting: str = "keep"
+    fold: tuple[int, int] | None = None
+    has_val: bool = True
+    is_labelled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutRow:
+    """A row of a table that is in no split: its number, its id, and the reason."""
+
+    row: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TableSurvey:
+    """A table as a :class:`galaxydist.galaxy.Survey`; images are read on demand.
+
+    Row i of the survey is row i of the table. Rows that are left out (without an image, a label or a split) are in no split.
+
+    Attributes:
+        location: the table, for messages.
+        ids: N ids that are valid in a tar.
+        ra, dec: (N,) degrees, nan where unknown.
+        extras: the catalogue's other columns: ``source_id``, the table's own, and ``file``; scalars only.
+        left_out: the rows that are left out, with their reasons.
+    """
+
+    location: str
+    name: str
+    variant: str
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64] = field(repr=False)
+    splits: Mapping[str, NDArray[np.int64]] = field(repr=False)
+    ids: Sequence[str] = field(repr=False)
+    ra: NDArray[np.float64] = field(repr=False)
+    dec: NDArray[np.float64] = field(repr=False)
+    extras: "pa.Table" = field(repr=False)
+    images: ImageSource = field(repr=False)
+    left_out: tuple[LeftOutRow, ...] = field(repr=False, default=())
+
+    @property
+    def slab_length(self) -> int:
+        return self.images.slab_length
+
+    @property
+    def reads_single_files(self) -> bool:
+        """True if reading a single row costs no more than its share of a slab."""
+        return hasattr(self.images, "files")
+
+    def image_name(self, row: int) -> str:
+        """Return the file of a row's image if it has one, else the galaxy's id."""
+        return str(self.extras.column("file")[row]) if "file" in self.extras.column_names else self.ids[row]
+
+    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
+        """Yield the galaxies of rows ``start`` ... ``stop - 1``; raises DamagedImageError at a row whose image cannot be read."""
+        for first in range(start, stop, self.slab_length):
+            last = min(first + self.slab_length, stop)
+            extras = self.extras.slice(first, last - first).to_pylist() if self.extras.num_columns else [{}] * (last - first)
+            for row, image in zip(range(first, last), self.images.read(first, last), strict=True):
+                label = int(self.labels[row])
+                ra, dec = (float(degrees) if np.isfinite(degrees) else None for degrees in (self.ra[row], self.dec[row]))
+                yield Galaxy(self.ids[row], image, None if label < 0 else label, ra, dec, extras[row - first])
+
+    @cached_property
+    def source_hash(self) -> str:
+        """SHA-256 of names, labels, splits, positions, all columns and the images' digest."""
+        digest = hashlib.sha256(f"table {self.name} {self.variant} {self.class_names}".encode())
+        for array in (self.labels, *self.splits.values(), self.ra, self.dec):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update("\n".join(self.ids).encode())
+        for name, column in zip(self.extras.column_names, self.extras.columns, strict=True):
+            digest.update(f"\n{name} {column.type}\n".encode())
+            _hash_column(digest, decoded(column))
+        digest.update(self.images.digest().encode())
+        return digest.hexdigest()
+
+
+def open_table(
+    table: "pa.Table",
+    images: ImageSource,
+    location: str,
+    options: TableOptions,
+    has_image: NDArray[np.bool_] | None = None,
+) -> TableSurvey:
+    """Return the galaxies of a table: its class names, ids, splits and positions, and the rows left out.
+
+    The split is the table's column. Without one it is 80/10/10: by cells of the sky if the positions are spread over many, in one
+    field stratified by class with groups of neighbours together, and without positions by a hash of the id.
+
+    Args:
+        table: one row per galaxy in the survey's order, without image bytes.
+        images: the images of these rows.
+        location: the table's path or URL, for messages.
+        options: the user's options.
+        has_image: (N,) False for rows without an image; None: all have one.
+
+    Raises:
+        UserError: an empty table, wrong columns or values, ids that occur twice, or no row with an image and a label.
+    """
+    if not len(table):
+        raise UserError(
+            f"{location} has no rows{f', only the header {name_some(table.column_names)}' if table.num_columns else ''}"
+        )
+    check_name(options.name)
+    columns = find_columns(table.column_names, options.columns, location, is_labelled=options.is_labelled)
+    class_names, labels = _labels(table, columns, location, options)
+    given, without_split = _given_split(table, columns, location)
+    reasons = {
+        "without an image": ~has_image if has_image is not None else np.zeros(len(table), np.bool_),
+        "without a label": (labels < 0) if options.is_labelled else np.zeros(len(table), np.bool_),
+        "without a split": without_split,
+    }
+    is_kept = ~np.any([*reasons.values()], axis=0)
+    kept = np.flatnonzero(is_kept)
+    if not len(kept):
+        raise UserError(f"{location}: no row can be used: {_describe(reasons)}")
+    if len(kept) < len(table):
+        _report_left_out(location, f"{len(table) - len(kept):,} of {len(table):,} rows are left out: {_describe(reasons)}")
+    ids, source_ids = _ids(table, columns, kept, location, options.name)
+    ra, dec = _positions(table, columns, location)
+    codes = np.full(len(table), NONE, np.int8)
+    if options.is_labelled:
+        equal = np.full(len(table), -1, np.int64)
+        is_cut = options.variant == "balanced" or not is_complete(location, given, has_val=options.has_val)
+        if is_cut and isinstance(images, HashedImages):
+            equal = images.group_equal(labels)
+        rows = _RowsToSplit(location, class_names, [ids[row] for row in kept.tolist()], labels[kept], ra[kept], dec[kept])
+        marked = _marked_conflicting(table)[kept]
+        codes[kept] = rows.split(None if given is None else given[kept], equal[kept], marked, options)
+    else:
+        codes[kept] = TEST
+    return TableSurvey(
+        location=location,
+        name=options.name,
+        variant=options.variant,
+        class_names=class_names,
+        labels=np.where(is_kept, labels, -1),
+        splits=rows_by_split(codes),
+        ids=ids,
+        ra=ra,
+        dec=dec,
+        extras=_extras(table, columns, source_ids, location),
+        images=images,
+        left_out=_left_out(reasons, ids, source_ids),
+    )
+
+
+def _labels(table: "pa.Table", columns: ColumnNames, location: str, options: TableOptions) -> tuple[tuple[str, ...], Any]:
+    if not options.is_labelled:
+        return (), np.full(len(table), -1, np.int64)
+    if columns.label is None:
+        raise UserError(
+            f"{location} has no label column: name it with --label, or give --unlabelled if the galaxies have none (they can be "
+            f"predicted, not trained on). Its columns are {name_some(table.column_names, 40)}"
+        )
+    as_galaxy10 = options.classes == "galaxy10"
+    column = table.column(columns.label)
+    return read_labels(column, columns.label, location, class_names=options.class_names, as_galaxy10=as_galaxy10)
+
+
+def _given_split(table: "pa.Table", columns: ColumnNames, location: str) -> tuple[Codes | None, NDArray[np.bool_]]:
+    """Return the split codes of the split column (None without one), and the rows in which it is empty."""
+    import pyarrow.compute as pc
+
+    if columns.split is None:
+        return None, np.zeros(len(table), np.bool_)
+    values = text_values(table.column(columns.split))
+    names = pc.drop_null(pc.unique(values)).to_pylist()
+    codes = {name: split_code(name) for name in names}
+    if wrong := [name for name, code in codes.items() if code is None]:
+        raise UserError(
+            f"{location}, column {columns.split!r}: the split {name_some([*map(repr, wrong)])} is not train, val or test (or "
+            "valid, validation); correct it, name another column with --split, or ignore it with --split none"
+        )
+    given = np.array([NONE if name is None else codes[name] for name in values.to_pylist()], np.int8)
+    if not names:
+        return None, np.zeros(len(table), np.bool_)
+    return given, given == NONE
+
+
+def _positions(table: "pa.Table", columns: ColumnNames, location: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return right ascensions and declinations in degrees, nan where unknown."""
+    if columns.ra is None or columns.dec is None:
+        return np.full(len(table), np.nan), np.full(len(table), np.nan)
+    ra, dec = (read_degrees(table.column(name), name, location) for name in (columns.ra, columns.dec))
+    check_positions(ra, dec, name=lambda row: f"{location}, row {row + 1}")
+    return ra, dec
+
+
+def _ids(
+    table: "pa.Table", columns: ColumnNames, kept: NDArray[np.int64], location: str, name: str
+) -> tuple[list[str], list[str] | None]:
+    """Return the N ids, and the N ids as the table has them: its id column, else the stems of its files (None without either)."""
+    files = None if columns.file is None else text_values(table.column(columns.file)).to_pylist()
+    numbered = [f"{name}-{row:07d}" for row in range(len(table))]
+    if columns.id is not None:
+        own = text_values(table.column(columns.id)).to_pylist()
+        _check_ids(own, kept, columns.id, location)
+        candidates: list[tuple[str, ...]] = [(own[row], f"{own[row]}-{files[row] if files else row}") for row in kept.tolist()]
+        source_ids = [text or "" for text in own]
+    elif files is not None:
+        paths = [text.replace("\\", "/").rstrip("/") if text else numbered[row] for row, text in enumerate(files)]
+        candidates = [file_ids(paths[row]) for row in kept.tolist()]
+        source_ids = [file_ids(path)[0] for path in paths]
+    else:
+        return numbered, None
+    for row, unique in zip(kept.tolist(), unique_ids(candidates), strict=True):
+        numbered[row] = unique
+    return numbered, source_ids
+
+
+def _check_ids(own: Sequence[str | None], kept: NDArray[np.int64], column: str, location: str) -> None:
+    advice = "correct the table, or name another column with --id (--id none takes the names of the image files)"
+    rows = kept.tolist()
+    if empty := [row for row in rows if own[row] is None]:
+        raise UserError(f"{location}, column {column!r}: {len(empty)} rows have no id, the first is row {empty[0] + 1}; {advice}")
+    if repeated := [text for text, count in Counter(own[row] for row in rows).items() if count > 1]:
+        first = [row + 1 for row in rows if own[row] == repeated[0]]
+        raise UserError(
+            f"{location}, column {column!r}: {len(repeated)} ids occur more than once, the first is {repeated[0]!r} in rows "
+            f"{name_some([*map(str, first)])}; {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class _RowsToSplit:
+    """The rows of a table that are kept: ids, class numbers, positions in degrees."""
+
+    location: str
+    class_names: tuple[str, ...]
+    ids: Sequence[str]
+    labels: NDArray[np.int64]
+    ra: NDArray[np.float64]
+    dec: NDArray[np.float64]
+
+    def split(self, given: Codes | None, equal: NDArray[np.int64], marked: NDArray[np.bool_], options: TableOptions) -> Codes:
+        """Return the split codes.
+
+        Args:
+            given: codes that the table gives, or None.
+            equal: group numbers of equal images, -1 for an image without a copy.
+            marked: True for galaxies that the table calls conflicting.
+            options: the user's options.
+        """
+        seed = official_split.SPLIT_SEED
+        galaxies = build_candidates(
+            self.labels, self.ra, self.dec, class_names=self.class_names, seed=seed, keys=id_keys(self.ids)
+        )
+        sky = join_groups(galaxies.sky, equal, self.labels)
+        galaxies = replace(galaxies, sky=replace(sky, conflicting=sky.conflicting | marked))
+        wanted = SplitOptions(options.variant, options.conflicting, options.fold, options.has_val, needs_all_classes=False)
+        return choose_split(
+            self.location, galaxies, given, wanted, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
+        )
+
+    def _new_split(self, galaxies: SplitCandidates, equal: NDArray[np.int64], *, has_val: bool) -> Codes:
+        """Return the codes of a table that gives none; equal images have one code, those with two labels are not evaluated on."""
+        has_positions = bool(np.isfinite(self.ra).any())
+        if has_positions and not is_spread(self.ra, self.dec):
+            report_new_split(self.location, "by class, neighbours on the sky together", has_val=has_val)
+            return split_common_classes(galaxies)
+        if has_positions:
+            report_new_split(self.location, "by cells of the sky", has_val=has_val)
+            codes, apart = split_by_cell(self.ra, self.dec, self.ids), IN_MARGIN
+        else:
+            report_new_split(self.location, "by a hash of the ids", has_val=has_val)
+            codes, apart = split_by_id(self.ids), TRAIN
+        # Equal images follow the one with the smallest key; where that would put a galaxy among its neighbours of another split,
+        # it goes to the margin. So do galaxies with two labels, which are not evaluated on.
+        grouped = np.flatnonzero(equal >= 0)
+        grouped = grouped[np.lexsort((galaxies.keys[grouped], equal[grouped]))]
+        _, first, group = np.unique(equal[grouped], return_index=True, return_inverse=True)
+        leading = codes[grouped[first]][group]
+        codes[grouped] = np.where(codes[grouped] == leading, leading, IN_MARGIN) if has_positions else leading
+        codes[galaxies.sky.conflicting & (codes != TRAIN)] = apart
+        return codes
+
+
+def _marked_conflicting(table: "pa.Table") -> NDArray[np.bool_]:
+    """Return (N,) True for galaxies that the table marks in a column ``conflicting``."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if "conflicting" not in table.column_names or not pa.types.is_boolean(table.schema.field("conflicting").type):
+        return np.zeros(len(table), np.bool_)
+    return np.asarray(pc.fill_null(decoded(table.column("conflicting")), False).to_numpy(zero_copy_only=False), np.bool_)
+
+
+def _extras(table: "pa.Table", columns: ColumnNames, source_ids: Sequence[str] | None, location: str) -> "pa.Table":
+    """Return the catalogue's other columns; nested ones are named in a warning and left out."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found: dict[str, pa.Array] = {}
+    nested = []
+    for name in table.column_names:
+        if name in columns.used() or not name or name.startswith("__"):
+            continue
+        array = decoded(table.column(name))
+        kind = array.type
+        if pa.types.is_temporal(kind):
+            array = pc.cast(array, pa.string())
+        elif pa.types.is_decimal(kind) or pa.types.is_float16(kind):
+            array = pc.cast(array, pa.float64())
+        elif not is_scalar(kind):
+            nested.append(name)
+            continue
+        found[f"{name}_" if name in _CATALOGUE_NAMES else name] = array
+    if nested:
+        logger.warning("%s: columns without single numbers or text are not in the catalogue: %s", location, name_some(nested, 20))
+    if source_ids is not None:
+        found = {"source_id": pa.array(source_ids, pa.string()), **found}
+    if columns.file is not None:
+        found["file"] = text_values(table.column(columns.file))
+    return pa.table(found)
+
+
+def _left_out(
+    reasons: Mapping[str, NDArray[np.bool_]], ids: Sequence[str], source_ids: Sequence[str] | None
+) -> tuple[LeftOutRow, ...]:
+    rows = []
+    for row in np.flatnonzero(np.any([*reasons.values()], axis=0)).tolist():
+        why = " and ".join(reason for reason, mask in reasons.items() if mask[row])
+        rows.append(LeftOutRow(row, (source_ids[row] if source_ids else "") or ids[row], why))
+    return tuple(rows)
+
+
+def _describe(reasons: Mapping[str, NDArray[np.bool_]]) -> str:
+    """Return ``9 without an image, 3 without a label``."""
+    return ", ".join(f"{int(mask.sum()):,} {reason}" for reason, mask in reasons.items() if mask.any())
+
+
+@cache
+def _report_left_out(location: str, text: str) -> None:
+    """Log once for each table: a command may open it several times."""
+    logger.warning("%s: %s", location, text)
+
+
+def _hash_column(digest: Any, array: "pa.Array") -> None:
+    """Add a column's values to a digest, and where it is null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digest.update(np.packbits(pc.is_null(array).to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_null(array.type):
+        return
+    if not is_text(array.type):
+        digest.update(
+            np.ascontiguousarray(
+                pc.fill_null(array, False if pa.types.is_boolean(array.type) else 0).to_numpy(zero_copy_only=False)
+            ).tobytes()
+        )
+        return
+    filled = pc.fill_null(array, "")
+    digest.update(pc.binary_length(filled).to_numpy(zero_copy_only=False).tobytes())
+    for start in range(0, len(filled), 65_536):
+        digest.update("".join(filled.slice(start, 65_536).to_pylist()).encode())
