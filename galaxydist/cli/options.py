@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,17 @@ Commands = Any
 DATASETS = {
     "galaxy10_decals": "galaxydist data fetch",
     "simulated": "galaxydist data simulate",
+}
+
+
+# Columns of a table of images that an option may name.
+COLUMN_KINDS = {
+    "file": "image files: paths or URLs",
+    "label": "classes: names or numbers",
+    "id": "ids",
+    "split": "splits: train, val, test",
+    "ra": "right ascensions in degrees",
+    "dec": "declinations in degrees",
 }
 
 
@@ -165,21 +176,14 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_table(parser: argparse.ArgumentParser) -> None:
-    """Add ``--images`` and the columns of a table of images."""
+def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KINDS) -> None:
+    """Add ``--images`` and the columns of a table of images, of these kinds."""
     group = parser.add_argument_group("tables", "columns are found by their usual names; `none` stands for no column")
     group.add_argument(
         "--images", metavar="ROOT", help="folder or URL that the table's file names start from (default: the table's folder)"
     )
-    for kind, what in (
-        ("file", "image files: paths or URLs"),
-        ("label", "classes: names or numbers"),
-        ("id", "ids"),
-        ("split", "splits: train, val, test"),
-        ("ra", "right ascensions in degrees"),
-        ("dec", "declinations in degrees"),
-    ):
-        group.add_argument(f"--{kind}", dest=f"{kind}_column", metavar="COLUMN", help=f"column of {what}")
+    for kind in kinds:
+        group.add_argument(f"--{kind}", dest=f"{kind}_column", metavar="COLUMN", help=f"column of {COLUMN_KINDS[kind]}")
 
 
 def table_source(arguments: argparse.Namespace) -> "SourceOptions":
@@ -187,8 +191,7 @@ def table_source(arguments: argparse.Namespace) -> "SourceOptions":
     from galaxydist.surveys.survey_sources import SourceOptions
     from galaxydist.surveys.table_columns import ColumnNames
 
-    kinds = ("file", "label", "id", "split", "ra", "dec")
-    columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column") for kind in kinds})
+    columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column", None) for kind in COLUMN_KINDS})
     return SourceOptions(arguments.images, columns, is_labelled=not getattr(arguments, "unlabelled", False))
 
 

@@ -21,7 +21,8 @@ from galaxydist.atomic_files import explain_full_disk, read_json, replace_bytes,
 from galaxydist.errors import UserError
 from galaxydist.prediction.predictor import Predictions
 from galaxydist.prediction.sources import PredictionSource
-from galaxydist.shards.catalogue import conform, rechunk
+from galaxydist.shards.catalogue import rechunk
+from galaxydist.surveys.tables.json_columns import conform
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -240,6 +241,7 @@ class Output:
         damaged = [(chunk.part, reason) for chunk, (_, reasons) in zip(plan.chunks, found, strict=True) for reason in reasons]
         num_rows = sum(source.parts.values())
         if num_rows and len(damaged) == num_rows:
+            work.remove()
             raise UserError(f"none of the {num_rows} images of {source.location} can be read; the first: {damaged[0][1]}")
         counts = {"galaxies": num_rows - len(damaged), "damaged": len(damaged) + len(source.left_out)}
         self._write_damaged(damaged, source.left_out)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import read_run_recipe
+from galaxydist.job_environment import wants_cpu
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, Chunks, RankInfo
 from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Output, WorkFolder
@@ -55,12 +56,28 @@ class LabelOptions:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Result of the predictions of a source: numbers of galaxies and of damaged images, and this process's time and rows."""
+    """Result of the predictions of a source.
+
+    Args:
+        galaxies, damaged: numbers of labelled galaxies, and of images that could not be read.
+        rows_here, seconds: rows that this process labelled now, and the time it took.
+        is_main: this process is rank 0.
+    """
 
     galaxies: int
     damaged: int
     rows_here: int
     seconds: float
+    is_main: bool
+
+    def summary(self, out: Path) -> str:
+        """Return the result for the terminal."""
+        speed = f" at {self.rows_here / self.seconds:,.0f} img/s per process" if self.rows_here else ""
+        lines = [f"{self.galaxies:,} galaxies labelled{speed}: {out}"]
+        if self.damaged:
+            listed = out.with_suffix(".damaged.csv")
+            lines.append(f"{self.damaged:,} images could not be read and are left out; they are listed in {listed}")
+        return "\n".join(lines)
 
 
 def label_source(
@@ -90,7 +107,7 @@ def label_source(
     """
     options = options or LabelOptions()
     recipe = read_run_recipe(RunFolder(run))
-    precision = precision_on(recipe, has_gpu=torch.cuda.is_available())
+    precision = precision_on(recipe, has_gpu=torch.cuda.is_available() and not wants_cpu(environ))
     world = init_distributed(precision, environ, timeout=TIMEOUT, threads=recipe.train.threads)
     try:
         world.run_on_main(lambda: check_output(out, overwrite=options.overwrite))
@@ -152,11 +169,15 @@ class Labelling:
         world, started = self.world, time.perf_counter()
         with ExitStack() as stack:
             todo = world.run_on_main(lambda: self._begin(stack))
-            rows_here = [0]
-            world.run_on_all(lambda: rows_here.append(self._label(todo[world.rank :: world.size], len(todo))))
+            try:
+                rows_here = world.run_on_all(lambda: self._label(todo[world.rank :: world.size], len(todo)))
+            except UserError:
+                if world.is_main and len(self.work.unfinished(self.plan)) == len(self.plan.chunks):
+                    self.work.remove()  # nothing to continue from
+                raise
             seconds = time.perf_counter() - started
             counts = world.run_on_main(lambda: self.output.merge(self.work, self.plan, self.source, self._record()))
-        return Labelled(counts["galaxies"], counts["damaged"], rows_here[-1], seconds)
+        return Labelled(counts["galaxies"], counts["damaged"], rows_here, seconds, is_main=world.is_main)
 
     def _begin(self, stack: ExitStack) -> list[Chunk]:
         """On rank 0, lock the work folder and return the chunks to label."""

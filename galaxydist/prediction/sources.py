@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,10 +23,11 @@ from galaxydist.loading.decode import ImageError
 from galaxydist.loading.loader import Batch, Chunks, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.prediction.image_form import SCALE_TOLERANCE, ImageForm, OtherImagesError
 from galaxydist.recipe.schema import DataConfig
-from galaxydist.shards.catalogue import iterate_catalogue, open_catalogue, read_catalogue, table_of_rows, unite
+from galaxydist.shards.catalogue import iterate_catalogue, open_catalogue, read_catalogue
 from galaxydist.shards.manifest import Manifest, catalogue_name
 from galaxydist.shards.writer.damaged import read_rows, rows_left_out
 from galaxydist.shards.writer.encode import PIXEL_HASH
+from galaxydist.surveys.tables.json_columns import typed_column, unite_fields
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -165,15 +166,12 @@ class SurveyToLabel:
         return SurveyReader(self, reading, self._columns)
 
     def take_columns(self, chunk: int) -> "pa.Table | None":
-        table = self._columns.pop(chunk)
-        unknown = [name for name in ("ra", "dec") if table.column(name).null_count == len(table)]
-        return table.drop_columns(unknown)
+        return self._columns.pop(chunk)
 
     def schema(self, chunk_schemas: "Sequence[pa.Schema]") -> "pa.Schema":
         import pyarrow as pa
 
-        known = {name for schema in chunk_schemas for name in schema.names}
-        return pa.schema([field for field in unite(chunk_schemas) if field.name in known])
+        return pa.schema(unite_fields(chunk_schemas))
 
     def columns(self, part: str, lengths: Sequence[int]) -> "Iterator[pa.Table | None]":
         del part
@@ -188,7 +186,7 @@ class _Piece:
     rows: NDArray[np.int64]
     pixels_BHWC: NDArray[np.uint8]
     errors: Mapping[int, UserError]
-    records: Sequence[tuple[str, Mapping[str, Any]]]
+    records: Sequence[Mapping[str, Any]]
     is_last: bool
 
 
@@ -248,23 +246,23 @@ class SurveyReader:
                 errors[first + number] = error
         return _Piece(chunk, np.arange(first, last), pixels_BHWC, errors, records, is_last)
 
-    def _record(self, galaxy: Galaxy) -> tuple[str, Mapping[str, Any]]:
+    def _record(self, galaxy: Galaxy) -> Mapping[str, Any]:
         """Return the user's id and columns of a galaxy."""
         extras = {name: value.item() if isinstance(value, np.generic) else value for name, value in galaxy.extras.items()}
         if galaxy.label is not None and "label" not in extras:
             extras["label"] = self._survey.class_names[galaxy.label]
         own = extras.pop(SOURCE_ID, None)
-        return galaxy.id, {"id": own or galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec, **extras}
+        return {"id": own or galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec, **extras}
 
-    def _assemble(self) -> Iterator[Batch]:
-        size, held, records = self._reading.batch_size, deque[_Piece](), list[tuple[str, Mapping[str, Any]]]()
+    def _assemble(self) -> Generator[Batch]:
+        size, held, records = self._reading.batch_size, deque[_Piece](), list[Mapping[str, Any]]()
         num_held = 0
         for piece in self._pieces:
             held.append(piece)
             num_held += len(piece.rows)
             records += piece.records
             if piece.is_last:
-                self._columns[piece.chunk], records = table_of_rows(records), []
+                self._columns[piece.chunk], records = _table_of(records), []
             while num_held >= size or (piece.is_last and num_held):
                 parts, wanted = [], min(size, num_held)
                 num_held -= wanted
@@ -275,6 +273,15 @@ class SurveyReader:
                     if rest is not None:
                         held.appendleft(rest)
                 yield _batch(parts)
+
+
+def _table_of(records: "Sequence[Mapping[str, Any]]") -> "pa.Table":
+    """Return a row per record and a column per name, in order of appearance."""
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = [typed_column(name, [record.get(name) for record in records]) for name in names]
+    return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
 
 
 def _split(piece: _Piece, count: int) -> tuple[_Piece, _Piece | None]:
@@ -390,6 +397,7 @@ class ShardsToLabel:
 
     def take_columns(self, chunk: int) -> "pa.Table | None":
         del chunk
+        return None
 
     def schema(self, chunk_schemas: "Sequence[pa.Schema]") -> "pa.Schema":
         import pyarrow as pa

@@ -50,11 +50,7 @@ def table_of(metas: Iterable[tuple[str, bytes]]) -> pa.Table:
     Raises:
         ValueError: a .json is not JSON, or not an object.
     """
-    return table_of_rows([(key, parse_object(meta)) for key, meta in metas])
-
-
-def table_of_rows(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> pa.Table:
-    """Return a row per galaxy, as :func:`table_of` does, from the keys and the contents of their .json."""
+    rows = [(key, parse_object(meta)) for key, meta in metas]
     names = dict.fromkeys(name for _, row in rows for name in row if name not in OWN and is_unicode(name))
     fields = [*OWN_FIELDS]
     columns = [

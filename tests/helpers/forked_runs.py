@@ -163,6 +163,24 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
     return train(settings)
 
 
+def predict(arguments: Sequence[str], kill_at: int | None = None) -> int:
+    """Label as ``galaxydist predict`` does; with ``kill_at``, kill itself right before the N-th file gets its name."""
+    from galaxydist.cli.main import main
+
+    seen = 0
+
+    def hook(name: str, _: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name == "galaxydist.rename":
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at is not None:
+        sys.addaudithook(hook)
+    return main(["predict", *arguments])
+
+
 def _call(function: tuple[str, str], arguments: tuple[Any, ...], environ: dict[str, str], output: Path) -> None:
     """In the new process. The function comes by name, so that its module is imported with the right environment."""
     assert "galaxydist.training.trainer" in sys.modules, "the server could not import what a run needs"
