@@ -31,6 +31,8 @@ SPLITS = ("train", "val", "test")
 # A fourth part of some surveys: galaxies too close to another split's part of the sky. It is stored and counted, and no model is
 # trained, chosen or evaluated on it.
 MARGIN = "margin"
+# All parts that are stored, in the order of their codes.
+STORED_SPLITS = (*SPLITS, MARGIN)
 
 
 def check_not_margin(split: str) -> None:

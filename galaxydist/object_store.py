@@ -434,6 +434,25 @@ def _retried(attempt: Callable[[], T], url: str, stop: threading.Event, attempts
         ) from error
 
 
+def check_version(store: Store, name: str, num_bytes: int | None, version: str, *, stop: threading.Event) -> None:
+    """Check that a file of a store is the one that was seen earlier, by its size and version.
+
+    Args:
+        store, name: the file.
+        num_bytes, version: as ``Store.stat`` returned them; None and empty: not known.
+        stop: ends attempts when it is set.
+
+    Raises:
+        UserError: the file was replaced; or as :func:`download`.
+    """
+    size, found = _retried(lambda: store.stat(name), store.url(name), stop, ATTEMPTS)
+    if (num_bytes is not None and size != num_bytes) or (version and found != version):
+        raise UserError(
+            f"{store.url(name)} was replaced after it was indexed ({num_bytes} bytes of version {version or 'unknown'} then, "
+            f"{size} bytes of version {found or 'unknown'} now): index it again"
+        )
+
+
 def _verify(path: Path, num_bytes: int | None, sha256: bytes | None) -> None:
     found = path.stat().st_size
     if num_bytes is not None and found != num_bytes:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -26,8 +26,9 @@ from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import recipe_of
 from galaxydist.recipe.identity import run_name
+from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.resolve import ResolvedRecipe, load_recipe
-from galaxydist.recipe.schema import ModelName, Recipe
+from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -86,7 +87,7 @@ class _PlainTraining:
         groups = [dict(group) for group in parameter_groups(self.model, recipe.optim.weight_decay)]
         self.optimizer = build_optimizer(groups, recipe.optim, self.device)
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema > 0 else None
-        self.augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=available_cores())
+        self.augment = build_augment(recipe, TrainingData.of(manifest, recipe, self.model), threads=available_cores())
         loader = TrainLoader(
             manifest,
             seed=recipe.seed,
@@ -185,13 +186,13 @@ def measure_folds(
     Raises:
         UserError: no images, or a model or setting that cannot be used, before anything is trained; stopped by a signal.
     """
-    extra = _read_overrides(overrides)
+    extra = read_overrides(overrides)
     models = MODELS if models is None else models
     for model in models:
-        if model not in get_args(ModelName) or list(models).count(model) > 1:
-            raise UserError(f"--models: {model!r} is given twice, or is none of {', '.join(get_args(ModelName))}")
+        if model not in NAMED_MODELS or list(models).count(model) > 1:
+            raise UserError(f"--models: {model!r} is given twice, or is none of {', '.join(NAMED_MODELS)}")
         load_recipe(_arguments(model, extra))
-    manifests = _write_folds(real_dir, work_dir, num_folds)
+    manifests = write_folds(real_dir, work_dir, num_folds)
     first_fold = {model: _recipe(model, extra, manifests[0], work_dir) for model in models}
     costs = _costs(first_fold.values(), manifests[0], work_dir / "costs.json")
     # Every fold is trained equally long: the folds differ by a galaxy or two.
@@ -201,7 +202,7 @@ def measure_folds(
     for number, (fold, model) in enumerate(fits, start=1):
         title = f"fit {number} of {len(fits)}: {model}, fold {fold + 1} of {num_folds}, {epochs[model]} epochs"
         show(f"\n{title}")
-        results[model].append(_fit(_recipe(model, extra, manifests[fold], work_dir, epochs[model]), environ))
+        results[model].append(fit(_recipe(model, extra, manifests[fold], work_dir, epochs[model]), environ))
         show(f"{title}: accuracy {results[model][-1]['accuracy']:.4f}")
     found = {model: _summary(runs, epochs[model], costs[model], results[models[0]]) for model, runs in results.items()}
     show_folds(found, minutes, manifests[0].num_classes)
@@ -210,23 +211,31 @@ def measure_folds(
     return task
 
 
-def _read_overrides(overrides: Sequence[str]) -> dict[str, str]:
+def read_overrides(overrides: Sequence[str], fixed: Sequence[str] = FIXED) -> dict[str, str]:
+    """Return ``key=value`` texts as a dictionary; a key in ``fixed``, which the comparison sets, is refused (UserError)."""
     extra: dict[str, str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or key in extra:
             raise UserError(f"{text!r} is no key=value, or its key is given twice")
-        if key in FIXED:
+        if key in fixed:
             raise UserError(f"{text}: the comparison itself sets {key}; leave it out")
         extra[key] = value
     return extra
 
 
-def _write_folds(real_dir: Path, work_dir: Path, num_folds: int) -> list[Manifest]:
-    """Write the shards of each fold to a folder named after the images' hash, unless they exist."""
+def write_folds(real_dir: Path, work_dir: Path, num_folds: int, classes: str | None = None) -> list[Manifest]:
+    """Write the shards of each fold to a folder named after the images' hash, unless they exist.
+
+    Args:
+        real_dir: ``<class>/<image>``, without split folders.
+        work_dir: folder for the shards.
+        num_folds: number of stratified folds.
+        classes: ``galaxy10``: the folders are Galaxy10's classes.
+    """
     manifests = []
     for fold in range(num_folds):
-        survey = open_image_folder(real_dir, fold=(fold, num_folds))
+        survey = open_image_folder(real_dir, fold=(fold, num_folds), classes=classes)
         survey = dataclasses.replace(survey, name=fold_name(survey.name, fold, num_folds))
         manifests.append(write_shards(survey, work_dir / f"shards-{survey.source_hash[:8]}"))
     return manifests
@@ -263,11 +272,15 @@ def _epochs(cost: StepCost, minutes: float, recipe: Recipe, manifest: Manifest) 
     return max(1, round(60 * minutes / (cost.seconds * max(1, steps))))
 
 
-def _fit(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> dict[str, Any]:
-    """Train or continue a run, unless it is finished; return its evaluation with the CPU minutes of all calls."""
-    folder = RunFolder(resolved.recipe.run.root / run_name(resolved.recipe))
+def fit(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Train or continue a run, unless it is finished; return its evaluation with the CPU minutes of all calls.
+
+    Raises:
+        UserError: stopped by a signal, or a recipe that cannot be used.
+    """
+    folder, tta = RunFolder(resolved.recipe.run.root / run_name(resolved.recipe)), resolved.recipe.eval.tta
     spent_path = folder.path / "processor-time.json"
-    if folder.read_result() is None or read_evaluation(folder.evaluation_dir, "test") is None:
+    if folder.read_result() is None or read_evaluation(folder.evaluation_dir, "test", tta) is None:
         start = time.process_time()
         try:
             stopped = train(resolved, environ)
@@ -276,7 +289,7 @@ def _fit(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> dict[st
                 write_json(spent_path, {"seconds": _spent(spent_path) + time.process_time() - start})
         if stopped:
             raise UserError(f"stopped; the same command continues with {folder}")
-    evaluation = read_evaluation(folder.evaluation_dir, "test")
+    evaluation = read_evaluation(folder.evaluation_dir, "test", tta)
     assert evaluation is not None
     return evaluation | {"processor_minutes": _spent(spent_path) / 60}
 

@@ -353,24 +353,33 @@ def _add_folds(commands: Commands) -> None:
         commands,
         "folds",
         run_folds,
-        "networks from random weights on real galaxies, with equal compute",
+        "networks on real galaxies, cross-validated",
         description="Cross-validation on a folder of real galaxies: train each model from random weights on each fold, for the "
-        "same processor time, and test it on the rest. Prints a table and, at the end, a line of JSON. The same command again "
-        "reuses finished fits.",
+        "same processor time, or one recipe as it is, and test it on the rest. Prints a table and, at the end, a line of JSON. "
+        "The same command again reuses finished fits.",
     )
     parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<image>")
     parser.add_argument(
         "--minutes", type=positive_number, default=10.0, metavar="M", help="processor minutes of a fit (default: %(default)g)"
     )
     add_int(parser, "--folds", 3, "N", "number of folds, at least 2")
-    parser.add_argument("--models", metavar="NAME,...", help="architectures (default: d4_cnn,custom_cnn,resnet18)")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--models", metavar="NAME,...", help="architectures (default: d4_cnn,custom_cnn,resnet18)")
+    either.add_argument(
+        "--recipe", metavar="NAME", help="instead, one recipe as it is, with its own epochs and starting weights; no --minutes"
+    )
     add_overrides(parser)
     add_data_dir(parser)
 
 
 def run_folds(arguments: argparse.Namespace) -> None:
     from galaxydist.bench.real_galaxies import measure_folds
+    from galaxydist.bench.recipe_folds import measure_recipe
 
+    if arguments.recipe is not None:
+        root, folds = bench_root(arguments, "folds"), {"num_folds": arguments.folds, "overrides": arguments.overrides}
+        measure_recipe(arguments.recipe, arguments.real, root, os.environ, **folds)
+        return
     measure_folds(
         arguments.real,
         bench_root(arguments, "folds"),

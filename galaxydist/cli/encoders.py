@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path
+from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path, positive_number
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, folder_name, weights_dir
@@ -52,6 +52,13 @@ def add_probe(commands: Commands) -> None:
         help="d4: mean features over the eight flips and quarter turns (default: %(default)s)",
     )
     parser.add_argument(
+        "--fractions",
+        type=fractions,
+        default=(1.0,),
+        metavar="F,F",
+        help="fractions of the training galaxies of each class to fit, like 0.01,0.1,1, for a learning curve (default: 1)",
+    )
+    parser.add_argument(
         "--out",
         type=local_path,
         metavar="FILE",
@@ -63,6 +70,14 @@ def add_probe(commands: Commands) -> None:
         "--trained-on", metavar="FILE", help="path or URL of the manifest of a run's training data, if it has moved since"
     )
     add_data_dir(parser)
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """Parse fractions above 0 and up to 1, separated by commas."""
+    found = tuple(positive_number(part) for part in text.split(","))
+    if max(found) > 1:
+        raise argparse.ArgumentTypeError(f"{max(found):g} is more than 1")
+    return found
 
 
 def run_probe(arguments: argparse.Namespace) -> None:
@@ -78,7 +93,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
     manifest = open_shards(find_manifests(data, root, arguments.variant)[-1], CacheConfig(cache_dir(root)))
     check_labels(manifest)
     folder = root / "features" / folder_name(manifest.dataset) / folder_name(manifest.variant)
-    options = ProbeOptions(folder, arguments.out, arguments.overwrite)
+    options = ProbeOptions(folder, arguments.out, arguments.overwrite, arguments.fractions)
     world = init_distributed("no", os.environ)
     try:
         if world.size > 1:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, check_not_margin
-from galaxydist.paths import data_root, find_shards, hdf5_path
+from galaxydist.paths import cache_dir, data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
-    from galaxydist.recipe.schema import ModelName  # importing pydantic takes a third of a second
     from galaxydist.surveys.survey_sources import SourceOptions
 
 # ``add_subparsers`` returns a private type of argparse.
@@ -192,7 +191,9 @@ def table_source(arguments: argparse.Namespace) -> "SourceOptions":
     from galaxydist.surveys.table_columns import ColumnNames
 
     columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column", None) for kind in COLUMN_KINDS})
-    return SourceOptions(arguments.images, columns, is_labelled=not getattr(arguments, "unlabelled", False))
+    cache = cache_dir(chosen_root(arguments)) / "images"
+    is_labelled = not getattr(arguments, "unlabelled", False)
+    return SourceOptions(arguments.images, columns, is_labelled=is_labelled, cache_dir=cache)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -303,17 +304,19 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
     return path
 
 
-def known_model(name: str) -> "ModelName":
-    """Return a model's name after a check.
+def known_model(name: str) -> str:
+    """Return a model's name after a check of its form.
 
     Raises:
         UserError: there is no such model.
     """
-    from galaxydist.recipe.schema import ModelName
+    from galaxydist.recipe.model_names import parse_model_name
 
-    if name not in get_args(ModelName):
-        raise UserError(f"--model {name}: there is no such model; there are {', '.join(get_args(ModelName))}")
-    return cast("ModelName", name)
+    try:
+        parse_model_name(name)
+    except ValueError as error:
+        raise UserError(f"--model {name}: {error}") from None
+    return name
 
 
 def confirm(question: str, refusal: str) -> bool:

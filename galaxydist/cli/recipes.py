@@ -54,7 +54,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe).recipe
 
-    from galaxydist.models.weights import fetch_weights
+    from galaxydist.models.hub_weights import fetch_weights
 
     root = data_root(arguments.data_dir or recipe.data.dir, os.environ)
     print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(root))}")

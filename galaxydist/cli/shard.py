@@ -24,7 +24,7 @@ from galaxydist.cli.options import (
     whole_number,
 )
 from galaxydist.errors import UserError
-from galaxydist.galaxy import VARIANTS
+from galaxydist.galaxy import MARGIN, VARIANTS
 from galaxydist.paths import shards_dir
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def add_shard(commands: Commands) -> None:
         "--val", choices=("0",), metavar="0", help="0: no validation split; its galaxies stay in the training split"
     )
     _add_storage(parser)
+    _add_origin(parser)
     add_workers(parser)
     add_data_dir(parser)
 
@@ -108,6 +109,14 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_origin(parser: argparse.ArgumentParser) -> None:
+    """Add the options for licence and source of the data, kept in the manifest and shown by runs and reports."""
+    group = parser.add_argument_group("origin", "of data that do not state it themselves and are not known by name")
+    group.add_argument("--licence", "--license", metavar="TEXT", help="licence of the data, like CC-BY-4.0")
+    group.add_argument("--citation", metavar="TEXT", help="works to cite, as text or BibTeX")
+    group.add_argument("--revision", metavar="TEXT", help="version of the source: a data release, a commit")
+
+
 def run_shard(arguments: argparse.Namespace) -> None:
     """Write the shards, unless they exist."""
     variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
@@ -118,8 +127,10 @@ def run_shard(arguments: argparse.Namespace) -> None:
         raise UserError("--max-errors is the number of images to leave out: add --on-error skip")
 
     from galaxydist.shards.writer.writer import write_shards
+    from galaxydist.surveys.data_origin import state_origin
     from galaxydist.surveys.survey_sources import open_survey
 
+    origin = state_origin(arguments.licence, arguments.citation, arguments.revision)
     root = chosen_root(arguments)
     source = survey_source(arguments, root)
     for variant in variants:
@@ -146,6 +157,7 @@ def run_shard(arguments: argparse.Namespace) -> None:
             workers=arguments.workers,
             overwrite=arguments.overwrite,
             max_errors=(100 if arguments.max_errors is None else arguments.max_errors) if arguments.on_error == "skip" else None,
+            origin=origin,
         )
         counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
         note = " (there already)" if written_before == _written_at(out_dir) else ""
@@ -161,6 +173,11 @@ def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Nam
 
     if left_out := count_left_out(manifest.dir):
         print(f"left out: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
+    if MARGIN in manifest.splits:
+        number = manifest.splits[MARGIN].num_samples
+        print(f"margin: {number} galaxies beside another split's part of the sky; no model is trained or evaluated on them")
+    if manifest.origin is not None and manifest.origin.licence is not None:
+        print(f"licence: {manifest.origin.describe()['licence']}")
     if arguments.encoding == "jpeg":
         _print_lossy(survey, arguments.quality)
     for line in describe_equal_images(manifest):

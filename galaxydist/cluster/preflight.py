@@ -11,7 +11,7 @@ from galaxydist.cluster.slurm import check_controller, is_slurm_here, run_slurm
 from galaxydist.cluster.submit import build_request
 from galaxydist.errors import UserError
 from galaxydist.loading.training_data import find_cache, find_manifest, find_variant, open_manifest
-from galaxydist.models.weights import find_weights
+from galaxydist.models.hub_weights import check_files
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.planner.limits import check_processes
 from galaxydist.recipe.resolve import ResolvedRecipe
@@ -93,8 +93,7 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     for variant in recipe.eval.variants:
         open_shards(find_variant(recipe.data, root, variant), find_cache(recipe.data, root))
     check_processes(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node, fewer=_fewer)
-    if recipe.model.pretrained:
-        find_weights(recipe.model, weights_dir(root))
+    check_files(recipe.model, weights_dir(root))
     if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
         raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
     run_dir = build_request(resolved, ()).run_dir

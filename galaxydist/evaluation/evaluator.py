@@ -34,7 +34,9 @@ from galaxydist.loading.loader import Batch
 from galaxydist.loading.training_data import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.log import results
 from galaxydist.models.build import build_model
+from galaxydist.models.own_function import source_hash, trusts_code
 from galaxydist.models.performance import set_tf32
+from galaxydist.models.registry import ModelRecord
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root, folder_name
 from galaxydist.recipe.identity import from_dict
@@ -70,6 +72,7 @@ class Evaluator:
         recipe: of the run; its ``eval`` chooses the checkpoint and the test-time augmentation.
         find_training_shards: called on rank 0 if other shards than those of the training are evaluated.
         figures: draw figures; None for the recipe's setting.
+        trust_code: run the function that the recipe names, if it names one.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -81,6 +84,7 @@ class Evaluator:
     _: KW_ONLY
     find_training_shards: FindTrainingShards
     figures: bool | None = None
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         eval_config = self.recipe.eval
@@ -162,7 +166,8 @@ class Evaluator:
     ) -> dict[str, Any]:
         recipe, world = self.recipe, self.world
         if self._model is None:
-            self._model = load_model(recipe, self._checkpoint).to(device=world.device, dtype=world.dtype)
+            model = load_model(recipe, self._checkpoint, trust_code=self.trust_code)
+            self._model = model.to(device=world.device, dtype=world.dtype)
             set_tf32(recipe.train.tf32, world.device)
         return evaluate_split(
             world,
@@ -277,16 +282,24 @@ def find_evaluation_dir(folder: RunFolder, trained_on: TrainingData, manifest: M
     return folder.evaluation_dir if is_own else folder.evaluation_dir / folder_name(f"{manifest.dataset}-{manifest.variant}")
 
 
-def load_model(recipe: Recipe, checkpoint: Checkpoint) -> nn.Module:
+def load_model(recipe: Recipe, checkpoint: Checkpoint, *, trust_code: bool = False) -> nn.Module:
     """Return the model with the checkpoint's evaluation weights, on the CPU.
 
     Args:
         recipe: of the run.
         checkpoint: with the tensors of ``MODEL_GROUPS``.
+        trust_code: run the function that the recipe names, if it names one.
+
+    Raises:
+        UserError: the function is not trusted, or fails.
     """
     # The weights come from the checkpoint: the run's starting weights are not needed.
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
-    model = build_model(config, len(checkpoint.state["data"]["class_names"]), recipe.data.image_size)
+    record = ModelRecord.from_dict(checkpoint.state.get("model"))
+    num_classes = len(checkpoint.state["data"]["class_names"])
+    model = build_model(config, num_classes, recipe.data.image_size, record=record, trust_code=trust_code)
+    if record.code is not None and record.code != source_hash(config.name):
+        logger.warning("model.name=%s: its source has changed since the run", config.name)
     model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
     return model
 
@@ -418,7 +431,14 @@ def evaluate_run(
     world = init_distributed(run.recipe.train.precision, environ)
     try:
         world.run_on_main(lambda: check_columns(run.manifest))
-        evaluator = Evaluator(world, run.folder, run.recipe, find_training_shards=find_training_shards, figures=True)
+        evaluator = Evaluator(
+            world,
+            run.folder,
+            run.recipe,
+            find_training_shards=find_training_shards,
+            figures=True,
+            trust_code=trusts_code(environ),
+        )
         evaluation = evaluator.evaluate(run.manifest, split)
     finally:
         shutdown_distributed()
@@ -442,10 +462,11 @@ def save_weights(run_dir: Path, target: Path) -> int:
         UserError: there is no run or no checkpoint.
     """
     folder = RunFolder(run_dir)
-    checkpoint = store.read_sound(find_checkpoint(folder, read_run_recipe(folder).eval.checkpoint), groups=MODEL_GROUPS)
+    recipe = read_run_recipe(folder)
+    checkpoint = store.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=MODEL_GROUPS)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)
+    write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics, recipe.model)
     return checkpoint.step
 
 

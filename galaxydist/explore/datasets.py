@@ -19,10 +19,10 @@ from galaxydist.explore.features_file import FeaturesFile, read_features
 from galaxydist.galaxy import MARGIN, EncodedImage, Galaxy
 from galaxydist.object_store import is_url
 from galaxydist.shards.catalogue import read_catalogue
-from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
+from galaxydist.shards.manifest import MANIFEST_NAME, Manifest
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
-from galaxydist.shards.tar import Member, parse_index
+from galaxydist.shards.tar import BLOCK, header_key
 from galaxydist.shards.writer.encode import decode_stored
 from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
@@ -214,19 +214,20 @@ class ShardImages:
         self._ends = np.cumsum(np.concatenate([*tables, np.empty(0, np.int64)])).astype(np.int64)
         names = [(split, number) for split, table in zip(splits, tables, strict=True) for number in range(len(table))]
         ends = self._ends.tolist()
+        sizes = [manifest.split(split).num_samples for split in splits]
+        self._split_starts = dict(zip(splits, np.cumsum([0, *sizes]).tolist(), strict=False))
         self._shards = [_Shard(*name, start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
             try:
-                index, fetch = self._open(shard)
+                fetch = self._open(shard)
             except UserError as error:
                 for row in wanted:
                     yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, str(error))
                 continue
             for row in wanted:
-                number = row - shard.start
-                yield self._image(shard, number, index[number] if number < len(index) else [], fetch)
+                yield self._image(shard, row, fetch)
 
     def positions(self) -> Positions | None:
         """Return all positions, from the catalogues; None, with a warning, if one is damaged.
@@ -244,7 +245,7 @@ class ShardImages:
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of a few whole remote shards: galaxies are shuffled over shards, so these are a random sample."""
-        if self._manifest.remote is None:
+        if not self._manifest.has_remote_shards:
             return None
         allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_PER_GALAXY * number
         for shard_number in random_order(np.arange(len(self._shards)), seed).tolist():
@@ -260,41 +261,40 @@ class ShardImages:
         for number in np.unique(shard_of_row).tolist():
             yield self._shards[number], rows[shard_of_row == number].tolist()
 
-    def _open(self, shard: _Shard) -> tuple[list[list[Member]], _Fetch]:
-        """Return a shard's index, and the function that reads the tar.
+    def _open(self, shard: _Shard) -> _Fetch:
+        """Return the function that reads a shard.
 
         Raises:
-            UserError: the shard or its index cannot be read.
+            UserError: it cannot be read.
         """
-        name = shard_name(shard.split, shard.number)
-        location = self._manifest.shard_location(shard.split, shard.number)
+        manifest = self._manifest
         try:
-            index = parse_index(self._read(name.removesuffix(".tar") + ".idx", None).decode("ascii"))
-            if self._manifest.remote is not None:
-                data = self._read(name, self._manifest.shards(shard.split)[shard.number]["sha256"].tobytes())
-                return index, lambda offset, size: data[offset : offset + size]
-            file = SharedFile(self._manifest.shard_path(shard.split, shard.number))
+            if manifest.has_remote_shards:
+                sha256 = manifest.shard_sha256(shard.split, shard.number)
+                data = self._read(manifest.shard_name(shard.split, shard.number), sha256)
+                return lambda offset, size: data[offset : offset + size]
+            file = SharedFile(manifest.shard_path(shard.split, shard.number))
         except UserError:
             raise
-        except (OSError, ValueError) as error:
-            raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
-        return index, lambda offset, size: os.pread(file.descriptor, size, offset)
+        except OSError as error:
+            location = manifest.shard_location(shard.split, shard.number)
+            raise UserError(f"shard {location} cannot be read ({error}); {manifest.remedy}") from None
+        return lambda offset, size: os.pread(file.descriptor, size, offset)
 
-    def _image(self, shard: _Shard, number: int, members: list[Member], fetch: _Fetch) -> ExploredImage:
-        """Return the image of a shard's sample ``number``, from its members in the index."""
-        row = shard.start + number
-        key = members[0].name.partition(".")[0] if members else f"number {number}"
+    def _image(self, shard: _Shard, row: int, fetch: _Fetch) -> ExploredImage:
+        """Return the image of a row of the data set, which the shard holds."""
+        manifest, sample = self._manifest, row - self._split_starts[shard.split]
+        offset, size = int(manifest.offsets(shard.split)[sample]), int(manifest.lengths(shard.split)[sample])
+        key = f"number {row - shard.start}"
         try:
-            member = next((member for member in members if member.extension == self._manifest.extension), None)
-            if member is None:
-                raise ValueError(f"the shard's index has no .{self._manifest.extension} of it")
-            data = fetch(member.offset, member.size)
-            if len(data) != member.size:
+            key = header_key(fetch(offset - BLOCK, BLOCK))
+            data = fetch(offset, size)
+            if len(data) != size:
                 raise ValueError("the shard is cut short")
-            image = decode_stored(data, self._manifest.encoding, self._manifest.image_size)
+            image = decode_stored(data, manifest.encoding, manifest.image_size)
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy image: ")
-            location = self._manifest.shard_location(shard.split, shard.number)
+            location = manifest.shard_location(shard.split, shard.number)
             return ExploredImage(row, key, None, f"shard {location}, galaxy {key}: {reason}")
         return ExploredImage(row, key, image)
 

@@ -25,7 +25,7 @@ from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
 from galaxydist.loading.training_data import TrainingData, has_split
 from galaxydist.models.build import build_model
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.registry import architecture_of
 from galaxydist.models.weights import Statistics
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
@@ -119,7 +119,7 @@ def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) 
         weights = f"{config.weights.name}"
     else:
         weights = "published weights" if config.pretrained else f"random weights, seed {recipe.seed}"
-    return _encoder(recipe, model, weights, TrainingData.of(manifest, recipe).statistics, tta)
+    return _encoder(recipe, model, weights, TrainingData.of(manifest, recipe, model).statistics, tta)
 
 
 def open_run(
@@ -147,7 +147,7 @@ def open_run(
 
 
 def _encoder(recipe: Recipe, model: nn.Module, weights: str, statistics: Statistics, tta: TTA) -> Encoder:
-    head_names = ARCHITECTURES[recipe.model.name].head
+    head_names = architecture_of(recipe.model, model).head
     size = recipe.data.image_size
     model.eval()
     extract = _pooled_features(model, head_names)

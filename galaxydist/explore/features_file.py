@@ -258,14 +258,14 @@ def read_features(path: Path) -> FeaturesFile:
     import pyarrow as pa
     from pyarrow import parquet
 
-    remedy = "make it with `galaxydist probe MODEL DATA`"
+    remedy = "give a file that `galaxydist probe MODEL DATA` has written"
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}; {remedy}")
     try:
         metadata = parquet.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole Parquet file of features ({error}); {remedy}") from None
+        raise UserError(f"{path} is not a whole Parquet file of features ({error}); remove it, or {remedy}") from None
     try:
         content = json.loads((schema.metadata or {})[METADATA_KEY])
         if content["kind"] != KIND:
@@ -274,7 +274,9 @@ def read_features(path: Path) -> FeaturesFile:
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is a Parquet file of something else than features; {remedy}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this galaxydist reads version {FORMAT_VERSION}; {remedy} again")
+        raise UserError(
+            f"{path} has format version {version}, this galaxydist reads version {FORMAT_VERSION}; remove it and probe again"
+        )
     try:
         info = FeaturesInfo(
             encoder=EncoderInfo.from_dict(content["encoder"]),
@@ -290,4 +292,4 @@ def read_features(path: Path) -> FeaturesFile:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); remove it and make it again with `galaxydist probe MODEL DATA`")
+    return UserError(f"{path} is damaged ({error}); remove it and probe again")

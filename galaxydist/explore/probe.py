@@ -22,6 +22,7 @@ from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.explore.encoder import PIXELS, Encoder, open_pixels, pixels_info
 from galaxydist.explore.features_file import (
     EncoderInfo,
+    FeatureRows,
     FeaturesFile,
     FeaturesInfo,
     features_path,
@@ -53,7 +54,7 @@ _AT_ONCE = 512
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Standardised features N x D and labels N of the labelled galaxies of a split."""
+    """Features N x D and labels N of the labelled galaxies of a split."""
 
     features_ND: Floats
     labels_N: Labels
@@ -65,6 +66,11 @@ class LabelledFeatures:
         """Return some of the galaxies."""
         return LabelledFeatures(self.features_ND[rows], self.labels_N[rows])
 
+    def first(self, fraction: float) -> "LabelledFeatures":
+        """Return the first galaxies of each class in storage order, which is random: a fraction of them, at least one."""
+        rows = [np.flatnonzero(self.labels_N == label) for label in np.unique(self.labels_N)]
+        return self.of(np.sort(np.concatenate([of_class[: max(1, round(fraction * len(of_class)))] for of_class in rows])))
+
 
 # Predictions of many settings: (setting, labels (M,) of the evaluated galaxies), in the order of the settings.
 Predictions = Iterator[tuple[float, Labels]]
@@ -75,6 +81,9 @@ def regressions(train: LabelledFeatures, test: LabelledFeatures, strengths: Sequ
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    if len(np.unique(train.labels_N)) == 1:  # few galaxies, and in one part no other class
+        yield from ((strength, np.repeat(train.labels_N[:1], len(test))) for strength in strengths)
+        return
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)  # each fit starts from the one before
     for strength in strengths:
         with warnings.catch_warnings():
@@ -145,10 +154,8 @@ def balanced_accuracy(labels_N: Labels, predicted_N: Labels) -> float:
 def training_parts(train: LabelledFeatures) -> list[tuple[LabelledFeatures, LabelledFeatures]]:
     """Return pairs of galaxies to fit and to count inside the training split: stratified, in storage order, which is random."""
     part_N = np.empty(len(train), np.int64)
-    for label in np.unique(train.labels_N):
-        rows = np.flatnonzero(train.labels_N == label)
-        part_N[rows] = np.arange(len(rows)) % NUM_PARTS
-    used = range(1 if len(train) >= LARGE else NUM_PARTS)
+    part_N[np.argsort(train.labels_N, kind="stable")] = np.arange(len(train)) % NUM_PARTS
+    used = range(1 if len(train) >= LARGE else min(NUM_PARTS, len(train)))
     return [(train.of(part_N != part), train.of(part_N == part)) for part in used]
 
 
@@ -159,7 +166,8 @@ def classify(train: LabelledFeatures, val: LabelledFeatures | None, test: Labell
         train, test: two classes or more in ``train``.
         val: for the choice of the settings; None: inside ``train``.
     """
-    pairs = training_parts(train) if val is None else [(train, val)]
+    train, test, *others = _standardised(train, test, *([] if val is None else [val]))
+    pairs = training_parts(train) if val is None else [(train, others[0])]
     strength = choose(regressions, STRENGTHS, pairs, PATIENCE)
     path = STRENGTHS[: STRENGTHS.index(strength) + 1]
     *_, (_, regressed) = regressions(train, test, path)
@@ -168,6 +176,13 @@ def classify(train: LabelledFeatures, val: LabelledFeatures | None, test: Labell
     number = choose(nearest, numbers, pairs, len(numbers))
     ((_, voted),) = nearest(train, test, [number])
     return {"logistic_regression": (strength, regressed), "nearest_neighbours": (number, voted)}
+
+
+def _standardised(train: LabelledFeatures, *others: LabelledFeatures) -> list[LabelledFeatures]:
+    """Return all galaxies with features of mean 0 and deviation 1 in ``train``."""
+    mean_D, std_D = train.features_ND.mean(axis=0), train.features_ND.std(axis=0)
+    std_D[std_D <= 1e-12 * np.abs(mean_D)] = 1.0  # constant
+    return [LabelledFeatures((part.features_ND - mean_D) / std_D, part.labels_N) for part in (train, *others)]
 
 
 def check_labels(manifest: Manifest) -> None:
@@ -202,11 +217,13 @@ class ProbeOptions:
         folder: folder of the files of features.
         out: file of the encoder's features; None: a file in ``folder``, named by all that the numbers depend on.
         overwrite: replace a file of other features at ``out``.
+        fractions: of the training galaxies of each class to fit, for a learning curve.
     """
 
     folder: Path
     out: Path | None = None
     overwrite: bool = False
+    fractions: tuple[float, ...] = (1.0,)
 
 
 def probe(manifest: Manifest, encoder: Encoder, world: World, options: ProbeOptions) -> tuple[dict[str, Any], Path]:
@@ -228,7 +245,10 @@ def probe(manifest: Manifest, encoder: Encoder, world: World, options: ProbeOpti
     info = FeaturesInfo.of(encoder.info, manifest)
     path = options.out or features_path(options.folder, info)
     stored = _reusable(path, info, options)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another file with --out") from error
     if stored is None:
         write_features(path, info, encoder.features(manifest, world))
         stored = read_features(path)
@@ -237,7 +257,7 @@ def probe(manifest: Manifest, encoder: Encoder, world: World, options: ProbeOpti
         **{key: value for key, value in asdict(info).items() if key != "encoder"},
         "encoder": asdict(info.encoder),
         "level": LEVEL,
-        **_evaluate(manifest, {"encoder": stored, "pixels": baseline}),
+        **_evaluate(manifest, {"encoder": stored, "pixels": baseline}, options.fractions),
     }
     write_json(path.with_suffix(".json"), result)
     return result, path
@@ -249,8 +269,10 @@ def _reusable(path: Path, info: FeaturesInfo, options: ProbeOptions) -> Features
     Raises:
         UserError: ``options.out`` is another file.
     """
+    if path.suffix != ".parquet":
+        raise UserError(f"--out {path}: features are a Parquet file; name it like {path.with_suffix('.parquet')}")
     if path.is_dir():
-        raise UserError(f"--out {path} is a folder; give the name of a file, like {path / 'features.parquet'}")
+        raise UserError(f"--out {path} is a folder; give the name of a file in it")
     if not path.exists() or options.overwrite:
         return None
     stored = read_features(path)
@@ -269,36 +291,28 @@ def _pixel_features(manifest: Manifest, world: World, folder: Path) -> FeaturesF
     return read_features(path)
 
 
-def _evaluate(manifest: Manifest, files: Mapping[str, FeaturesFile]) -> dict[str, Any]:
+def _evaluate(manifest: Manifest, files: Mapping[str, FeaturesFile], fractions: Sequence[float]) -> dict[str, Any]:
     """Return the numbers of each method on each kind of features, and of the largest class."""
     from tqdm import tqdm
 
     rows: list[dict[str, Any]] = []
     for kind, file in tqdm(files.items(), desc="classify", disable=None):
-        train, val, test = _splits(file)
-        largest = int(np.bincount(train.labels_N).argmax())
+        train, val, test = (_labelled(file.split(name)) for name in ("train", "val", "test"))
         if not rows:
-            numbers = _numbers(test.labels_N, np.full(len(test), largest), manifest)
-            rows.append({"features": None, "method": "largest_class", "setting": None, **numbers})
-        for method, (setting, predicted) in classify(train, val, test).items():
-            numbers = _numbers(test.labels_N, predicted, manifest)
-            rows.append({"features": kind, "method": method, "setting": setting, **numbers})
-    chosen = "parts of the training split" if val is None else "the validation split"
+            largest = np.full(len(test), np.bincount(train.labels_N).argmax())
+            rows.append({"features": None, "method": "largest_class", **_numbers(test.labels_N, largest, manifest)})
+        for fraction in fractions:
+            part = train.first(fraction)
+            for method, (setting, predicted) in classify(part, val if len(val) else None, test).items():
+                kept = {"features": kind, "method": method, "num_train": len(part), "setting": setting}
+                rows.append({**kept, **_numbers(test.labels_N, predicted, manifest)})
+    chosen = "the validation split" if len(val) else "parts of the training split"
     return {"count": len(test), "num_train": len(train), "chosen_on": chosen, "results": rows}
 
 
-def _splits(file: FeaturesFile) -> tuple[LabelledFeatures, LabelledFeatures | None, LabelledFeatures]:
-    """Return the labelled galaxies of train, val (None if there are none) and test, standardised as in train."""
-    found = {name: file.split(name) for name in ("train", "val", "test")}
-    labelled = {name: rows.labels_B >= 0 for name, rows in found.items()}
-    raw = {name: rows.features_BD[labelled[name]].astype(np.float64) for name, rows in found.items()}
-    mean_D, std_D = raw["train"].mean(axis=0), raw["train"].std(axis=0)
-    std_D[std_D < 1e-12 * np.abs(mean_D) + 1e-30] = 1.0  # constant
-    train, val, test = (
-        LabelledFeatures((raw[name] - mean_D) / std_D, rows.labels_B[labelled[name]].astype(np.int64))
-        for name, rows in found.items()
-    )
-    return train, val if len(val) else None, test
+def _labelled(rows: FeatureRows) -> LabelledFeatures:
+    is_labelled = rows.labels_B >= 0
+    return LabelledFeatures(rows.features_BD[is_labelled].astype(np.float64), rows.labels_B[is_labelled].astype(np.int64))
 
 
 def _numbers(labels_N: Labels, predicted_N: Labels, manifest: Manifest) -> dict[str, Any]:
@@ -317,10 +331,11 @@ def render_result(result: Mapping[str, Any]) -> str:
     encoder = EncoderInfo.from_dict(result["encoder"])
     names = {None: "", "encoder": f"{encoder.model}, ", "pixels": f"{PIXELS}, "}
     averaged = ", mean over D4" if encoder.tta == "d4" else ""
-    labels = [
-        f"{names[row['features']]}{METHODS[row['method']]}" + ("" if row["setting"] is None else f" = {row['setting']:g}")
-        for row in result["results"]
-    ]
+    labels = []
+    for row in result["results"]:
+        setting = f" = {row['setting']:g}" if "setting" in row else ""
+        part = "" if row.get("num_train", result["num_train"]) == result["num_train"] else f" (N = {row['num_train']:,})"
+        labels.append(f"{names[row['features']]}{METHODS[row['method']]}{setting}{part}")
     width = max(map(len, labels))
     lines = [f"{'':{width}}   " + "   ".join(f"{METRICS[name]:24}" for name in METRICS)]
     for label, row in zip(labels, result["results"], strict=True):

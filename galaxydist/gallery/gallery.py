@@ -33,7 +33,9 @@ from galaxydist.evaluation.text_table import readable, title_of
 from galaxydist.gallery.choose import ByClass, SelectedGalaxy, Selection, choose_mistakes
 from galaxydist.loading.decode import read_samples, reduction
 from galaxydist.loading.training_data import TrainingData, build_augment
-from galaxydist.models.saliency import explain, method_of
+from galaxydist.models.own_function import trusts_code
+from galaxydist.models.registry import architecture_of
+from galaxydist.models.saliency import explain
 from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, overlay, write_sheet
 from galaxydist.pages.html import image_uri, jpeg_uri, render
 from galaxydist.version import __version__
@@ -66,12 +68,13 @@ class RenderedGalaxy:
     Args:
         image: H x W x 3 uint8, as stored.
         overlay: the same with the saliency map.
-        peak: peak of the map, see ``models.saliency.Saliency``.
+        method, peak: of the map, see ``models.saliency.Saliency``; without a map both are empty and the overlay is the image.
     """
 
     image: NDArray[np.uint8]
     overlay: NDArray[np.uint8]
-    peak: float
+    method: str = ""
+    peak: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,6 @@ class Gallery:
         images: their images by sample number.
         context: context of the predictions.
         class_names: class names by label.
-        method: saliency method.
         command: the command that makes this gallery, for the page.
     """
 
@@ -91,8 +93,12 @@ class Gallery:
     images: Mapping[int, RenderedGalaxy]
     context: Mapping[str, Any]
     class_names: Sequence[str]
-    method: str
     command: str
+
+    @property
+    def method(self) -> str:
+        """Saliency method; empty for a model without saliency maps."""
+        return next((found.method for found in self.images.values()), "")
 
     @property
     def title(self) -> str:
@@ -107,11 +113,17 @@ class Gallery:
 
     def caption(self, kind: str) -> str:
         left_out = f" {self.selection.num_undefined:,} galaxies without finite probabilities are left out."
+        shown = self._map_caption() if self.method else "This model has no map of the image that could be shown over it."
+        return (
+            f"{KINDS[kind][1]} {shown} Below: id, predicted class and its probability."
+            f"{left_out if self.selection.num_undefined else ''}"
+        )
+
+    def _map_caption(self) -> str:
         meaning = "evidence for the predicted class" if self.method == "Grad-CAM" else "the same for every class"
         return (
-            f"{KINDS[kind][1]} Each image is shown as stored and with the model's {self.method} map over it ({meaning}; violet: "
-            "least, yellow: most). Below: id, predicted class and its probability."
-            f"{left_out if self.selection.num_undefined else ''}"
+            f"Each image is shown as stored and with the model's {self.method} map over it ({meaning}; violet: least, "
+            "yellow: most)."
         )
 
     def note(self, kind: str, label: int) -> str:
@@ -257,6 +269,8 @@ def _uris(images: Mapping[int, RenderedGalaxy]) -> dict[int, tuple[str, str]]:
 
 
 def _peak(peak: float, method: str) -> str:
+    if not method:
+        return ""
     return f"{method}: zero everywhere" if peak == 0 else f"{method} peak {peak:.1f} × mean"
 
 
@@ -305,10 +319,9 @@ def make_gallery(
     selection = choose_mistakes(predictions, per_class)
     gallery = Gallery(
         selection,
-        dict(_render_galaxies(run, checkpoint, split, selection)),
+        dict(_render_galaxies(run, checkpoint, split, selection, trust_code=trusts_code(environ))),
         context=predictions.info.context,
         class_names=predictions.info.class_names,
-        method=method_of(run.recipe.model.name),
         command=f"galaxydist gallery {arguments} --per-class {per_class}",
     )
     return write_gallery_files(evaluation_dir, gallery, page), selection
@@ -351,12 +364,13 @@ def _open_checkpoint(run: EvaluatedRun, predictions: PredictionsFile, command: s
 
 
 def _render_galaxies(
-    run: EvaluatedRun, checkpoint: Checkpoint, split: str, selection: Selection
+    run: EvaluatedRun, checkpoint: Checkpoint, split: str, selection: Selection, *, trust_code: bool
 ) -> Iterator[tuple[int, RenderedGalaxy]]:
     """Yield sample number and images of the selected galaxies, with saliency maps of the predicted classes."""
     recipe, manifest = run.recipe, run.manifest
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(recipe, checkpoint).to(device).eval()
+    model = load_model(recipe, checkpoint, trust_code=trust_code).to(device).eval()
+    architecture = architecture_of(recipe.model, model)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     normalise = build_augment(recipe, trained_on, threads=available_cores()).normalise
     predicted, crop = selection.predicted_classes(), recipe.data.crop
@@ -365,9 +379,13 @@ def _render_galaxies(
     while batch := list(islice(stored, _BATCH_SIZE)):
         images_BCHW = normalise(torch.from_numpy(np.stack([decoded for _, (_, decoded) in batch])).to(device))
         targets_B = torch.tensor([predicted[sample] for sample, _ in batch], device=device)
-        found = explain(model, recipe.model.name, images_BCHW, targets_B)
-        for (sample, (image, _)), map_HW, peak in zip(batch, found.maps_BHW.numpy(), found.peaks_B.tolist(), strict=True):
-            yield sample, RenderedGalaxy(_thumbnail(image), _thumbnail(overlay(image, map_HW, crop=crop)), peak)
+        found = explain(model, architecture, images_BCHW, targets_B)
+        for number, (sample, (image, _)) in enumerate(batch):
+            if found is None:
+                yield sample, RenderedGalaxy(_thumbnail(image), _thumbnail(image))
+            else:
+                blended = overlay(image, found.maps_BHW[number].numpy(), crop=crop)
+                yield sample, RenderedGalaxy(_thumbnail(image), _thumbnail(blended), found.method, float(found.peaks_B[number]))
 
 
 def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -6,10 +6,8 @@ Both release Python's lock, so that threads do the work of processes.
 import contextlib
 import io
 import os
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -17,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import UserError
-from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.manifest import ANY_FILE, Manifest
 from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.prefetcher import LocalShards, ShardSource, open_shard_source
 from galaxydist.shards.shard_usage import extend, usage_of_evaluation
-from galaxydist.shards.tar import BLOCK, parse_index
-from galaxydist.shards.writer.encode import raw_header
+from galaxydist.shards.tar import BLOCK, header_key, parse_index
+from galaxydist.shards.writer.encode import decode_any_file, raw_header
 
 Pixels = NDArray[np.uint8]
 
@@ -110,6 +108,9 @@ class ImageDecoder:
             data = os.pread(file.descriptor, image.length, image.offset)
             if len(data) != image.length:
                 raise ValueError("the shard is truncated")
+            if self._encoding == ANY_FILE:
+                pixels[...] = decode_any_file(data, self.size)
+                return
             shape = self._decode_jpeg(data, pixels) if self._encoding == "jpeg" else _decode_png(data, pixels)
             if shape != pixels.shape:
                 raise ValueError(f"it has {shape[1]} x {shape[0]} pixels instead of {self.size} x {self.size}")
@@ -146,7 +147,7 @@ class ImageDecoder:
             raise UserError(
                 f"{self._name(image)}: the shard has {file.num_bytes} bytes where the manifest says "
                 f"{self._shard_bytes[image.shard]}: it was truncated or replaced. List all damage with: "
-                f"galaxydist data check {self._manifest.location}; then copy it again, or make the shards anew"
+                f"galaxydist data check {self._manifest.location}; then copy it again, or {self._manifest.remedy}"
             )
         return file
 
@@ -161,16 +162,13 @@ def sample_key(manifest: Manifest, split: str, sample: int) -> str:
     ends = np.cumsum(sizes)
     shard = int(np.searchsorted(ends, sample, side="right"))
     number = sample - int(ends[shard] - sizes[shard])
-    return _read_key(manifest.shard_path(split, shard), number, int(manifest.offsets(split)[sample]))
-
-
-def _read_key(shard: Path, number: int, offset: int) -> str:
-    """Return the key of a shard's sample from its index, else from the tar header before the image."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return parse_index(shard.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
-    with contextlib.suppress(OSError, tarfile.HeaderError), shard.open("rb") as file:
+    path, offset = manifest.shard_path(split, shard), int(manifest.offsets(split)[sample])
+    if manifest.tars is None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return parse_index(path.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
+    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
         file.seek(offset - BLOCK)
-        return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
+        return header_key(file.read(BLOCK))
     return f"number {number}"
 
 

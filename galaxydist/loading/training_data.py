@@ -18,6 +18,8 @@ from galaxydist.shards.remote.open import open_shards
 from galaxydist.surveys.folder_scan import mirrored_classes
 
 if TYPE_CHECKING:  # checks on a login node need no torch
+    from torch import nn
+
     from galaxydist.loading.augment import Augment
     from galaxydist.models.weights import Statistics
 
@@ -184,11 +186,16 @@ class TrainingData:
     stored: StoredImages | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, recipe: Recipe, stored: StoredImages | None = None) -> Self:
-        """Return them with the normalisation of the model's published weights, else the data set's own."""
+    def of(cls, manifest: Manifest, recipe: Recipe, model: "nn.Module | None" = None, stored: StoredImages | None = None) -> Self:
+        """Return them with the normalisation that the recipe's model brings along, else the data set's own.
+
+        Args:
+            model: built from the recipe; needed for other models than the named ones.
+            stored: how the images are stored, for predictions.
+        """
         from galaxydist.models.build import input_statistics
 
-        mean, std = input_statistics(recipe.model) or (manifest.channel_mean, manifest.channel_std)
+        mean, std = input_statistics(recipe.model, model) or (manifest.channel_mean, manifest.channel_std)
         return cls(manifest.hash, manifest.class_names, mean, std, stored)
 
     def to_dict(self) -> dict[str, Any]:

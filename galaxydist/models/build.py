@@ -1,5 +1,6 @@
 """Construction of a recipe's model: images B x 3 x H x W in, logits B x K out."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from galaxydist.errors import UserError
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
+from galaxydist.models.hub_weights import find_weights, read_published, read_record, shipped_path
+from galaxydist.models.own_function import build_own_model, source_hash
 from galaxydist.models.reference import VGG_HIDDEN, VGG_MAP, MlpHead, ReferenceCNN, build_reference_vit
-from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
-from galaxydist.models.weights import Statistics, find_weights, load_weights, read_statistics, read_weights
+from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, ModelRecord, architecture_of, check_config, timm_name
+from galaxydist.models.weights import Statistics, check_settings, load_weights, read_statistics, read_weights
+from galaxydist.recipe.model_names import parse_model_name
 from galaxydist.recipe.schema import ModelConfig
 
 _logger = logging.getLogger(__name__)
@@ -72,6 +77,8 @@ def build_model(
     image_size: int,
     *,
     weights_dir: Path | None = None,
+    record: ModelRecord | None = None,
+    trust_code: bool = False,
 ) -> nn.Module:
     """Build the model of ``config`` with its weights, on the CPU, in float32 and training mode.
 
@@ -80,27 +87,34 @@ def build_model(
 
     Args:
         num_classes: K.
-        image_size: pixels of the square images; any size from 16 (reference_vit: 25; vgg and reference_cnn: 32). A ViT pads to a
-            multiple of its patch.
+        image_size: pixels of the square images; for the named architectures any size from 16 (reference_vit: 25; vgg and
+            reference_cnn: 32). A ViT pads to a multiple of its patch.
         weights_dir: folder of published weights (see ``fetch_weights``); the local Hugging Face cache is searched after it.
+        record: of the run whose checkpoint is loaded afterwards; None: ``read_record``.
+        trust_code: run a function of the user's own (``model.name=package.module:function``).
 
     Raises:
-        UserError: settings that the architecture cannot use, or weights that are missing or do not fit.
+        UserError: settings that the architecture cannot use, weights that are missing or do not fit, or code that is not trusted
+            or fails.
     """
     check_config(config, image_size)
-    architecture = ARCHITECTURES[config.name]
     # Read the weights first, so that an error about them does not wait for a large model.
     path = config.weights or (find_weights(config, weights_dir) if config.pretrained else None)
-    tensors = None if path is None else read_weights(path)
-    name = timm_name(config)
-    model: nn.Module
-    if name is None:
-        model = _build_own(num_classes, image_size, config)
-    elif "vgg" in config.name:
-        model = _build_vgg(name, num_classes, config)
+    tensors = None if path is None else read_weights(path) if config.weights else read_published(path)
+    kind = parse_model_name(config.name).kind
+    if path is not None and kind == "named":
+        check_settings(path, config)
+    if kind == "named":
+        model = _build_named(config, num_classes, image_size)
+    elif kind == "function":
+        model = build_own_model(config, num_classes, image_size, trust_code=trust_code)
     else:
-        model = _build_timm(name, num_classes, image_size, config)
-    if tensors is not None:
+        from galaxydist.models.timm_models import build_timm_model
+
+        record = record or read_record(config, weights_dir)
+        model = build_timm_model(config, record, num_classes, image_size, tensors=tensors, source=str(path))
+    architecture = architecture_of(config, model)
+    if tensors is not None and kind in ("named", "function"):
         load_weights(model, tensors, str(path), head_names=architecture.head, unused=architecture.unused)
     if config.freeze_backbone:
         if tensors is None:
@@ -110,6 +124,15 @@ def build_model(
         freeze_backbone(model, architecture.head)
     set_train_mode(model)
     return model
+
+
+def describe_model(config: ModelConfig, weights_dir: Path | None) -> ModelRecord:
+    """Return what a run's checkpoints keep of its model: timm's architecture, source and licence of weights, hash of own code.
+
+    Raises:
+        UserError: files of the model are missing or damaged, or timm has no such model.
+    """
+    return dataclasses.replace(read_record(config, weights_dir), code=source_hash(config.name))
 
 
 def needs_two_images(model: nn.Module, image_size: int) -> bool:
@@ -131,25 +154,58 @@ def needs_two_images(model: nn.Module, image_size: int) -> bool:
     return False
 
 
-def input_statistics(config: ModelConfig) -> Statistics | None:
-    """Return the channel mean and standard deviation (0..1, RGB) of the images that the weights were trained with.
+def input_statistics(config: ModelConfig, model: nn.Module | None = None) -> Statistics | None:
+    """Return the channel mean and standard deviation (0..1, RGB) that images are normalised with, by ``model.normalization``.
 
-    timm has them for published weights, and our weight files in their metadata. For random weights and other files the result is
-    None: use the data set's own.
+    timm and its repositories state them for published weights, and our weight files in their metadata. For random weights and
+    other files the result is None: use the data set's own.
+
+    Args:
+        model: built from ``config``; needed for other models than the named ones.
 
     Raises:
-        UserError: ``model.weights`` cannot be read.
+        UserError: ``model.weights`` cannot be read, or ``model.normalization=pretrained`` and none is known.
     """
-    name = timm_name(config)
-    if config.weights is not None:
-        return read_statistics(config.weights)
-    if not config.pretrained or name is None:
+    is_forced = config.normalization == "pretrained"
+    if config.normalization == "data":
         return None
-    import timm
+    if config.weights is not None:
+        found = read_statistics(config.weights)
+    elif config.pretrained or is_forced:
+        found = _published_statistics(config, model)
+    else:
+        return None
+    if found is None and is_forced:
+        raise UserError(
+            f"model.normalization=pretrained: no normalisation is known for {config.weights or config.name}; use auto or data"
+        )
+    return found
 
-    published: Any = timm.get_pretrained_cfg(name)
-    (r, g, b), (dr, dg, db) = published.mean, published.std
+
+def _published_statistics(config: ModelConfig, model: nn.Module | None) -> Statistics | None:
+    known = ARCHITECTURES.get(config.name)
+    if known is not None and known.is_shipped:
+        path = shipped_path(config.name)
+        return read_statistics(path) if path.is_file() else None
+    name = timm_name(config)
+    published: Any = getattr(model, "pretrained_cfg", {})
+    if name is not None:
+        import timm
+
+        published = timm.get_pretrained_cfg(name).to_dict()
+    if "mean" not in published or "std" not in published:
+        return None
+    (r, g, b), (dr, dg, db) = published["mean"], published["std"]
     return (r, g, b), (dr, dg, db)
+
+
+def _build_named(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    name = timm_name(config)
+    if name is None:
+        return _build_own(num_classes, image_size, config)
+    if "vgg" in config.name:
+        return _build_vgg(name, num_classes, config)
+    return _build_timm(name, num_classes, image_size, config)
 
 
 def _build_own(num_classes: int, image_size: int, config: ModelConfig) -> nn.Module:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import struct
 from collections import OrderedDict
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from galaxydist.errors import EveryRankError, UserError
 
 # Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): activations inside the repeated blocks are not stored, but computed
-# again in the backward pass. timm's set_grad_checkpointing is not used: it does not support VGG, and its second forward pass
-# updates the batch-norm statistics of a ResNet a second time.
+# again in the backward pass. timm's set_grad_checkpointing is used for no model that has batch normalisation: its second forward
+# pass updates the statistics a second time. It does not support VGG either.
 
 
 class CheckpointedSequential(nn.Sequential):
@@ -49,8 +51,8 @@ class CheckpointedSequential(nn.Sequential):
 def checkpoint_activations(model: nn.Module) -> int:
     """Checkpoint the repeated blocks of ``model`` in place, so that training stores only their inputs.
 
-    Blocks are those of a ViT, of a ResNet's layers and of the stages of our own networks; a VGG is cut after each pooling. Loss,
-    gradients, dropout and batch-norm statistics stay bitwise the same.
+    Blocks are those of a ViT, of a ResNet's layers and of the stages of our own networks; a VGG is cut after each pooling. Other
+    models of timm have a way of their own. Loss, gradients, dropout and batch-norm statistics stay bitwise the same.
 
     Returns:
         The number of checkpointed segments.
@@ -69,9 +71,17 @@ def checkpoint_activations(model: nn.Module) -> int:
             checkpointed.training = layers.training
             setattr(parent, name, checkpointed)
             count += sum(map(_has_parameters, checkpointed.segments()))
-    if not count:
-        raise UserError(f"train.gradient_checkpointing=true: {type(model).__name__} has no repeated blocks; set it to false")
-    return count
+    if count:
+        return count
+    blocks = sum(1 for name, _ in model.named_modules() if re.search(r"(^|\.)(blocks|layers)\.\d+$", name))
+    timm_model: Any = model
+    if blocks and hasattr(model, "set_grad_checkpointing") and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        timm_model.set_grad_checkpointing(True)
+        return blocks
+    raise UserError(
+        f"train.gradient_checkpointing=true: {type(model).__name__} has no repeated blocks that can be computed again; "
+        "set it to false"
+    )
 
 
 def _has_parameters(modules: Sequence[nn.Module]) -> bool:

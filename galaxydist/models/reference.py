@@ -35,8 +35,10 @@ class MlpHead(nn.Module):
             width = next_width
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Return logits B x K of feature maps B x C x H x W."""
+    def forward(self, features_BCHW: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits B x K of feature maps B x C x H x W, or with ``pre_logits`` the maps, as timm's heads do."""
+        if pre_logits:
+            return features_BCHW
         logits_BK: Tensor = self.layers(self.flatten(self.pool(features_BCHW)))
         return logits_BK
 

@@ -1,16 +1,19 @@
-"""Saliency maps: Grad-CAM for convolutional networks, attention rollout for vision transformers."""
+"""Saliency maps: attention rollout for plain vision transformers, Grad-CAM for other networks."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from galaxydist.models.build import evaluation_mode
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.registry import Architecture
+
+logger = logging.getLogger(__name__)
 
 GRAD_CAM, ROLLOUT = "Grad-CAM", "attention rollout"
 
@@ -31,31 +34,35 @@ class Saliency:
     peaks_B: Tensor
 
 
-def method_of(name: str) -> str:
-    """Return the saliency method of an architecture of the registry."""
-    return ROLLOUT if ARCHITECTURES[name].last_map is None else GRAD_CAM
-
-
-def explain(model: nn.Module, name: str, images_BCHW: Tensor, targets_B: Tensor) -> Saliency:
-    """Compute the saliency maps of a model for images.
+def explain(model: nn.Module, architecture: Architecture, images_BCHW: Tensor, targets_B: Tensor) -> Saliency | None:
+    """Compute the saliency maps of a model for images: attention rollout where it is defined, else Grad-CAM.
 
     Args:
         model: from ``build_model``; its mode and its gradients do not change.
-        name: name of its architecture.
+        architecture: from ``architecture_of``.
         images_BCHW: normalised images on the model's device.
         targets_B: class for which Grad-CAM shows the evidence in each image; rollout does not depend on it.
+
+    Returns:
+        The maps; None if the model has no map of the image that could be shown.
     """
     height, width = images_BCHW.shape[2:]
-    layer_name = ARCHITECTURES[name].last_map
-    if layer_name is None:
-        size = patch_size(model)
+    method = ROLLOUT
+    try:
         raw_Bhw = attention_rollout(model, images_BCHW)
+        size = patch_size(model)
         # The last row and column of patches may extend beyond the image, which the model pads.
         padded = raw_Bhw.shape[1] * size[0], raw_Bhw.shape[2] * size[1]
         maps_BHW = _resized(raw_Bhw, padded)[:, :height, :width]
         floor_B = maps_BHW.amin(dim=(1, 2))
-    else:
-        raw_Bhw = grad_cam(model, model.get_submodule(layer_name), images_BCHW, targets_B)
+    except NoMapError:
+        method = GRAD_CAM
+        if architecture.last_map is None:
+            return None
+        try:
+            raw_Bhw = grad_cam(model, model.get_submodule(architecture.last_map), images_BCHW, targets_B)
+        except NoMapError:
+            return None
         maps_BHW = _resized(raw_Bhw, (height, width))
         floor_B = torch.zeros(len(maps_BHW), device=maps_BHW.device)
     mean_B, top_B = raw_Bhw.mean(dim=(1, 2)), raw_Bhw.amax(dim=(1, 2))
@@ -63,7 +70,11 @@ def explain(model: nn.Module, name: str, images_BCHW: Tensor, targets_B: Tensor)
     span_B = maps_BHW.amax(dim=(1, 2)) - floor_B
     scale_B = torch.where(span_B > 0, 1 / span_B.clamp(min=torch.finfo(span_B.dtype).tiny), 0.0)
     maps_BHW = (maps_BHW - floor_B[:, None, None]) * scale_B[:, None, None]
-    return Saliency(ROLLOUT if layer_name is None else GRAD_CAM, maps_BHW.clamp(0, 1).cpu(), peaks_B.cpu())
+    return Saliency(method, maps_BHW.clamp(0, 1).cpu(), peaks_B.cpu())
+
+
+class NoMapError(ValueError):
+    """Error of a model or layer without a map of the image."""
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B: Tensor) -> Tensor:
@@ -73,18 +84,76 @@ def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B:
     of the sum.
 
     Args:
-        layer: a layer of the model with output B x C x h x w.
+        layer: a layer of the model with output B x C x h x w, B x h x w x C or tokens B x N x C.
         targets_B: class numbers.
 
     Returns:
         Unscaled maps, B x h x w.
+
+    Raises:
+        NoMapError: the layer's output has another shape.
     """
     from captum.attr import LayerGradCam
 
-    with evaluation_mode(model):
+    feature_map = nn.Identity()  # the layer's output as B x C x h x w, which captum needs
+
+    def through_map(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        shaped = _FeatureLayout.of(model, output, images_BCHW)
+        return shaped.back(feature_map(shaped.to_map(output)), output)
+
+    with evaluation_mode(model), ExitStack() as stack:
+        stack.callback(layer.register_forward_hook(through_map).remove)
         images = images_BCHW.detach().requires_grad_()  # if all parameters before the layer are frozen, gradients need this input
-        maps_B1hw: Tensor = LayerGradCam(model, layer).attribute(images, targets_B, relu_attributions=True)
+        maps_B1hw: Tensor = LayerGradCam(model, feature_map).attribute(images, targets_B, relu_attributions=True)
     return maps_B1hw.detach()[:, 0].float()
+
+
+@dataclass(frozen=True, slots=True)
+class _FeatureLayout:
+    """Arrangement of a layer's output: ``channels_first``, ``channels_last`` or tokens of a grid behind some prefix tokens."""
+
+    kind: Literal["channels_first", "channels_last", "tokens"]
+    num_prefix: int = 0
+    grid: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, model: nn.Module, output: Any, images_BCHW: Tensor) -> "_FeatureLayout":
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+            raise NoMapError("its last layer has no map as output")
+        if output.ndim == 4:
+            return cls("channels_last" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "channels_first")
+        num_prefix = int(getattr(model, "num_prefix_tokens", 0))
+        num_patches, (height, width) = output.shape[1] - num_prefix, images_BCHW.shape[2:]
+        rows = round((num_patches * height / width) ** 0.5)
+        if rows < 1 or num_patches % rows or rows * width != num_patches // rows * height:
+            raise NoMapError(f"{num_patches} tokens are no grid of the image")
+        return cls("tokens", num_prefix, (rows, num_patches // rows))
+
+    def to_map(self, output: Tensor) -> Tensor:
+        if self.kind == "channels_first":
+            return output
+        if self.kind == "channels_last":
+            return output.permute(0, 3, 1, 2)
+        tokens_BCN = output[:, self.num_prefix :].transpose(1, 2)
+        return tokens_BCN.reshape(*tokens_BCN.shape[:2], *self.grid)
+
+    def back(self, mapped: Tensor, output: Tensor) -> Tensor:
+        if self.kind == "channels_first":
+            return mapped
+        if self.kind == "channels_last":
+            return mapped.permute(0, 2, 3, 1)
+        return torch.cat([output[:, : self.num_prefix], mapped.flatten(2).transpose(1, 2)], dim=1)
+
+
+def has_plain_attention(model: nn.Module) -> bool:
+    """Return True if attention rollout is defined: blocks of attention over one grid of patches, whose weights can be read."""
+    blocks = getattr(model, "blocks", None)
+    patches: Any = getattr(model, "patch_embed", None)
+    if blocks is None or not hasattr(patches, "patch_size") or not hasattr(model, "num_prefix_tokens"):
+        return False
+    layers = [getattr(block, "attn", None) for block in blocks]
+    has_dropout = all(isinstance(getattr(layer, "attn_drop", None), nn.Module) for layer in layers)
+    return bool(layers) and has_dropout and all(hasattr(layer, "fused_attn") for layer in layers)
 
 
 @torch.no_grad()
@@ -95,14 +164,23 @@ def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     residual connection. The map is the class token's row if the model classifies that token, else the mean of the patches' rows.
 
     Args:
-        model: timm's VisionTransformer.
+        model: timm's VisionTransformer, or a model with the same blocks.
 
     Returns:
         B x h x w: the share of each patch; the shares and that of the class token add up to 1.
+
+    Raises:
+        NoMapError: the model has no such blocks.
     """
     vit: Any = model
+    if not has_plain_attention(model):
+        raise NoMapError("it has no blocks of attention over patches")
     with evaluation_mode(model), _attention(vit) as weights:
         model(images_BCHW)
+    height, width = (-(-side // size) for side, size in zip(images_BCHW.shape[2:], patch_size(model), strict=True))
+    num_tokens = int(vit.num_prefix_tokens) + height * width
+    if len(weights) != len(vit.blocks) or any(one.ndim != 4 or one.shape[2:] != (num_tokens, num_tokens) for one in weights):
+        raise NoMapError("its attention is not between all patches")
     rolled_BNN: Tensor | None = None
     for attention_BHNN in weights:
         mean_BNN = attention_BHNN.float().mean(dim=1)
@@ -111,7 +189,6 @@ def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     assert rolled_BNN is not None, "a transformer has layers"
     first = vit.num_prefix_tokens
     rows_BN = rolled_BNN[:, 0] if vit.global_pool == "token" else rolled_BNN[:, first:].mean(dim=1)
-    height, width = (-(-side // size) for side, size in zip(images_BCHW.shape[2:], patch_size(model), strict=True))
     return rows_BN[:, first:].reshape(-1, height, width)
 
 

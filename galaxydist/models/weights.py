@@ -1,12 +1,7 @@
-"""Model weights in safetensors files: reading, writing, loading into a model, and published weights.
+"""Model weights in safetensors files: reading, writing and loading into a model."""
 
-Published weights are downloaded once on a machine with a network; all machines find them in the cache.
-"""
-
-import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from galaxydist.atomic_files import replace_bytes
-from galaxydist.errors import UserError, name_some
-from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
+from galaxydist.errors import UserError, first_line, name_some
 from galaxydist.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:  # a submission checks for weights without importing torch
@@ -25,23 +19,75 @@ logger = logging.getLogger(__name__)
 
 # Prefixes that torch.compile and DistributedDataParallel add to parameter names.
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-# Metadata key of the image normalisation in files that we write.
-STATISTICS_KEY = "input_statistics"
+# Metadata keys in files that we write: the image normalisation, and the settings of the model.
+STATISTICS_KEY, MODEL_KEY = "input_statistics", "model"
+MODEL_SETTINGS = ("name", "size", "width", "norm")
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
-def write_weights(path: Path, tensors: Mapping[str, "Tensor"], statistics: Statistics | None = None) -> None:
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, "Tensor"],
+    statistics: Statistics | None = None,
+    config: ModelConfig | None = None,
+) -> None:
     """Write a model's ``state_dict`` as safetensors, atomically and without the name prefixes of wrappers.
 
     Args:
         statistics: channel mean and standard deviation (0..1, RGB) of the image normalisation, for ``read_statistics``.
+        config: the model's settings, for ``check_settings``.
     """
     from safetensors.torch import save
 
     bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
+    if config is not None:
+        metadata[MODEL_KEY] = json.dumps({name: getattr(config, name) for name in MODEL_SETTINGS})
     replace_bytes(path, save(bare, metadata))
+
+
+def check_settings(path: Path, config: ModelConfig) -> None:
+    """Refuse weights of a named model with other settings than the recipe's, if the file states its own.
+
+    Raises:
+        UserError: the file cannot be read, or another value is needed.
+    """
+    text = _read(path, lambda file: (file.metadata() or {}).get(MODEL_KEY))
+    stored = json.loads(text) if text is not None else {}
+    if stored.get("name") != config.name:
+        return  # another name may be the same network; its shapes are checked
+    wrong = [
+        f"model.{name}={stored[name]}"
+        for name in MODEL_SETTINGS
+        if stored.get(name, getattr(config, name)) != getattr(config, name)
+    ]
+    if wrong:
+        raise UserError(f"weights {path} are of {config.name} with {', '.join(wrong)}: set this, or choose other weights")
+
+
+def read_pickled_weights(path: Path) -> dict[str, "Tensor"]:
+    """Read the tensors of a file of ``torch.save``; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        UserError: the file has anything else, such as code, or is damaged.
+    """
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the unpickler or of torch, by the kind of damage
+        raise UserError(
+            f"weights {path.name}: refused, since it is not a whole file of tensors only ({type(error).__name__}: "
+            f"{first_line(error)}). "
+            "A pickle can run code when it is read: use a safetensors file of these weights"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise UserError(f"weights {path.name}: it does not hold named tensors only, and so no weights of a model")
+    return {_bare(str(name)): tensor.clone() for name, tensor in content.items()}
 
 
 def read_weights(path: Path) -> dict[str, "Tensor"]:
@@ -165,104 +211,3 @@ def _refuse_misfits(own: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"], 
             f"weights {source} do not fit the model: were they saved from another model.name, model.size or model.width?\n  "
             + "\n  ".join(problems)
         )
-
-
-# Published weights.
-
-HUB_FILE = "model.safetensors"
-
-
-def weights_file(config: ModelConfig, weights_dir: Path) -> Path:
-    """Return the cache path of the published weights of ``config``'s architecture, with timm's name and tag."""
-    return weights_dir / f"{_published_name(config)}.safetensors"
-
-
-def fetch_command(config: ModelConfig) -> str:
-    """Return the command that downloads the published weights of ``config``'s architecture."""
-    size = "" if config.size == "small" else f" model.size={config.size}"
-    return f"galaxydist weights fetch recipe={recipe_of(config.name)}{size}"
-
-
-def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
-    """Find the published weights on this machine: in ``weights_dir``, else in the local Hugging Face cache.
-
-    Raises:
-        UserError: the weights are in neither; the text has the command to download them.
-    """
-    path = None if weights_dir is None else weights_file(config, weights_dir)
-    if path is not None and path.is_file():
-        return path
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(_hub_id(config), HUB_FILE)
-    if isinstance(cached, str):
-        return Path(cached)
-    raise UserError(
-        f"model.pretrained=true, but the published weights {_published_name(config)} are not on this machine "
-        f"(looked in {f'{path} and ' if path else ''}the Hugging Face cache). Either run, on a machine with network and the same "
-        f"data root,\n"
-        f"  {fetch_command(config)}\n"
-        "or start from random weights: model.pretrained=false; model.weights=FILE loads a safetensors file of your own"
-    )
-
-
-def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10.0, endpoint: str | None = None) -> Path:
-    """Download the published weights of ``config``'s architecture into ``weights_dir``, unless they exist.
-
-    Call it in one process of a machine. ``config.pretrained`` need not be set.
-
-    Args:
-        timeout: seconds to wait for the hub's answer; the download itself may take longer.
-        endpoint: the hub's address; default: the public hub.
-
-    Returns:
-        The file, which gets its name only when it is complete and has the SHA-256 that the hub states.
-
-    Raises:
-        UserError: the architecture has no published weights, the hub does not answer, or the file is damaged.
-    """
-    path = weights_file(config, weights_dir)
-    if path.is_file():
-        return path
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    weights_dir.mkdir(parents=True, exist_ok=True)
-    repo = _hub_id(config)
-    try:
-        # One request with a short timeout first: without a network, the download would retry for minutes.
-        metadata: Any = get_hf_file_metadata(hf_hub_url(repo, HUB_FILE, endpoint=endpoint), timeout=timeout)
-        with tempfile.TemporaryDirectory(dir=weights_dir, prefix=".fetch-") as folder:
-            download = hf_hub_download(repo, HUB_FILE, local_dir=folder, revision=metadata.commit_hash, endpoint=endpoint)
-            _verify(Path(download), metadata.etag)
-            Path(download).replace(path)
-    except UserError:
-        raise
-    except Exception as error:  # the exceptions of huggingface_hub differ between its major versions
-        raise UserError(
-            f"weights {path.stem}: could not be downloaded from {endpoint or 'the Hugging Face hub'} into {weights_dir} "
-            f"({type(error).__name__}: {error}). Run `{fetch_command(config)}` on a machine with network and copy {path.name} "
-            "into that folder, or train with model.pretrained=false"
-        ) from error
-    return path
-
-
-def _verify(path: Path, etag: str | None) -> None:
-    """Compare a file with the hub's etag, which for large files is the SHA-256; etags of small files are ignored."""
-    if etag is not None and len(etag) == 64:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != etag:
-            raise UserError(f"weights {path.name}: damaged on the way (SHA-256 {found}, the hub states {etag}); try again")
-
-    read_weights(path)
-
-
-def _published_name(config: ModelConfig) -> str:
-    name = timm_name(config)
-    if name is None or not ARCHITECTURES[config.name].has_published_weights:
-        raise UserError(f"{config.name} has no published weights: set model.pretrained=false; model.weights=FILE loads your own")
-    return name
-
-
-def _hub_id(config: ModelConfig) -> str:
-    return f"timm/{_published_name(config)}"

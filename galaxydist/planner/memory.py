@@ -24,7 +24,7 @@ from galaxydist.loading.decode import reduction
 from galaxydist.models.build import build_model, freeze_backbone
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import check_compilable, checkpoint_activations
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.registry import architecture_of
 from galaxydist.recipe.schema import OptimConfig, Recipe
 from galaxydist.training.optimizer import build_optimizer
 
@@ -297,9 +297,9 @@ def planned_precision(recipe: Recipe) -> str:
 def _build(recipe: Recipe, num_classes: int) -> nn.Module:
     """Build the recipe's model without loading pretrained weights."""
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
-    model = build_model(config, num_classes, recipe.data.image_size)
+    model = build_model(config, num_classes, recipe.data.image_size, trust_code=True)
     if recipe.model.freeze_backbone:  # here, since build_model warns of a frozen backbone without weights
-        freeze_backbone(model, ARCHITECTURES[recipe.model.name].head)
+        freeze_backbone(model, architecture_of(recipe.model, model).head)
     return model.double() if recipe.train.precision == "fp64" else model
 
 

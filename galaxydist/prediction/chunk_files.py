@@ -89,8 +89,16 @@ class WorkFolder:
         # Made by a process that fails, so that the others stop.
         self.failure_path = self.path / "failed"
 
-    def prepare(self, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    def prepare(self, settings: Mapping[str, Any], *, threads: int, overwrite: bool) -> int:
         """Create the folder, or continue with the same settings.
+
+        Args:
+            settings: model, source and options.
+            threads: torch's threads of a process.
+            overwrite: start anew if the folder belongs to other predictions.
+
+        Returns:
+            The number of torch's threads of the first call: on a CPU, the last bits of small networks' numbers depend on it.
 
         Raises:
             UserError: it belongs to other predictions and ``overwrite`` is not set, or it cannot be created.
@@ -99,9 +107,10 @@ class WorkFolder:
         path = self.path / SETTINGS_FILE
         if self.path.exists():
             found = read_json(path) if path.exists() else {}
+            first_threads = found.pop("threads", threads)
             if found == wanted:
                 self.failure_path.unlink(missing_ok=True)
-                return
+                return int(first_threads)
             if found and not overwrite:
                 raise UserError(
                     f"{self.path} holds the beginning of other predictions ({', '.join(_differences(found, wanted))}). Give the "
@@ -109,7 +118,8 @@ class WorkFolder:
                 )
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
-        write_json(path, wanted)
+        write_json(path, {**wanted, "threads": threads})
+        return threads
 
     def path_of(self, chunk: Chunk) -> Path:
         return self.path / f"chunk-{chunk.number:06d}.parquet"

@@ -168,7 +168,9 @@ class Labelling:
         """Label what is left, and write the output on rank 0."""
         world, started = self.world, time.perf_counter()
         with ExitStack() as stack:
-            todo = world.run_on_main(lambda: self._begin(stack))
+            todo, threads = world.run_on_main(lambda: self._begin(stack))
+            if world.device.type == "cpu":
+                torch.set_num_threads(threads)
             try:
                 rows_here = world.run_on_all(lambda: self._label(todo[world.rank :: world.size], len(todo)))
             except UserError:
@@ -179,16 +181,16 @@ class Labelling:
             counts = world.run_on_main(lambda: self.output.merge(self.work, self.plan, self.source, self._record()))
         return Labelled(counts["galaxies"], counts["damaged"], rows_here, seconds, is_main=world.is_main)
 
-    def _begin(self, stack: ExitStack) -> list[Chunk]:
-        """On rank 0, lock the work folder and return the chunks to label."""
+    def _begin(self, stack: ExitStack) -> tuple[list[Chunk], int]:
+        """On rank 0, lock the work folder and return the chunks to label, and the number of torch's threads of each process."""
         if isinstance(self.source, ShardsToLabel):
             self.source.check(self.form)
         stack.enter_context(writer_lock(self.work.path))
-        self.work.prepare(self._settings(), overwrite=self.options.overwrite)
+        threads = self.work.prepare(self._settings(), threads=self.world.threads, overwrite=self.options.overwrite)
         todo = self.work.unfinished(self.plan)
         if num_done := len(self.plan.chunks) - len(todo):
             logger.info("continuing: %d of %d chunks are labelled already", num_done, len(self.plan.chunks))
-        return todo
+        return todo, threads
 
     def _settings(self) -> dict[str, Any]:
         """Return everything that the numbers in the chunks depend on."""

@@ -44,6 +44,11 @@ class SourceChoice:
     cache: CacheConfig
     options: SourceOptions = field(default_factory=SourceOptions)
 
+    @property
+    def has_options(self) -> bool:
+        """True if the user gave options of tables and other surveys."""
+        return replace(self.options, cache_dir=None) != SourceOptions()
+
 
 def open_source(choice: SourceChoice) -> PredictionSource:
     """Open the galaxies to label, by what the locations hold.
@@ -63,11 +68,11 @@ def open_source(choice: SourceChoice) -> PredictionSource:
     if _is_images(path):
         _refuse_options(choice, "images")
         return SurveyToLabel(open_images([path]), location)
-    return SurveyToLabel(_open_survey(path, choice.options), location)
+    return SurveyToLabel(_open_survey(path, choice), location)
 
 
 def _open_shards(choice: SourceChoice, location: str) -> ShardsToLabel:
-    if choice.options != SourceOptions():
+    if choice.has_options:
         raise UserError(f"{location}: --images and names of columns are for tables, not for shards: remove them")
     manifest = open_shards(location, choice.cache)
     names = [name for name, split in manifest.splits.items() if split.num_samples]
@@ -81,17 +86,19 @@ def _open_shards(choice: SourceChoice, location: str) -> ShardsToLabel:
 def _refuse_options(choice: SourceChoice, kind: str) -> None:
     if choice.split is not None:
         raise UserError(f"--split {choice.split} is for shards, and this is {kind}: remove it")
-    if choice.options != SourceOptions():
+    if choice.has_options:
         raise UserError(f"--images and names of columns are for tables, and this is {kind}: remove them")
 
 
-def _open_survey(path: Path, options: SourceOptions) -> Survey:
+def _open_survey(path: Path, choice: SourceChoice) -> Survey:
     file = Path(str(path).partition("[")[0])
     if not path.exists() and not file.exists():
         raise UserError(f"{path}: there is no such file or folder, and no shards of that name in the data root")
+    if path.is_dir() and not choice.has_options:
+        raise UserError(f"{path} has no images ({', '.join(sorted(EXTENSIONS))}), and is not a folder of shards")
     if file.is_file() and file_kind(file) == HDF5:
-        return open_survey(path, source=None if options == SourceOptions() else options)
-    return open_survey(path, source=replace(options, is_labelled=False))
+        return open_survey(path, source=choice.options if choice.has_options else None)
+    return open_survey(path, source=replace(choice.options, is_labelled=False))
 
 
 def _is_images(path: Path) -> bool:

@@ -20,6 +20,7 @@ from galaxydist.evaluation.inference import TTA, ForwardPass
 from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.loading.training_data import StoredImages, TrainingData, build_augment, find_cache, find_manifest
+from galaxydist.models.own_function import trusts_code
 from galaxydist.models.performance import set_tf32
 from galaxydist.paths import data_root
 from galaxydist.recipe.schema import Recipe
@@ -164,7 +165,7 @@ def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoic
     return TrainedModel(
         path=run,
         recipe=recipe,
-        model=load_model(recipe, checkpoint),
+        model=load_model(recipe, checkpoint, trust_code=trusts_code(environ)),
         checkpoint=checkpoint.path.name,
         step=checkpoint.step,
         trained_on=trained_on,

@@ -10,17 +10,18 @@ from typing import Any
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import is_dataset_name
 from galaxydist.recipe.fields import RECIPE, CrossFieldRule
+from galaxydist.recipe.model_names import parse_model_name
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
 ORIENTATIONS = 8  # flips and quarter turns of d4_cnn
 ANY_WIDTH = ("custom_cnn", "d4_cnn")
-UNPUBLISHED = (*ANY_WIDTH, "reference_cnn", "reference_vit")  # architectures without published weights
+UNPUBLISHED = ("reference_cnn", "reference_vit")  # architectures without published weights
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon", "adan")
 
 
 def _start(pretrained: bool, weights: Any) -> str | None:
-    return "choose one: timm's published weights or your own file" if pretrained and weights is not None else None
+    return "choose one: published weights or your own file" if pretrained and weights is not None else None
 
 
 def _published(pretrained: bool, name: str) -> str | None:
@@ -28,6 +29,14 @@ def _published(pretrained: bool, name: str) -> str | None:
         return f"there are no published weights of {name}; set model.pretrained=false"
     if pretrained and name == "vit_scratch":
         return "vit_scratch starts from random weights; use model.name=vit, or model.pretrained=false"
+    reference = parse_model_name(name)
+    if pretrained and reference.kind == "timm" and reference.version is None:
+        return (
+            "timm has several weights of some models, and its choice among them changes; name them: timm/NAME.TAG "
+            f"(`galaxydist weights fetch {name}` lists them)"
+        )
+    if pretrained and reference.kind == "function":
+        return "weights of your own model are in a file of yours: set model.weights=FILE and model.pretrained=false"
     return None
 
 

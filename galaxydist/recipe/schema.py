@@ -7,26 +7,13 @@ A field is a *result* field, which changes the numbers of a run and so the run's
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from galaxydist.galaxy import Variant
+from galaxydist.recipe.model_names import FORMS, NAMED_MODELS, check_model_name
 from galaxydist.recipe.scalars import Location
 
-ModelName = Literal[
-    "custom_cnn",
-    "d4_cnn",
-    "resnet18",
-    "resnet26",
-    "resnet50",
-    "vgg16",
-    "vgg19",
-    "vit",
-    "vit_scratch",
-    "reference_vgg16",
-    "reference_vgg19",
-    "reference_cnn",
-    "reference_vit",
-]
+ModelName = Annotated[str, AfterValidator(check_model_name)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -126,9 +113,13 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """Architecture and initial weights."""
 
-    name: ModelName = Field(..., description="architecture")
+    name: ModelName = Field(..., description=f"architecture: {', '.join(NAMED_MODELS)}; or {FORMS}")
     size: Literal["small", "base"] = Field("small", description="vit and vit_scratch: ViT-S/16 or ViT-B/16")
-    pretrained: bool = Field(False, description="start from timm's published weights (`galaxydist weights fetch` downloads them)")
+    pretrained: bool = Field(
+        False,
+        description="start from published weights, which `galaxydist weights fetch` downloads; custom_cnn and d4_cnn: from "
+        "those in the package",
+    )
     weights: Path | None = Field(
         None, description="start from this local safetensors file (`galaxydist weights save` writes one)"
     )
@@ -136,6 +127,11 @@ class ModelConfig(Section):
     drop_rate: Fraction = Field(0.0, description="dropout rate before the head")
     drop_path_rate: Fraction = Field(
         0.0, description="stochastic depth: rate of the last residual block, growing linearly from 0"
+    )
+    normalization: Literal["auto", "data", "pretrained"] = later_field(
+        "auto",
+        "channel mean and standard deviation that images are normalised with; data: of the data set; pretrained: of the "
+        "published weights, also without them; auto: of the starting weights, if they have them, else of the data set",
     )
     width: Annotated[int, Field(ge=4, le=512)] = Field(
         32,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from galaxydist.atomic_files import whole_file
 from galaxydist.cpus import bounded_map
 from galaxydist.errors import UserError
-from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, index_name, shard_name
+from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, index_name
 from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.open import file_reader
 from galaxydist.shards.remote.prefetcher import LocalShards, fetch_shard
@@ -187,13 +187,13 @@ def _explain(manifest: Manifest, split: str) -> Iterator[None]:
 def _read_tars(manifest: Manifest, split: str) -> pa.Table:
     """Read the table from the samples' .json in the tars, found by the index of each tar."""
     read, local, stop = file_reader(manifest), LocalShards(manifest, split), threading.Event()
-    folder = manifest.remote_folder(stop) if manifest.remote is not None else None
+    folder = manifest.remote_shards(stop) if manifest.has_remote_shards else None
     rows = manifest.shards(split)
 
     def table(number: int, attempt: int = 1) -> pa.Table:
-        name = shard_name(split, number)
+        name = manifest.shard_name(split, number)
         # A remote shard is fetched into the cache, where a loader will find it.
-        file = fetch_shard(folder, name, rows[number], allow_over_limit=True) if folder else local.open(number)
+        file = fetch_shard(manifest, folder, split, number, allow_over_limit=True) if folder else local.open(number)
         assert file is not None
         try:
             return table_of(_metas(file, parse_index(read(index_name(name), None).decode("ascii"))))

@@ -7,30 +7,44 @@
 <dir>/columns/train.offsets.npy     offset of the sample's image in its tar, in bytes
 <dir>/columns/train.lengths.npy     size of the image, in bytes
 <dir>/columns/train.catalogue.parquet   id, position and extras of each sample (``catalogue.py``)
+
+The shards of ``tar_index.py`` are tars that others wrote, in a folder of their own (``tars``):
+
+<dir>/columns/train.tars.npy        one row per shard: name of the tar in that folder, and its version
+
+A split then holds some of a tar's samples, so that a tar may be a shard of several splits.
 """
 
 import hashlib
 import json
+import os
+import posixpath
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import Store
-from galaxydist.shards.remote.cache import Cache, CacheConfig, RemoteFolder
+from galaxydist.object_store import Store, is_url
+from galaxydist.shards.remote.cache import SHARD_ENDING, Cache, CacheConfig, RemoteFolder
 from galaxydist.surveys.data_origin import DataOrigin, known_origin
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# Characters of the manifest's hash that name a data set's folder in a cache.
+HASH_LENGTH = 16
 COLUMNS: dict[str, np.dtype[Any]] = {"labels": np.dtype("<i4"), "offsets": np.dtype("<i8"), "lengths": np.dtype("<i4")}
 SHARD_ROW = np.dtype([("samples", "<i8"), ("bytes", "<i8"), ("sha256", "u1", (32,))])
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "raw": "npy"}
+# Encoding of images of any format and size, which are resampled while they are read.
+ANY_FILE = "file"
+TARS = "tars"
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,8 @@ class Manifest:
         dir: the folder; for remote shards the one in the cache, with the columns and the shards fetched so far.
         hash: SHA-256 (hex) of manifest.json. It identifies every byte: manifest.json holds the hashes of the columns, and the
             columns those of the shards.
-        encoding: ``jpeg``, ``png`` or ``raw``.
-        image_size: width and height of every stored image, in pixels.
+        encoding: ``jpeg``, ``png`` or ``raw``; ``file`` for image files of any format and size.
+        image_size: width and height of every image, in pixels: as it is stored, or (``file``) as it is read.
         channel_mean, channel_std: of the training split's pixels, R G B, full scale 1.
         columns: SHA-256 of each column file, by its name.
         settings: settings of the writer.
@@ -77,6 +91,8 @@ class Manifest:
             was resampled, or unknown (shards of earlier versions).
         origin: licence, citation and source of the data; None if nothing is known. Shards of earlier versions have what is known
             of a data set of their name.
+        tars: folder of tars that others wrote: relative to the manifest's folder, absolute, or a URL. None: the manifest's own.
+        cache: cache of this machine for remote tars of a local manifest.
     """
 
     dir: Path
@@ -96,6 +112,8 @@ class Manifest:
     catalogues: Mapping[str, str] = field(default_factory=dict, repr=False)
     source_sides: tuple[int, int] | None = None
     origin: DataOrigin | None = None
+    tars: str | None = None
+    cache: CacheConfig | None = None
 
     @property
     def path(self) -> Path:
@@ -109,7 +127,21 @@ class Manifest:
     @property
     def remedy(self) -> str:
         """Advice on damaged files, for messages."""
+        if self.tars is not None:
+            return "index the tars again (galaxydist data shard --in-place --overwrite)"
         return "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched again if the check passes"
+
+    @property
+    def shard_folder(self) -> str:
+        """Path or URL of the folder that the shards' names begin in."""
+        own = str(self.dir) if self.remote is None else self.remote.url
+        if self.tars is None or is_url(self.tars):
+            return self.tars or own
+        return os.path.normpath(os.path.join(own, self.tars)) if self.remote is None else _join_url(own, self.tars)  # noqa: PTH118
+
+    @property
+    def has_remote_shards(self) -> bool:
+        return is_url(self.shard_folder)
 
     @property
     def num_classes(self) -> int:
@@ -141,19 +173,67 @@ class Manifest:
         """Return the shard table (``samples``, ``bytes``, ``sha256``); memory-mapped."""
         return _map_column(self.dir / column_name(split, "shards"), SHARD_ROW, self.split(split).num_shards)
 
+    def shard_name(self, split: str, number: int) -> str:
+        """Return the name of a shard in ``shard_folder``; that of a foreign tar may have folders."""
+        return shard_name(split, number) if self.tars is None else str(self._tars(split)["name"][number].decode())
+
+    def shard_version(self, split: str, number: int) -> str:
+        """Return the time of change or the ETag of a foreign tar when it was indexed; empty if unknown, and for other shards."""
+        return "" if self.tars is None else str(self._tars(split)["version"][number].decode())
+
+    def shard_sha256(self, split: str, number: int) -> bytes | None:
+        """Return the SHA-256 of a shard; None for a foreign tar that was indexed without reading all of it."""
+        found: bytes = self.shards(split)["sha256"][number].tobytes()
+        return found if any(found) else None
+
     def shard_path(self, split: str, number: int) -> Path:
-        return self.dir / shard_name(split, number)
+        """Return a shard's path on this machine, in the cache for a remote shard."""
+        name = self.shard_name(split, number)
+        return self._cache_dir / cached_name(name) if self.has_remote_shards else Path(self.shard_folder) / name
 
     def shard_location(self, split: str, number: int) -> str:
         """Return a shard's path or URL, for messages."""
-        folder = str(self.dir) if self.remote is None else self.remote.location.removesuffix(f"/{MANIFEST_NAME}")
-        return f"{folder}/{shard_name(split, number)}"
+        if self.remote is not None and self.tars is None:
+            return f"{self.remote.location.removesuffix(f'/{MANIFEST_NAME}')}/{self.shard_name(split, number)}"
+        return f"{self.shard_folder}/{self.shard_name(split, number)}"
 
     def remote_folder(self, stop: threading.Event) -> RemoteFolder:
-        """Return the access to a remote data set's files; ``stop`` ends fetching when it is set."""
+        """Return the access to the files of a remote manifest; ``stop`` ends fetching when it is set."""
         assert self.remote is not None
-        cache = Cache(self.remote.cache.folder, self.remote.cache.max_bytes)
-        return RemoteFolder(Store(self.remote.url), cache, self.dir.name, stop)
+        return self._remote_folder(self.remote.url, self.remote.cache, stop)
+
+    def remote_shards(self, stop: threading.Event) -> RemoteFolder:
+        """Return the access to remote shards; ``stop`` ends fetching when it is set."""
+        return self._remote_folder(self.shard_folder, self.cache_config, stop)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        """Settings of the cache for remote files.
+
+        Raises:
+            UserError: the manifest was opened without a cache.
+        """
+        cache = self.cache or (self.remote.cache if self.remote is not None else None)
+        if cache is None:
+            raise UserError(f"{self.location} names tars at {self.shard_folder}, which this command does not fetch")
+        return cache
+
+    @property
+    def _cache_dir(self) -> Path:
+        return self.cache_config.folder / self.hash[:HASH_LENGTH]
+
+    def _remote_folder(self, url: str, config: CacheConfig, stop: threading.Event) -> RemoteFolder:
+        return RemoteFolder(Store(url), Cache(config.folder, config.max_bytes), self.hash[:HASH_LENGTH], stop)
+
+    def _tars(self, split: str) -> NDArray[np.void]:
+        self.split(split)
+        return self._tar_columns[split]
+
+    @cached_property
+    def _tar_columns(self) -> dict[str, NDArray[np.void]]:
+        return {
+            name: _map_column(self.dir / column_name(name, TARS), None, split.num_shards) for name, split in self.splits.items()
+        }
 
     def check_lengths(self) -> None:
         """Check that every column exists and is as long as the manifest says.
@@ -165,6 +245,8 @@ class Manifest:
             self.shards(split)
             for column in COLUMNS:
                 self._column(split, column)
+            if self.tars is not None:
+                self._tars(split)
 
     def _column(self, split: str, column: str) -> NDArray[Any]:
         return _map_column(self.dir / column_name(split, column), COLUMNS[column], self.split(split).num_samples)
@@ -179,6 +261,19 @@ def file_sha256(path: Path) -> str:
 def shard_name(split: str, number: int) -> str:
     """Return the file name of a shard."""
     return f"{split}-{number:06d}.tar"
+
+
+def cached_name(name: str) -> str:
+    """Return the file name of a shard in the cache, which has no subfolders and knows shards by their ending."""
+    plain = quote(name, safe="")
+    return plain if plain.endswith(SHARD_ENDING) else plain + SHARD_ENDING
+
+
+def _join_url(url: str, relative: str) -> str:
+    """Return the URL of a folder relative to another one; a query is kept."""
+    folder, question_mark, query = url.partition("?")
+    protocol, _, path = folder.partition("://")
+    return f"{protocol}://{posixpath.normpath(posixpath.join(path, relative))}{question_mark}{query}"
 
 
 def index_name(shard: str) -> str:
@@ -259,6 +354,7 @@ def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
             catalogues=dict(content.get("catalogues", {})),
             source_sides=tuple(content["source_sides"]) if "source_sides" in content else None,
             origin=DataOrigin.from_dict(content["origin"]) if "origin" in content else known_origin(content["dataset"]),
+            tars=content.get(TARS),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{location} is damaged ({error!r}); make it anew with: galaxydist data shard") from None
@@ -294,17 +390,19 @@ def manifest_json(manifest: Manifest) -> bytes:
         content["source_sides"] = manifest.source_sides
     if manifest.origin is not None:
         content["origin"] = manifest.origin.to_dict()
+    if manifest.tars is not None:
+        content[TARS] = manifest.tars
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _map_column(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+def _map_column(path: Path, dtype: np.dtype[Any] | None, length: int) -> NDArray[Any]:
     try:
         column = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make the shards anew with: galaxydist data shard") from None
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); make the shards anew with: galaxydist data shard") from None
-    if column.dtype != dtype or column.shape != (length,):
+    if (dtype is not None and column.dtype != dtype) or column.shape != (length,):
         raise UserError(
             f"{path} holds {column.shape} of {column.dtype}, the manifest says {length} of {dtype}; "
             "make the shards anew with: galaxydist data shard"

@@ -70,6 +70,19 @@ def parse_index(text: str) -> list[list[Member]]:
     return samples
 
 
+def header_key(block: bytes) -> str:
+    """Return the key of the file whose header a block is: its name without folders, up to the first dot.
+
+    Raises:
+        ValueError: the block is not a header.
+    """
+    try:
+        name = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").name
+    except tarfile.HeaderError as error:
+        raise ValueError(f"not a header ({error})") from None
+    return name.rpartition("/")[2].partition(".")[0]
+
+
 def check_header(block: bytes, member: Member) -> None:
     """Check that a block of a tar is the header of the file that the index names.
 

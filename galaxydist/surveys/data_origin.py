@@ -1,8 +1,7 @@
 """Origin of a data set: its licence, citation, revision and address, stated by the user or the source, or known by name.
 
-Sources of the known ones: the data sets' own pages (``DataOrigin.url``), the repository henrysky/Galaxy10 (MIT licence,
-acknowledgements), the loader of MultimodalUniverse's gz10, and the cards of mwalmsley/gz_desi and mwalmsley/gz_evo on the
-Hugging Face Hub.
+Sources of the known ones: their records on Zenodo and the pages in ``DataOrigin.url``; the acknowledgements in henrysky/Galaxy10;
+the loader of MultimodalUniverse's gz10; the cards of mwalmsley/gz_desi and mwalmsley/gz_evo on the Hugging Face Hub.
 """
 
 import re
@@ -85,7 +84,7 @@ _GALAXY10 = f"Galaxy10 DECaLS (Leung & Bovy, doi:10.5281/zenodo.10845026); {_GAL
 
 # Known data sets by name, without regard to capitals and separators; first the names of this package's own commands.
 _KNOWN: dict[tuple[str, ...], DataOrigin] = {
-    ("galaxy10_decals",): DataOrigin("MIT", _GALAXY10, url="https://astronn.readthedocs.io/en/latest/galaxy10.html"),
+    ("galaxy10_decals",): DataOrigin("CC-BY-4.0", _GALAXY10, url="https://astronn.readthedocs.io/en/latest/galaxy10.html"),
     ("simulated",): DataOrigin("MIT", "drawn by galaxydist's simulator: no observed galaxies"),
     ("gz2", "galaxy_zoo_2"): DataOrigin(
         "CC-BY-4.0",

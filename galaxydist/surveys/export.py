@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from galaxydist.atomic_files import disk_error, remove_stale
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError
-from galaxydist.galaxy import SPLITS, EncodedImage, Galaxy, Survey
+from galaxydist.galaxy import STORED_SPLITS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
 from galaxydist.surveys.image_files import decode_file, encode_png
 from galaxydist.surveys.image_folder import TREES
@@ -49,7 +49,7 @@ class _Tree:
         if code < 0 or galaxy.label is None:
             return None
         # The balanced tree has only train and test folders, as published; metadata.csv marks its validation galaxies.
-        folder = "train" if SPLITS[code] == "val" and self.survey.variant == "balanced" else SPLITS[code]
+        folder = "train" if STORED_SPLITS[code] == "val" and self.survey.variant == "balanced" else STORED_SPLITS[code]
         return f"{folder}/{self.survey.class_names[galaxy.label]}/{galaxy.id}.png"
 
 
@@ -106,9 +106,9 @@ def _start_tree(survey: Survey, out_dir: Path) -> _Tree:
     temporary = out_dir / f".{target.name}.{os.getpid()}.partial"
     remove_stale(out_dir, f".{target.name}.*.partial")
     split_of_row = np.full(len(survey.labels), -1, np.int8)
-    for code, split in enumerate(SPLITS):
-        split_of_row[survey.splits[split]] = code
-    for folder in ("train", "test") if survey.variant == "balanced" else SPLITS:
+    for split, rows in survey.splits.items():
+        split_of_row[rows] = STORED_SPLITS.index(split)
+    for folder in ("train", "test") if survey.variant == "balanced" else survey.splits:
         for name in survey.class_names:
             (temporary / folder / name).mkdir(parents=True, exist_ok=True)
     return _Tree(survey, target, temporary, split_of_row)
@@ -146,7 +146,7 @@ def _plan_files(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galax
         path = tree.relative_path(galaxy, row)
         if path is not None:
             files.append(tree.temporary / path)
-            tree.written.append((path, SPLITS[tree.split_of_row[row]], replace(galaxy, image=_NO_IMAGE)))
+            tree.written.append((path, STORED_SPLITS[tree.split_of_row[row]], replace(galaxy, image=_NO_IMAGE)))
     return galaxy, files
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
+from galaxydist.galaxy import GALAXY10_CLASSES, MARGIN, SPLITS, STORED_SPLITS
 from galaxydist.paths import is_dataset_name
 from galaxydist.surveys.folder_metadata import METADATA_FILE
 from galaxydist.surveys.image_files import EXTENSIONS
@@ -110,6 +110,7 @@ _SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
+    MARGIN: MARGIN,
 }
 _NUMBERED = {str(label) for label in range(len(GALAXY10_CLASSES))}
 _FITS = (".fits", ".fit", ".fts", ".fz")
@@ -133,7 +134,7 @@ def file_ids(file: str) -> tuple[str, str, str, str]:
 
 
 def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[ImageFile]]:
-    """Return class names and images of ``root/[train|val|test/]<class>/**``, classes and files in natural order.
+    """Return class names and images of ``root/[train|val|test|margin/]<class>/**``, classes and files in natural order.
 
     Folders with the names of Galaxy10's ten classes get Galaxy10's labels. A folder or file that links reach a second time is
     read once. A broken link is listed as an image: reading it fails like reading a damaged image.
@@ -166,7 +167,7 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     class_names, labels = _labels({name for _, name, _ in class_folders}, root, as_galaxy10=as_galaxy10)
     found = finder.find([folder for folder, _, _ in class_folders])
     images = [ImageFile(file, split, labels[name]) for folder, name, split in class_folders for file in found[folder]]
-    order = {"train": 0, "val": 1, "test": 2, None: 0}
+    order: dict[str | None, int] = {None: 0, **{split: code for code, split in enumerate(STORED_SPLITS)}}
     return class_names, sorted(images, key=lambda image: (order[image.split], image.label))
 
 
@@ -181,7 +182,7 @@ def _check_unique_splits(root: Path, splits: Mapping[str, str]) -> None:
 
 
 def known_split(name: str) -> str | None:
-    """Return the split (``train``, ``val`` or ``test``) that a folder or table calls ``name``, or None."""
+    """Return the split (``train``, ``val``, ``test`` or ``margin``) that a folder or table calls ``name``, or None."""
     return _SPLIT_FOLDERS.get(name.strip().lower())
 
 

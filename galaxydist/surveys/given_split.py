@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.galaxy import SPLITS
+from galaxydist.galaxy import SPLITS, STORED_SPLITS
 from galaxydist.surveys.folder_scan import known_split
 from galaxydist.surveys.split import (
     MIN_PER_CLASS,
@@ -94,7 +94,7 @@ def is_complete(location: object, given: Codes | None, *, has_val: bool) -> bool
 def split_code(name: str) -> int | None:
     """Return the code of the split that a folder or table calls ``name``, or None if it is not known."""
     split = known_split(name)
-    return None if split is None else SPLITS.index(split)
+    return None if split is None else STORED_SPLITS.index(split)
 
 
 def split_common_classes(galaxies: SplitCandidates) -> Codes:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.galaxy import SPLITS, Galaxy
+from galaxydist.galaxy import STORED_SPLITS, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, file_ids, safe_name, scan_folder, unique_ids
@@ -224,7 +224,7 @@ def _folder_codes(root: Path, images: list[ImageFile], rows: list[FolderRow]) ->
         row.split if image.split == "train" and row.split == "val" and not has_val else image.split
         for image, row in zip(images, rows, strict=True)
     ]
-    return np.array([SPLITS.index(name or "train") for name in names], np.int8)
+    return np.array([STORED_SPLITS.index(name or "train") for name in names], np.int8)
 
 
 def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:

@@ -288,7 +288,7 @@ def _given_split(table: "pa.Table", columns: ColumnNames, location: str) -> tupl
     if wrong := [name for name, code in codes.items() if code is None]:
         raise UserError(
             f"{location}, column {columns.split!r}: the split {name_some([*map(repr, wrong)])} is not train, val or test (or "
-            "valid, validation); correct it, name another column with --split, or ignore it with --split none"
+            "valid, validation, margin); correct it, name another column with --split, or ignore it with --split none"
         )
     given = np.array([NONE if name is None else codes[name] for name in values.to_pylist()], np.int8)
     if not names:
@@ -391,7 +391,18 @@ class _RowsToSplit:
         leading = codes[grouped[first]][group]
         codes[grouped] = np.where(codes[grouped] == leading, leading, IN_MARGIN) if has_positions else leading
         codes[galaxies.sky.conflicting & (codes != TRAIN)] = apart
-        return codes
+        return self._fill_train(galaxies, codes)
+
+    def _fill_train(self, galaxies: SplitCandidates, codes: Codes) -> Codes:
+        """Return the codes with classes that would have no training galaxy in train, but for those with neighbours on the sky."""
+        absent = np.flatnonzero(
+            (galaxies.counts(codes == TRAIN) == 0) & (np.bincount(self.labels, minlength=len(self.class_names)) > 0)
+        )
+        is_moved = np.isin(self.labels, absent) & ((galaxies.sky.groups < 0) | ~np.isfinite(self.ra))
+        if is_moved.any():
+            text = "%s: %d galaxies are in train, since their %d classes would have no training galaxy"
+            logger.warning(text, self.location, int(is_moved.sum()), len(np.unique(self.labels[is_moved])))
+        return np.where(is_moved, TRAIN, codes).astype(np.int8)
 
 
 def _marked_conflicting(table: "pa.Table") -> NDArray[np.bool_]:

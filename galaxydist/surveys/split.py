@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64, uniform
 from galaxydist.errors import UserError
-from galaxydist.galaxy import MARGIN, SPLITS
+from galaxydist.galaxy import SPLITS, STORED_SPLITS
 
 # Sky positions: groups of neighbours, and positions with two labels.
 
@@ -372,7 +372,7 @@ def split_fold(galaxies: SplitCandidates, k: int, num_folds: int) -> Codes:
 
 def rows_by_split(codes: Codes) -> Mapping[str, Rows]:
     """Return the sorted rows of each split by name; the margin only if it has galaxies."""
-    names = (*SPLITS, MARGIN) if (codes == IN_MARGIN).any() else SPLITS
+    names = STORED_SPLITS if (codes == IN_MARGIN).any() else SPLITS
     return {name: np.flatnonzero(codes == code).astype(np.int64) for code, name in enumerate(names)}
 
 

@@ -1,6 +1,6 @@
 """Opening of any survey: an HDF5 file in Galaxy10's schema, an image folder or a table of images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from galaxydist.errors import UserError
@@ -14,6 +14,8 @@ from galaxydist.surveys.tables.listed_images import open_listed_images
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
 
 _CONFLICTING = ("keep", "drop")
+# Names of tables that say nothing about the data set.
+_PLAIN_NAMES = {"catalog", "catalogue", "data", "galaxies", "images", "index", "labels", "metadata", "table", "train"}
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
@@ -25,11 +27,13 @@ class SourceOptions:
         images: folder or URL that the file names of a table start from; None: the table's own folder.
         columns: columns of a table.
         is_labelled: False for galaxies without labels, all in the split ``test``.
+        cache_dir: folder for images that a table lists by URL.
     """
 
     images: str | None = None
     columns: ColumnNames = field(default_factory=ColumnNames)
     is_labelled: bool = True
+    cache_dir: Path | None = None
 
 
 def open_survey(
@@ -79,7 +83,7 @@ def open_survey(
         raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS) or a survey file (HDF5)")
     given = source or SourceOptions()
     options = TableOptions(
-        name=name or safe_name(file.name.removesuffix(".gz").rpartition(".")[0] or file.name),
+        name=name or _table_name(file),
         columns=given.columns,
         classes=classes,
         variant=variant,
@@ -103,10 +107,16 @@ def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple
 
 
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
-    if source is not None and source != SourceOptions():
+    if source is not None and replace(source, cache_dir=None) != SourceOptions():
         raise UserError(
             f"{path} is {kind}; --images, --unlabelled and names of columns are for tables (CSV, Parquet, FITS): remove them"
         )
+
+
+def _table_name(file: Path) -> str:
+    """Return the name of a data set: the table's, or its folder's if the table is named like any other."""
+    stem = file.name.removesuffix(".gz").rpartition(".")[0] or file.name
+    return safe_name(file.resolve().parent.name if stem.lower() in _PLAIN_NAMES else stem)
 
 
 def _open_table_file(path: Path, hdu: str | None, source: SourceOptions, options: TableOptions) -> TableSurvey:
@@ -119,5 +129,6 @@ def _open_table_file(path: Path, hdu: str | None, source: SourceOptions, options
             f"{', '.join(table.column_names)}"
         )
     root = source.images or str(path.parent)
-    images, has_image = open_listed_images(text_values(table.column(columns.file)), root, location, columns.file)
+    texts = text_values(table.column(columns.file))
+    images, has_image = open_listed_images(texts, root, location, columns.file, source.cache_dir)
     return open_table(table, images, location, options, has_image)

@@ -33,7 +33,7 @@ from galaxydist.loading.training_data import (
     open_manifest,
 )
 from galaxydist.log import results
-from galaxydist.models.build import build_model
+from galaxydist.models.build import build_model, describe_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
     checkpoint_activations,
@@ -112,7 +112,7 @@ class Trainer:
 
     Attributes:
         manifest: the shards of the run; ``other_manifests`` are those of ``eval.variants``.
-        model: the bare model, in ``strategy``.
+        model: the bare model, in ``strategy``; ``model_record`` is what checkpoints keep of it, ``trained_on`` of the data.
         stop: set by a signal while the run folder is open.
         is_finished: the run has its result.
         length: number of steps.
@@ -167,11 +167,19 @@ class Trainer:
         if is_mixing(recipe.train):
             check_world(recipe.train.batch_size, world.size)
         torch.manual_seed(recipe.seed)
+        self.model_record = world.run_on_all(lambda: describe_model(recipe.model, weights_dir(self.root)))
         self.model = world.run_on_all(
             lambda: build_model(
-                recipe.model, self.manifest.num_classes, recipe.data.image_size, weights_dir=weights_dir(self.root)
+                recipe.model,
+                self.manifest.num_classes,
+                recipe.data.image_size,
+                weights_dir=weights_dir(self.root),
+                record=self.model_record,
+                trust_code=True,  # the user's own command names it
             )
         )
+        stored = world.run_on_main(lambda: StoredImages.of(self.manifest))
+        self.trained_on = world.run_on_all(lambda: TrainingData.of(self.manifest, recipe, self.model, stored))
         check_passes(recipe, world, self.model)
 
     def _check_data(self) -> None:
@@ -214,8 +222,7 @@ class Trainer:
         model, micro_batch, found = self._prepare_model()
         self.strategy = FSDPStrategy(world, model, config) if config.strategy == "fsdp" else DDPStrategy(world, model, config)
         self.model = self.strategy.model
-        data = TrainingData.of(self.manifest, recipe, world.run_on_main(lambda: StoredImages.of(self.manifest)))
-        self.augment = build_augment(recipe, data, threads=world.cores)
+        self.augment = build_augment(recipe, self.trained_on, threads=world.cores)
         with explained_out_of_memory(recipe, world, micro_batch):
             self.strategy.warm_up(example_images(world, recipe, self.augment, micro_batch))
         self.state = self._build_state(found)
@@ -232,7 +239,12 @@ class Trainer:
             is_collective=self.strategy.is_collective,
             schedule=SaveSchedule(steps_per_epoch, self.length.total_steps, config.save_steps, config.save_every),
             timer=SaveTimer(config.save_minutes, time.monotonic),
-            context={"data": data.to_dict(), "order_version": recipe.order_version, "recipe": to_dict(recipe)},
+            context={
+                "data": self.trained_on.to_dict(),
+                "model": self.model_record.to_dict(),
+                "order_version": recipe.order_version,
+                "recipe": to_dict(recipe),
+            },
         )
 
     def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
@@ -466,7 +478,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate the test splits of the run's shards and of ``eval.variants``, and return the metrics of the former."""
-        evaluator = Evaluator(self.world, self.run_folder, self.recipe, find_training_shards=lambda _: self.manifest)
+        evaluator = Evaluator(
+            self.world, self.run_folder, self.recipe, find_training_shards=lambda _: self.manifest, trust_code=True
+        )
         metrics, *_ = [evaluator.evaluate(manifest, "test") for manifest in (self.manifest, *self.other_manifests)]
         return metrics
 

@@ -215,8 +215,9 @@ def test_parts_of_the_training_split_cover_it_once_with_equal_shares_of_each_cla
     assert all((part.labels_N == 0).sum() == 10 and (part.labels_N == 1).sum() == 2 for _, part in pairs)
     assert all(len(fitted) + len(part) == 61 for fitted, part in pairs)
     assert len(training_parts(made([0, 1] * 2500))) == 1
-    # A class that is missing in one part is no error.
-    classify(train, None, made([0, 1, 2]))
+    # Classes that are missing in one part are no error.
+    for labels in ([0, 1], [0, 1, 2], [0, 0, 0, 1, 2, 2]):
+        assert set(classify(made(labels), None, train)["logistic_regression"][1].tolist()) <= set(labels)
 
 
 def test_strongest_regularisation_comes_first_and_the_weakest_fits_the_training_galaxies_best() -> None:
@@ -225,6 +226,19 @@ def test_strongest_regularisation_comes_first_and_the_weakest_fits_the_training_
         strength: (predicted == train.labels_N).mean() for strength, predicted in regressions(train, train, (1e-6, 1e-2, 10.0))
     }
     assert list(right) == [1e-6, 1e-2, 10.0] and right[10.0] >= right[1e-2] >= right[1e-6] and right[10.0] > 0.95
+
+
+def test_learning_curve_fits_a_fraction_of_each_class(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = made([0] * 50 + [1] * 10 + [2])
+    part = train.first(0.1)
+    np.testing.assert_array_equal(part.labels_N, [0] * 5 + [1, 2])
+    np.testing.assert_array_equal(part.features_ND, train.features_ND[[0, 1, 2, 3, 4, 50, 60]])
+    assert probe("recipe=custom_cnn", blobs, *TINY, "--fractions", "0.25,1", "--out", tmp_path / "f.parquet") == 0
+    rows = read_result(tmp_path / "f.parquet")["results"]
+    assert [row["num_train"] for row in rows[1:]] == [18, 18, 72, 72] * 2
+    assert "(N = 18)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        probe("recipe=custom_cnn", blobs, "--fractions", "0.5,2")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +292,7 @@ def test_wrong_words_are_refused_with_one_message(blobs: Path, tmp_path: Path, c
         (("vit", blobs, "--random", "data.image_size=100"), "vit needs a multiple of 16 pixels; try 96 or 112"),
         (("custom_cnn", blobs, "model.width=-1"), "model.width"),
         (("model.safetensors", blobs), "recipe=d4_cnn"),
-        (("recipe=custom_cnn", blobs, *TINY, "--out", tmp_path), "is a folder"),
+        (("recipe=custom_cnn", blobs, *TINY, "--out", tmp_path / "f.json"), "features are a Parquet file"),
         (("recipe=custom_cnn", blobs, *TINY, "--out", foreign), "not a whole Parquet file"),
         (("recipe=custom_cnn", blobs, *TINY, "seed=1", "--out", features), "has other features (weights_sha256 is"),
         (("recipe=custom_cnn", blobs, "model.weights=none.safetensors", "--random"), "--random and model.weights both choose"),

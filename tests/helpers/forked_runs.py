@@ -163,11 +163,19 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
     return train(settings)
 
 
-def predict(arguments: Sequence[str], kill_at: int | None = None) -> int:
-    """Label as ``galaxydist predict`` does; with ``kill_at``, kill itself right before the N-th file gets its name."""
+def predict(arguments: Sequence[str], kill_at: int | None = None, one_core: bool = False) -> int:
+    """Label as ``galaxydist predict`` does.
+
+    Args:
+        arguments: of the command.
+        kill_at: it kills itself with SIGKILL right before the N-th file gets its name.
+        one_core: on one core, so with one thread in each process.
+    """
     from galaxydist.cli.main import main
 
     seen = 0
+    if one_core and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
     def hook(name: str, _: tuple[Any, ...]) -> None:
         nonlocal seen

@@ -12,8 +12,8 @@ from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.submit import _job_arguments, build_request
 from galaxydist.cluster.sweep import read_sweep, resolve
 from galaxydist.models.build import build_model
+from galaxydist.models.hub_weights import weights_file
 from galaxydist.models.reference import CNN_CHANNELS, MlpHead
-from galaxydist.models.weights import weights_file
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe

@@ -1,22 +1,15 @@
-"""Weights from files and from a hub: what fits is loaded, what does not is named, and nothing waits for a network."""
+"""Weights from files: what fits is loaded, what does not is named."""
 
-import hashlib
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model, input_statistics
-from galaxydist.models.registry import ARCHITECTURES
-from galaxydist.models.weights import fetch_command, fetch_weights, weights_file, write_weights
-from galaxydist.recipe.resolve import load_recipe
+from galaxydist.models.weights import write_weights
 from galaxydist.recipe.schema import ModelConfig
 from tests.helpers.runs import captured_log
 
@@ -139,120 +132,3 @@ def test_another_architectures_weights_give_a_short_message(tmp_path: Path) -> N
         build(with_weights(CNN, tmp_path / "w.safetensors"))
     assert "more" in str(caught.value)
     assert len(str(caught.value)) < 1500
-
-
-@pytest.mark.parametrize(
-    ("config", "timm_model"),
-    [
-        (ModelConfig(name="resnet18", pretrained=True), "resnet18"),
-        (ModelConfig(name="vit", pretrained=True), "vit_small_patch16_224"),
-        pytest.param(ModelConfig(name="resnet26", pretrained=True), "resnet26", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="resnet50", pretrained=True), "resnet50", marks=pytest.mark.nightly),
-        pytest.param(ModelConfig(name="vit", size="base", pretrained=True), "vit_base_patch16_224", marks=pytest.mark.nightly),
-        pytest.param(ModelConfig(name="vgg16", pretrained=True), "vgg16_bn", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="vgg19", pretrained=True), "vgg19_bn", marks=pytest.mark.nightly),
-        pytest.param(ModelConfig(name="reference_vgg16", pretrained=True), "vgg16", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="reference_vgg19", pretrained=True), "vgg19", marks=pytest.mark.nightly),
-    ],
-)
-def test_cached_timm_weights_load_into_every_pretrained_model(tmp_path: Path, config: ModelConfig, timm_model: str) -> None:
-    """Published files are timm's state_dict with 1,000 classes: here one with random weights stands where a fetched one would."""
-    published = timm.create_model(timm_model).state_dict()
-    save_file(published, weights_file(config, tmp_path))
-    model, said = build(config, 10, 64, weights_dir=tmp_path)
-    assert any("head" in text for text in said)
-    own = model.state_dict()
-    same = [name for name in own if name in published and torch.equal(own[name], published[name])]
-    left_out = {name for name in own if name not in same and not name.startswith(ARCHITECTURES[config.name].head)}
-    assert left_out <= {"pos_embed"}  # resampled to 64 pixels
-
-
-def test_missing_pretrained_weights_name_the_fetch_command_and_pretrained_false(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    for size, command in (("small", "galaxydist weights fetch recipe=vit\n"), ("base", "recipe=vit model.size=base\n")):
-        with pytest.raises(UserError) as caught:
-            build(ModelConfig(name="vit", size=size, pretrained=True), weights_dir=tmp_path)
-        assert command in str(caught.value)
-        assert "model.pretrained=false" in str(caught.value)
-
-
-def test_fetch_command_names_a_recipe_with_the_same_weights_file() -> None:
-    for name, architecture in ARCHITECTURES.items():
-        if architecture.has_published_weights:
-            config = ModelConfig(name=name)  # type: ignore[arg-type]
-            found = load_recipe(fetch_command(config).split()[3:]).recipe.model
-            assert weights_file(found, Path()) == weights_file(config, Path())
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as one file needs: its head with size, commit and SHA-256, and its bytes."""
-
-    body: bytes
-    stated_hash: str
-
-    def do_HEAD(self) -> None:
-        if not self.path.endswith("/timm/resnet18.a1_in1k/resolve/main/model.safetensors") and "resolve" not in self.path:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("ETag", f'"{self.stated_hash}"')
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        self.send_header("Content-Length", str(len(self.body)))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(self.body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[tuple[type[Hub], str]]:
-    handler = type("OneFileHub", (Hub,), {"body": b"", "stated_hash": ""})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield handler, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-RESNET = ModelConfig(name="resnet18", pretrained=True)
-
-
-def test_fetch_weights_downloads_once_and_build_model_uses_the_file(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
-    handler, endpoint = hub
-    published = timm.create_model("resnet18").state_dict()
-    handler.body = save(published)
-    handler.stated_hash = hashlib.sha256(handler.body).hexdigest()
-    path = fetch_weights(RESNET, tmp_path / "weights", endpoint=endpoint)
-    assert path == weights_file(RESNET, tmp_path / "weights")
-    assert path.read_bytes() == handler.body
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing else is left behind"
-    model, _ = build(RESNET, weights_dir=tmp_path / "weights")
-    assert torch.equal(model.state_dict()["conv1.weight"], published["conv1.weight"])
-    assert fetch_weights(RESNET, tmp_path / "weights", endpoint="http://127.0.0.1:1") == path, "no second download"
-
-
-def test_damaged_weights_download_is_refused_and_removed(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
-    handler, endpoint = hub
-    handler.body = save({"conv1.weight": torch.zeros(3)})
-    handler.stated_hash = "0" * 64
-    with pytest.raises(UserError, match="damaged on the way"):
-        fetch_weights(RESNET, tmp_path, endpoint=endpoint)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fetch_weights_without_network_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"galaxydist weights fetch recipe=resnet18.*model\.pretrained=false"):
-        fetch_weights(RESNET, tmp_path, endpoint="http://127.0.0.1:1", timeout=2)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fetch_weights_of_custom_cnn_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="custom_cnn has no published weights"):
-        fetch_weights(ModelConfig(name="custom_cnn"), tmp_path)

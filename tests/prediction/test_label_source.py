@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,35 +99,42 @@ def test_folder_gets_a_row_for_each_file_in_natural_order(blob_run: BlobRun, lab
     assert json.loads(labelled.with_name("out.csv.json").read_text())["source"]["rows"] == 100
 
 
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("size", [2, 3])
-def test_output_is_the_same_on_any_number_of_processes(
-    blob_run: BlobRun, labelled: Path, images: Path, tmp_path: Path, size: int
-) -> None:
-    for suffix in (".parquet", ".csv") if size == 2 else (".csv",):
-        out = tmp_path / f"out{suffix}"
-        done = run_forked(predict, [str(blob_run.run_dir), str(images), "-o", str(out)], size=size)
-        assert done.returncode == 0, done.stderr
-        assert out.read_bytes() == labelled.with_suffix(suffix).read_bytes()
-        assert done.stdout.count("100 galaxies labelled") == 1
+def forked_output(words: Sequence[str], folder: Path, size: int, *, suffix: str = ".csv", one_core: bool = False) -> bytes:
+    """The output of ``size`` processes that are not disturbed."""
+    out = folder / f"by-{size}{suffix}"
+    done = run_forked(predict, [*words, "-o", str(out)], None, one_core, size=size)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("100 galaxies labelled") == 1
+    return out.read_bytes()
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("case", [(1, 3, 2), (2, 2, 1)], ids=["1 to 2", "2 to 1"])
+def test_output_is_the_same_on_any_number_of_processes(blob_run: BlobRun, images: Path, tmp_path: Path) -> None:
+    words = [str(blob_run.run_dir), str(images)]
+    # On one core each process has one thread; such a small network adds up in another order with two.
+    one, two, three = (forked_output(words, tmp_path, size, one_core=True) for size in (1, 2, 3))
+    assert one == two == three and len(one.splitlines()) == 101
+    tables = [forked_output(words, tmp_path, size, suffix=".parquet", one_core=True) for size in (1, 2)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("size", "then"), [(1, 2), (2, 1)])
 def test_killed_predictions_continue_on_another_number_of_processes(
-    blob_run: BlobRun, labelled: Path, images: Path, tmp_path: Path, case: tuple[int, int, int]
+    blob_run: BlobRun, images: Path, tmp_path: Path, size: int, then: int
 ) -> None:
-    size, kill_at, then = case
     out = tmp_path / "out.csv"
-    words = [str(blob_run.run_dir), str(images), "-o", str(out)]
-    with forked(predict, words, kill_at, folder=tmp_path / "first", size=size) as ranks:
+    words = [str(blob_run.run_dir), str(images)]
+    undisturbed = forked_output(words, tmp_path, size)
+    words += ["-o", str(out)]
+    with forked(predict, words, 3, folder=tmp_path / "first", size=size) as ranks:
         assert -9 in ranks.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.csv.partial").glob("chunk-*.parquet")}
-    assert 1 <= len(kept) < 4 and not out.exists()
+    assert 1 <= len(kept) < 3 and not out.exists()
     done = run_forked(predict, words, size=then)
-    assert done.returncode == 0 and f"continuing: {len(kept)} of 4 chunks" in done.stderr, done.stderr
-    assert out.read_bytes() == labelled.with_suffix(".csv").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out.csv", "out.csv.json"]
+    assert done.returncode == 0 and f"continuing: {len(kept)} of 3 chunks" in done.stderr, done.stderr
+    assert out.read_bytes() == undisturbed
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.csv", "out.csv.json"}
 
 
 def test_other_predictions_are_not_continued(blob_run: BlobRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,13 +218,13 @@ def test_survey_file_of_another_size_is_resampled_if_asked(
     blob_run: BlobRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     survey, out = tmp_path / "survey.h5", tmp_path / "out.parquet"
-    simulate_survey(survey, 12, 1, 1)
+    simulate_survey(survey, 30, 1, 1, balanced=True)
     assert run_predict(blob_run.run_dir, survey, "-o", out) == 2
     assert f"256 x 256 pixels, and the training images were {SIZE} x {SIZE}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["survey.h5"]
     assert run_predict(blob_run.run_dir, survey, "-o", out, "--resize") == 0
     table = pq.read_table(out)
-    assert len(table) == 12 and {"id", "ra", "dec", "redshift", "label"} <= {*table.column_names}
+    assert len(table) == 30 and {"id", "ra", "dec", "redshift", "label"} <= {*table.column_names}
 
 
 def test_wrong_input_is_one_message_and_leaves_nothing(
@@ -243,7 +251,7 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
         ((tmp_path / "norun", images, "-o", out), "there is no such folder"),
         ((tmp_path, images, "-o", out), "is not a run folder"),
         ((run, tmp_path / "nothing", "-o", out), "there is no such file or folder, and no shards of that name"),
-        ((run, empty, "-o", out), "empty"),
+        ((run, empty, "-o", out), "has no images (.avif"),
         ((run, broken, "-o", out), "none of the 1 images"),
         ((run, images, "--split", "test", "-o", out), "--split test is for shards"),
         ((run, blob_run.manifest, "--split", "tst", "-o", out), "has galaxies in train, val, test"),

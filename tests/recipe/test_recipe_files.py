@@ -1,7 +1,6 @@
 """Every recipe in recipes/ is parsed, is the small difference that it should be, is built, and takes two optimizer steps."""
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from torch import nn
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import MODEL_NAMES, recipe_of
+from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.resolve import ResolvedRecipe, list_recipes, load_recipe
-from galaxydist.recipe.schema import ModelName, Recipe
+from galaxydist.recipe.schema import Recipe
 from galaxydist.training.optimizer import build_optimizer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -25,9 +25,10 @@ def load(path: Path, *overrides: str) -> ResolvedRecipe:
     return load_recipe([f"recipe={path}", *overrides])
 
 
-def test_shipped_recipes_are_one_per_model_the_demo_and_reference_resnets() -> None:
-    own = {recipe_of(name): name for name in get_args(ModelName)}
-    others = {"demo": "custom_cnn", **{f"reference/resnet{depth}": f"resnet{depth}" for depth in (18, 26, 50)}}
+def test_shipped_recipes_are_one_per_model_those_of_the_small_network_and_reference_resnets() -> None:
+    own = {recipe_of(name): name for name in NAMED_MODELS}
+    others = dict.fromkeys(("demo", "simulated_start"), "custom_cnn")
+    others |= {f"reference/resnet{depth}": f"resnet{depth}" for depth in (18, 26, 50)}
     assert sorted(NAMES) == sorted(own | others) == sorted(list_recipes())
     for name, path in zip(NAMES, RECIPES, strict=True):
         resolved = load(path)
@@ -55,13 +56,13 @@ def test_shipped_recipe_is_short_and_sets_only_non_default_values(path: Path) ->
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_shipped_batch_sizes_divide_evenly_over_common_world_sizes(path: Path) -> None:
-    """240 leaves out 7 processes, the demo's 48 leaves out 5 and 7: ranks then differ by one galaxy, the numbers stay exact.
+    """240 leaves out 7 processes, 48 leaves out 5 and 7: ranks then differ by one galaxy, the numbers stay exact.
 
     All of 1 to 8, 12, 16 and 24 divide only multiples of 1,680, which is 8 steps an epoch of Galaxy10's 14,188 training galaxies.
     """
     batch_size = load(path).recipe.train.batch_size
     uneven = [world_size for world_size in WORLD_SIZES if batch_size % world_size]
-    assert uneven == ([5, 7] if path.stem == "demo" else [7])
+    assert uneven == ([5, 7] if path.stem in ("demo", "simulated_start") else [7])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from galaxydist import api
 from galaxydist.cli.main import main
@@ -18,7 +19,9 @@ from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.verify import check_shards, describe_equal_images
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.export import export_image_folders
 from galaxydist.surveys.split import IN_MARGIN, NONE, TEST, TRAIN, VAL, rows_by_split
+from galaxydist.surveys.survey_sources import open_survey
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.runs import quick_settings, read_evaluation, run_here
 from tests.helpers.shard_surveys import MemorySurvey, draw_galaxies
@@ -145,3 +148,49 @@ def test_a_run_trains_and_is_evaluated_without_the_margins_shards(tmp_path: Path
         assert exit_code([command, str(tmp_path / "run"), *rest]) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "run/evaluation/margin.json").exists()
+
+
+def write_tree(folder: Path) -> Path:
+    """A folder of class folders with splits and a margin: 4 train, 2 val, 2 test and 3 margin images of each of two classes."""
+    dice = np.random.default_rng(0)
+    for split, count in (("train", 4), ("valid", 2), ("test", 2), (MARGIN, 3)):
+        for name in ("spiral", "smooth"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(dice.integers(0, 255, (16, 16, 3), np.uint8))
+                image.save(folder / split / name / f"{split}-{name}-{number}.png")
+    return folder
+
+
+def ids_by_split(source: Path, **options: str) -> dict[str, list[str]]:
+    survey = open_survey(source, **options)
+    galaxies = [*survey.read(0, len(survey.labels))]
+    return {name: sorted(galaxies[row].id for row in rows) for name, rows in survey.splits.items()}
+
+
+def test_a_folder_may_have_a_margin_which_an_export_keeps(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "mine")
+    found = ids_by_split(source)
+    assert {name: len(ids) for name, ids in found.items()} == {"train": 8, "val": 4, "test": 4, "margin": 6}
+    assert all(name.startswith("margin-") for name in found[MARGIN])
+    exported = export_image_folders(source, tmp_path / "out", workers=1)
+    assert exported[0].num_galaxies == {"train": 8, "val": 4, "test": 4, "margin": 6}
+    assert len([*(tmp_path / "out/Galaxy10_DECaLS/margin").rglob("*.png")]) == 6
+    assert ids_by_split(tmp_path / "out") == found
+    assert MARGIN not in ids_by_split(source, variant="balanced")
+
+
+def test_a_table_may_have_a_margin(tmp_path: Path) -> None:
+    source = write_tree(tmp_path / "mine")
+    files = sorted(source.rglob("*.png"))
+    lines = [f"{path.relative_to(source)},{path.parent.name},{path.parent.parent.name}" for path in files]
+    table = tmp_path / "mine" / "table.csv"
+    table.write_text("\n".join(["file,label,split", *lines]))
+    assert ids_by_split(table) == ids_by_split(source)
+    plain = tmp_path / "plain"
+    for path in files:
+        (plain / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(plain / path.parent.name / path.name)
+    names = [f"{path.name},{path.parent.parent.name}" for path in files]
+    (plain / "metadata.csv").write_text("\n".join(["file,split", *names]))
+    assert {name: len(ids) for name, ids in ids_by_split(plain).items()} == {"train": 8, "val": 4, "test": 4, "margin": 6}

@@ -5,7 +5,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
@@ -139,3 +141,21 @@ def test_the_report_gives_licence_and_citation_of_each_data_set(tmp_path: Path) 
     assert "data_origin is not an origin of data" in page
     assert "- licence: CC-BY-NC-4.0 (non-commercial use only)" in markdown
     assert "% mine, citation: Me & You_2026" in tex
+
+
+def test_data_shard_states_an_origin_and_refuses_one_that_says_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dice = np.random.default_rng(0)
+    for number in range(30):
+        folder = tmp_path / "mine" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dice.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{number}.png")
+    command = ["data", "shard", "--from", str(tmp_path / "mine"), "--data-dir", str(tmp_path / "root"), "--workers", "1"]
+    assert main([*command, "--licence", " "]) == 2
+    assert "--licence has 0 characters: give 1 to 20,000" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+    assert main([*command, "--license", "cc by 4.0", "--citation", "Me 2026", "--revision", "DR1"]) == 0
+    assert "licence: CC-BY-4.0\n" in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "root/shards/mine/original")
+    assert manifest.origin == DataOrigin("CC-BY-4.0", "Me 2026", "DR1")

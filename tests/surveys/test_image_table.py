@@ -58,7 +58,7 @@ def survey_of(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Table
         if row.get("file") and not row["file"].startswith("gone") and not (folder / row["file"]).exists():
             write_image(folder / row["file"], zlib.crc32(row["file"].encode()))
     table = pa.Table.from_pylist(rows)
-    images, has_image = open_listed_images(table.column("file").combine_chunks(), str(folder), "t.csv", "file")
+    images, has_image = open_listed_images(table.column("file").combine_chunks(), str(folder), "t.csv", "file", None)
     return open_table(table, images, "t.csv", TableOptions("mine", **options), has_image)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from galaxydist.atomic_files import NO_SPACE, fsync_file
 from galaxydist.errors import UserError
-from galaxydist.object_store import StoppedError, Store, download
+from galaxydist.object_store import StoppedError, Store, check_version, download
 
 
 class SharedFile:
@@ -362,11 +362,31 @@ class RemoteFolder:
     def __init__(self, store: Store, cache: Cache, name: str, stop: threading.Event) -> None:
         self.store, self.cache, self.stop, self._name = store, cache, stop, name
 
-    def get(self, name: str, *, sha256: bytes, num_bytes: int | None = None, allow_over_limit: bool = True) -> SharedFile | None:
-        """Return a verified file, as ``Cache.get_or_fetch`` does; errors are those of ``download``."""
+    def get(
+        self,
+        name: str,
+        *,
+        sha256: bytes | None,
+        num_bytes: int | None = None,
+        version: str = "",
+        entry: str | None = None,
+        allow_over_limit: bool = True,
+    ) -> SharedFile | None:
+        """Return a verified file, as ``Cache.get_or_fetch`` does; errors are those of ``download``.
+
+        Args:
+            name: of the file in the store.
+            sha256, num_bytes: digest and size of the file, if known.
+            version: without a digest, the version that the store must have (``Store.stat``); empty: any.
+            entry: name of the file in the cache; None: the same.
+            allow_over_limit: as in ``Cache.get_or_fetch``.
+        """
+
+        def fetch(path: Path) -> None:
+            if sha256 is None:
+                check_version(self.store, name, num_bytes, version, stop=self.stop)
+            download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256)
+
         return self.cache.get_or_fetch(
-            CacheEntry(f"{self._name}/{name}", num_bytes),
-            lambda path: download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256),
-            stop=self.stop,
-            allow_over_limit=allow_over_limit,
+            CacheEntry(f"{self._name}/{entry or name}", num_bytes), fetch, stop=self.stop, allow_over_limit=allow_over_limit
         )

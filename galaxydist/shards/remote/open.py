@@ -16,7 +16,9 @@ from galaxydist.errors import UserError
 from galaxydist.object_store import ATTEMPTS, MissingError, Store, download, is_url
 from galaxydist.shards.manifest import (
     COLUMNS,
+    HASH_LENGTH,
     MANIFEST_NAME,
+    TARS,
     Manifest,
     Remote,
     column_name,
@@ -27,7 +29,6 @@ from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, Remot
 
 # Attempts at the manifest: fewer than at other files, since the user is waiting for the first line of output.
 FIRST_ATTEMPTS = 5
-HASH_LENGTH = 16
 
 # A file's name, and its SHA-256 if known -> its contents.
 FileReader = Callable[[str, bytes | None], bytes]
@@ -44,7 +45,7 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
         UserError: nothing there, no access, not a manifest, another format version, or columns that do not match it.
     """
     if not is_url(location):
-        return read_manifest(Path(location))
+        return replace(read_manifest(Path(location)), cache=cache)
     url = _folder_url(str(location))
     store, files, stop = Store(url), Cache(cache.folder, cache.max_bytes), threading.Event()
     text = _fetch_manifest(store, stop)
@@ -68,14 +69,14 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
 
 
 def file_reader(manifest: Manifest) -> FileReader:
-    """Return a function that reads a whole file of a folder of shards by its name, bypassing the cache.
+    """Return a function that reads a whole file of the shards' folder by its name, bypassing the cache.
 
     The function raises OSError or UserError if the file cannot be read. A remote file is compared with its checksum and fetched
     again if the network damaged it.
     """
-    if manifest.remote is None:
-        return lambda name, _: (manifest.dir / name).read_bytes()
-    store = Store(manifest.remote.url)
+    if not manifest.has_remote_shards:
+        return lambda name, _: (Path(manifest.shard_folder) / name).read_bytes()
+    store = Store(manifest.shard_folder)
     return lambda name, sha256: _read(store, name, threading.Event(), sha256=sha256)
 
 
@@ -114,7 +115,8 @@ def _fetch_columns(manifest: Manifest, folder: RemoteFolder) -> None:
 
 
 def _columns(manifest: Manifest) -> list[str]:
-    return [column_name(split, column) for split in manifest.splits for column in ("shards", *COLUMNS)]
+    own = ("shards", *COLUMNS) if manifest.tars is None else ("shards", TARS, *COLUMNS)
+    return [column_name(split, column) for split in manifest.splits for column in own]
 
 
 def _folder_url(url: str) -> str:

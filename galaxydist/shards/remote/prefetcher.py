@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import resource
 import threading
 import time
@@ -10,12 +11,11 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
-
-import numpy as np
+from pathlib import Path
 
 from galaxydist.errors import UserError
 from galaxydist.object_store import MissingError, StoppedError
-from galaxydist.shards.manifest import Manifest, shard_name
+from galaxydist.shards.manifest import Manifest, cached_name, file_sha256
 from galaxydist.shards.remote.cache import RemoteFolder, SharedFile, show_bytes
 from galaxydist.shards.shard_usage import FetchQueue, Intervals, extend, peak_bytes
 
@@ -48,31 +48,72 @@ class LocalShards:
 def _open_local(manifest: Manifest, split: str, shard: int) -> SharedFile:
     path = manifest.shard_path(split, shard)
     try:
-        return SharedFile(path)
+        file = SharedFile(path)
     except FileNotFoundError:
-        raise UserError(f"shard {path} is missing; make the shards anew with: galaxydist data shard") from None
+        raise UserError(f"shard {path} is missing; {_missing_remedy(manifest)}") from None
     except OSError as error:
         hint = "; raise the limit with: ulimit -n 4096" if error.errno == errno.EMFILE else ""
         raise UserError(f"shard {path} cannot be opened ({error.strerror}){hint}") from None
+    if manifest.tars is not None:
+        _check_unchanged(manifest, split, shard, file)
+    return file
 
 
-def fetch_shard(folder: RemoteFolder, name: str, row: np.void, *, allow_over_limit: bool) -> SharedFile | None:
+def _missing_remedy(manifest: Manifest) -> str:
+    if manifest.tars is None:
+        return "make the shards anew with: galaxydist data shard"
+    return f"put it back, or index the tars again: {manifest.location} names it"
+
+
+def _check_unchanged(manifest: Manifest, split: str, shard: int, file: SharedFile) -> None:
+    """Refuse a foreign tar that was replaced after it was indexed; only one with another time of change is hashed.
+
+    Raises:
+        UserError: names the tar.
+    """
+    path, status = manifest.shard_path(split, shard), os.fstat(file.descriptor)
+    is_known = str(status.st_mtime_ns) == manifest.shard_version(split, shard)
+    if status.st_size == manifest.shards(split)["bytes"][shard] and (
+        is_known or _hash_file(path, status.st_size, status.st_mtime_ns) == manifest.shard_sha256(split, shard)
+    ):
+        return
+    raise UserError(f"{path} was replaced or truncated after it was indexed in {manifest.location}: {manifest.remedy}")
+
+
+@lru_cache(1 << 17)
+def _hash_file(path: Path, num_bytes: int, changed: int) -> bytes:
+    """Return the SHA-256 of a file, once for each state of it; the file was copied, or changed."""
+    logger.info("%s has another time of change than when it was indexed: comparing its %d bytes (%d)", path, num_bytes, changed)
+    return bytes.fromhex(file_sha256(path))
+
+
+def fetch_shard(
+    manifest: Manifest, folder: RemoteFolder, split: str, number: int, *, allow_over_limit: bool
+) -> SharedFile | None:
     """Return a remote shard from the cache, fetched if it is missing; None if it does not fit now.
 
     Args:
-        folder: access to the data set's remote files.
-        name: file name of the shard.
-        row: the shard's row of the shard table.
+        manifest: the data set.
+        folder: access to its remote shards.
+        split, number: the shard.
         allow_over_limit: as in ``Cache.get_or_fetch``.
 
     Raises:
-        UserError: the shard is missing in the store or cannot be fetched.
+        UserError: the shard is missing in the store, was replaced, or cannot be fetched.
     """
-    sha256, num_bytes = row["sha256"].tobytes(), int(row["bytes"])
+    name = manifest.shard_name(split, number)
     # The error is raised outside the handler: as its context, the first one would keep the cache's frames, and so their locks.
     with suppress(MissingError):
-        return folder.get(name, sha256=sha256, num_bytes=num_bytes, allow_over_limit=allow_over_limit)
-    raise UserError(f"shard {folder.store.url(name)} is missing: copy the whole folder of shards again, manifest.json last")
+        return folder.get(
+            name,
+            sha256=manifest.shard_sha256(split, number),
+            num_bytes=int(manifest.shards(split)["bytes"][number]),
+            version=manifest.shard_version(split, number),
+            entry=cached_name(name),
+            allow_over_limit=allow_over_limit,
+        )
+    remedy = "copy the whole folder of shards again, manifest.json last" if manifest.tars is None else manifest.remedy
+    raise UserError(f"shard {folder.store.url(name)} is missing: {remedy}")
 
 
 logger = logging.getLogger(__name__)
@@ -111,9 +152,9 @@ def open_shard_source(
         UserError: the cache or the limit on open files is too small for the shards read at the same time, or the cache cannot
             be used.
     """
-    if manifest.remote is None:
+    if not manifest.has_remote_shards:
         return LocalShards(manifest, split)
-    folder, sizes = manifest.remote_folder(threading.Event()), manifest.shards(split)["bytes"]
+    folder, sizes = manifest.remote_shards(threading.Event()), manifest.shards(split)["bytes"]
     cache = folder.cache
     capacity, needed = cache.shard_capacity, peak_bytes(next(node_intervals), sizes)
     if needed > capacity:
@@ -160,9 +201,8 @@ class PrefetchedShards:
         ahead_bytes: int,
         max_held: int,
     ) -> None:
-        assert manifest.remote is not None
-        self._folder, self._split, self._table = folder, split, manifest.shards(split)
-        self._sizes = self._table["bytes"].tolist()
+        self._manifest, self._folder, self._split = manifest, folder, split
+        self._sizes = manifest.shards(split)["bytes"].tolist()
         self._queue, self._step, self._ahead_bytes, self._max_held = queue, step - 1, ahead_bytes, max_held
         self._stop = folder.stop
         self._lock = threading.RLock()
@@ -170,7 +210,7 @@ class PrefetchedShards:
         self._files: dict[int, Future[SharedFile | None]] = {}  # shards held, being fetched, or failed when ``open`` waited
         self._postponed: deque[int] = deque()  # shards that did not fit, to be tried again
         self._pause_until = 0.0
-        self._num_fetching, self._num_threads = 0, manifest.remote.cache.threads
+        self._num_fetching, self._num_threads = 0, manifest.cache_config.threads
         self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="galaxydist-fetch")
         self._fetch_ahead()
 
@@ -224,7 +264,7 @@ class PrefetchedShards:
     def _fetch(self, shard: int, is_awaited: bool) -> SharedFile | None:
         """Return the shard; None if it did not fit or failed while ``open`` did not wait for it: ``open`` will try again."""
         try:
-            file = fetch_shard(self._folder, shard_name(self._split, shard), self._table[shard], allow_over_limit=is_awaited)
+            file = fetch_shard(self._manifest, self._folder, self._split, shard, allow_over_limit=is_awaited)
             does_not_fit = file is None
         except StoppedError:
             raise

@@ -19,8 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.shards.manifest import ANY_FILE
 from galaxydist.shards.tar import LONGEST_KEY
-from galaxydist.surveys.image_files import to_rgb
+from galaxydist.surveys.image_files import parse_image, to_rgb
 
 Pixels = NDArray[np.uint8]
 
@@ -105,6 +106,8 @@ def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
     Raises:
         ValueError: it does not decode, or has another size.
     """
+    if encoding == ANY_FILE:
+        return decode_any_file(data, size)
     if encoding == "raw":
         header = raw_header(size)
         if not data.startswith(header) or len(data) != len(header) + size * size * 3:
@@ -117,6 +120,32 @@ def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
     if pixels.shape != (size, size, 3):
         raise ValueError(f"its image is {pixels.shape}, the manifest says {size} x {size} pixels")
     return pixels
+
+
+# Marks of JPEG files that may be turned (EXIF, XMP) or hold several images (MPF): ``parse_image`` decides about these.
+_MARKS = (b"Exif", b"tiff:Orientation", b"MPF\0")
+
+
+def decode_any_file(data: bytes, size: int) -> Pixels:
+    """Decode an image file of any format and size to size x size x 3 uint8 RGB pixels, as the writer of shards does.
+
+    Raises:
+        ValueError: it does not decode.
+    """
+    try:
+        if _is_plain_jpeg(data):  # most files: the same result without Pillow
+            pixels = np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+        else:
+            image = parse_image(data, "its image")
+            pixels = decode_image(image) if isinstance(image, EncodedImage) else image
+    except DamagedImageError as error:
+        raise ValueError(error.reason) from None
+    return pixels if pixels.shape == (size, size, 3) else resize_square(pixels, size)
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    is_jpeg = bool(simplejpeg.is_jpeg(data)) and not any(mark in data for mark in _MARKS)
+    return is_jpeg and simplejpeg.decode_jpeg_header(data)[2] == "YCbCr"
 
 
 @lru_cache

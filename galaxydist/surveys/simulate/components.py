@@ -229,6 +229,7 @@ class Arms:
         sharpness: see :func:`spiral_arms`.
         share: fraction of the disc's light that follows the pattern.
         ragged: amplitude of the arms' irregularity, radians of phase.
+        broken: amplitude of short, broken arms across the pattern, see :func:`draw_disc`.
         inner: radius at which the arms begin, in scale lengths.
     """
 
@@ -239,6 +240,7 @@ class Arms:
     sharpness: float
     share: float
     ragged: float
+    broken: float
     inner: float
 
 
@@ -286,7 +288,7 @@ def draw_disc(
     armed = base * strength * pattern
     share = float(armed.sum() / max(float(base.sum()), 1e-12))
     # Arms are bluer and the rest redder, so that the disc as a whole keeps its colour.
-    young: Array = _YOUNG ** np.float32(draws.uniform(0.2, 0.7))
+    young: Array = _YOUNG ** np.float32(draws.uniform(0.05, 0.65))
     whole = np.asarray(share * young + (1.0 - share) / young, np.float32)
     scene.add(window, smooth.astype(np.float32), fluxes / (young * whole))
     scene.add(window, armed.astype(np.float32), fluxes * young / whole)
@@ -313,11 +315,11 @@ def _frayed(draws: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
 def _flocculent(draws: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
     """Return a factor for short, broken arms (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): interfering many-armed waves."""
     waves = np.zeros(theta.shape, np.float32)
-    for _ in range(3):
-        num = draws.integer(3, 9)
+    for _ in range(4):
+        num = draws.integer(3, 11)
         wind = num / np.tan(np.clip(arms.pitch * draws.uniform(0.9, 2.2), 0.2, 1.2))
         waves += np.cos(np.float32(num) * theta - np.float32(wind) * log_radius + np.float32(draws.uniform(0.0, 2.0 * np.pi)))
-    return np.asarray(1.0 + np.float32(0.3 * arms.ragged) * waves, np.float32)
+    return np.asarray(1.0 + np.float32(arms.broken) * waves, np.float32)
 
 
 def draw_knots(

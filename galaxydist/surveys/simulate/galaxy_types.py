@@ -106,8 +106,8 @@ _DISC_THICKNESS = 0.2
 _HALF_LIGHT = 1.678
 
 # Ranges of pitch angles in degrees of tightly and loosely wound arms.
-TIGHT_PITCH = (7.0, 14.0)
-LOOSE_PITCH = (17.0, 34.0)
+TIGHT_PITCH = (7.0, 16.0)
+LOOSE_PITCH = (17.0, 38.0)
 
 
 def inclined(draws: Draws, least: float, most: float = 1.0) -> float:
@@ -145,12 +145,21 @@ def draw_spiral(scene: Scene, draws: Draws, light: Light, label: int, position: 
         _draw_barred(scene, draws, light, at, scale)
         return
     tight = label == TIGHT_SPIRAL
-    bulge = float(np.clip(draws.normal(0.18, 0.08) if tight else draws.normal(0.13, 0.07), 0.02, 0.5))
-    knots = draws.uniform(0.0, 0.05) if tight else draws.uniform(0.0, 0.12)
-    arms, redder = draw_arms(draws, tight), draws.uniform(0.05, 0.25)
-    disc = light.fluxes(1.0 - bulge - knots, -redder * bulge)
+    bulge = float(np.clip(draws.normal(0.18, 0.09), 0.02, 0.5))
+    # A lens: a bright, redder inner disc inside the arms, on which they have little contrast (Kormendy 1979, ApJ 227, 714).
+    lens = draws.uniform(0.1, 0.35) if draws.bernoulli(0.3 if tight else 0.5) else 0.0
+    ring = draws.uniform(0.04, 0.15) if draws.bernoulli(0.15) else 0.0
+    scale *= 1.0 + 0.8 * lens
+    knots = draws.uniform(0.0, 0.06) if tight else draws.uniform(0.0, 0.12)
+    arms, redder = draw_arms(draws, tight), draws.uniform(0.05, 0.3)
+    disc = light.fluxes(1.0 - bulge - lens - ring - knots, -redder * (bulge + lens))
     components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.0, 0.15 if tight else 0.4))
     components.draw_knots(scene, draws, at, scale, light.fluxes(knots), num=draws.integer(6, 40), arms=arms)
+    if lens:
+        inner = replace(at, axis_ratio=min(1.0, at.axis_ratio * draws.uniform(0.9, 1.2)))
+        components.draw_sersic(scene, inner, scale * draws.uniform(0.5, 0.9), draws.uniform(0.5, 1.0), light.fluxes(lens, redder))
+    if ring:
+        components.draw_ring(scene, at, scale * draws.uniform(1.0, 2.2), max(1.0, 0.25 * scale), light.fluxes(ring, -0.1))
     components.draw_sersic(
         scene, _bulge_of(at), scale * draws.uniform(0.25, 0.5), draws.uniform(1.0, 3.0), light.fluxes(bulge, redder)
     )
@@ -159,11 +168,11 @@ def draw_spiral(scene: Scene, draws: Draws, light: Light, label: int, position: 
 def draw_arms(draws: Draws, tight: bool) -> Arms:
     """Draw random parameters for the arms of an unbarred spiral."""
     if tight:
-        num, pitch = (2, 3, 4)[draws.pick((0.65, 0.25, 0.10))], draws.uniform(*TIGHT_PITCH)
-        share, sharpness, ragged = draws.uniform(0.3, 0.75), draws.uniform(1.0, 2.2), draws.uniform(0.3, 0.9)
+        num, pitch = (2, 3, 4, 5, 6)[draws.pick((0.45, 0.20, 0.15, 0.10, 0.10))], draws.uniform(*TIGHT_PITCH)
+        share, sharpness, ragged = draws.uniform(0.15, 0.7), draws.uniform(0.7, 2.2), draws.uniform(0.3, 1.0)
     else:
-        num, pitch = (1, 2, 3, 4)[draws.pick((0.12, 0.60, 0.20, 0.08))], draws.uniform(*LOOSE_PITCH)
-        share, sharpness, ragged = draws.uniform(0.45, 0.92), draws.uniform(0.8, 2.6), draws.uniform(0.4, 1.0)
+        num, pitch = (1, 2, 3, 4)[draws.pick((0.15, 0.55, 0.18, 0.12))], draws.uniform(*LOOSE_PITCH)
+        share, sharpness, ragged = draws.uniform(0.3, 0.92), draws.uniform(0.7, 2.6), draws.uniform(0.4, 1.3)
     return Arms(
         num=num,
         pitch=float(np.radians(pitch)),
@@ -172,14 +181,18 @@ def draw_arms(draws: Draws, tight: bool) -> Arms:
         sharpness=sharpness,
         share=share,
         ragged=ragged,
+        broken=draws.uniform(0.05, 0.6),
         inner=draws.uniform(0.25, 0.6),
     )
 
 
 def _draw_barred(scene: Scene, draws: Draws, light: Light, at: Ellipse, scale: float) -> None:
-    bulge, bar = draws.uniform(0.05, 0.16), draws.uniform(0.1, 0.25)
-    length, turn = scale * draws.uniform(1.0, 1.8), draws.uniform(0.0, np.pi)
-    ring = draws.uniform(0.05, 0.15) if draws.bernoulli(0.5) else 0.0
+    bulge, bar = draws.uniform(0.05, 0.18), draws.uniform(0.1, 0.25)
+    length, turn = scale * draws.uniform(0.9, 1.8), draws.uniform(0.0, np.pi)
+    ring = draws.uniform(0.05, 0.18) if draws.bernoulli(0.5) else 0.0
+    # Many bars lie in a lens of their own size (Kormendy 1979, ApJ 227, 714).
+    lens = draws.uniform(0.1, 0.25) if draws.bernoulli(0.4) else 0.0
+    scale *= 1.0 + 0.5 * lens
     redder = draws.uniform(0.05, 0.2)
     sense, pitch = (1 if draws.bernoulli(0.5) else -1), float(np.radians(draws.uniform(10.0, 30.0)))
     arms = Arms(
@@ -189,13 +202,16 @@ def _draw_barred(scene: Scene, draws: Draws, light: Light, at: Ellipse, scale: f
         # The arms pass through the ends of the bar.
         phase=2.0 * float(sense * turn - np.log(length / scale) / np.tan(pitch)),
         sharpness=draws.uniform(0.8, 2.2),
-        share=draws.uniform(0.2, 0.65),
-        ragged=draws.uniform(0.1, 0.6),
+        share=draws.uniform(0.08, 0.6),
+        ragged=draws.uniform(0.1, 0.8),
+        broken=draws.uniform(0.0, 0.35),
         inner=length / scale,
     )
-    disc = light.fluxes(1.0 - bulge - bar - ring, -redder * (bulge + bar))
+    disc = light.fluxes(1.0 - bulge - bar - ring - lens, -redder * (bulge + bar + lens))
     components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.0, 0.15))
-    components.draw_bar(scene, at, light.fluxes(bar, redder), length=length, thickness=draws.uniform(0.15, 0.32), turn=turn)
+    components.draw_bar(scene, at, light.fluxes(bar, redder), length=length, thickness=draws.uniform(0.15, 0.42), turn=turn)
+    if lens:
+        components.draw_sersic(scene, at, length * draws.uniform(0.55, 0.8), 0.6, light.fluxes(lens, redder))
     if ring:
         components.draw_ring(scene, at, length * draws.uniform(1.0, 1.15), max(1.0, 0.15 * length), light.fluxes(ring, -0.1))
     components.draw_knots(scene, draws, at, scale, light.fluxes(draws.uniform(0.0, 0.04)), num=draws.integer(0, 20), arms=arms)
@@ -224,8 +240,8 @@ def draw_edge_on(scene: Scene, draws: Draws, light: Light, bulge: bool, position
         dust, warp = (draws.uniform(0.5, 2.5) if draws.bernoulli(0.4) else 0.0), draws.normal(0.0, 0.05)
         components.draw_edge_on(scene, draws, at, disc, length=length, height=height, dust=dust, warp=warp)
         return
-    if draws.bernoulli(0.25):
-        tilted, scale = Ellipse(*position, at.angle, draws.uniform(0.16, 0.32)), light.radius / _HALF_LIGHT * 1.15
+    if draws.bernoulli(0.35):
+        tilted, scale = Ellipse(*position, at.angle, draws.uniform(0.16, 0.36)), light.radius / _HALF_LIGHT * 1.15
         arms, knots = draw_arms(draws, tight=False), draws.uniform(0.0, 0.12)
         components.draw_disc(scene, draws, tilted, scale, light.fluxes(1.0 - knots), arms=arms, lopsided=draws.uniform(0.0, 0.4))
         components.draw_knots(scene, draws, tilted, scale, light.fluxes(knots), num=draws.integer(5, 30), arms=arms)
@@ -289,10 +305,10 @@ def _draw_member(scene: Scene, draws: Draws, light: Light, position: Position) -
 def draw_tail(scene: Scene, draws: Draws, light: Light, position: Position, fluxes: Array) -> None:
     """Draw a tidal tail that leaves a galaxy at its edge and bends away (Toomre & Toomre 1972, ApJ 178, 623)."""
     direction, sense = draws.uniform(0.0, 2.0 * np.pi), 1.0 if draws.bernoulli(0.5) else -1.0
-    bend = light.radius * draws.uniform(1.3, 3.5)
+    bend = light.radius * float(np.exp(draws.uniform(np.log(0.9), np.log(4.5))))
     # The circle passes near the centre, so that the tail starts inside the galaxy.
     middle = _away(position, 0.6 * light.radius - bend, direction)
-    width, span = light.radius * draws.uniform(0.15, 0.4), sense * draws.uniform(0.9, 2.2)
+    width, span = light.radius * draws.uniform(0.12, 0.5), sense * draws.uniform(0.8, 3.2) * min(1.0, 2.5 * light.radius / bend)
     components.draw_arc(scene, middle, fluxes, radius=bend, width=width, start=direction, span=span)
 
 
@@ -302,22 +318,28 @@ def draw_disturbed(scene: Scene, draws: Draws, light: Light, position: Position)
     Lopsided discs: Rix & Zaritsky (1995, ApJ 447, 82).
     """
     at = Ellipse(*position, draws.uniform(0.0, np.pi), inclined(draws, 0.15))
-    early = draws.bernoulli(0.35)
-    debris, knots = draws.uniform(0.18, 0.4), (0.0 if early else draws.uniform(0.0, 0.12))
+    early = draws.bernoulli(0.4)
+    debris, knots = draws.uniform(0.12, 0.4), (0.0 if early else draws.uniform(0.0, 0.12))
     core = draws.uniform(0.5, 0.75) if early else draws.uniform(0.08, 0.3)
     scale = light.radius / 2.0
     disc = light.fluxes(max(1.0 - core - debris - knots, 0.05), -0.05)
     arms = draw_arms(draws, tight=False) if not early and draws.bernoulli(0.4) else None
-    components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.5, 0.95))
+    components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.3, 0.95))
     shift = draws.normals(2) * 0.2 * scale
     rounder = Ellipse(position[0] + shift[0], position[1] + shift[1], at.angle, 0.5 + 0.5 * at.axis_ratio)
     components.draw_sersic(scene, rounder, scale * (0.9 if early else 0.4), draws.uniform(1.5, 3.5), light.fluxes(core, 0.05))
     components.draw_knots(scene, draws, at, scale, light.fluxes(knots), num=draws.integer(3, 15))
+    if draws.bernoulli(0.4):  # old debris around the galaxy, off its centre
+        cloud = draws.uniform(0.2, 0.6) * debris
+        debris -= cloud
+        beside = _away(position, light.radius * draws.uniform(0.2, 1.0), draws.uniform(0.0, 2.0 * np.pi))
+        spread = Ellipse(*beside, draws.uniform(0.0, np.pi), draws.uniform(0.4, 1.0))
+        components.draw_sersic(scene, spread, light.radius * draws.uniform(1.2, 2.5), 0.7, light.fluxes(cloud, -0.05))
     kind = draws.pick((0.65, 0.20, 0.15))
     if kind == 0:
         tails = 2 if draws.bernoulli(0.35) else 1
         for _ in range(tails):
-            draw_tail(scene, draws, light, position, light.fluxes(debris / tails, -0.08))
+            draw_tail(scene, draws, light, position, light.fluxes(debris / tails, -0.08 if not early else 0.0))
     elif kind == 1:
         _draw_shells(scene, draws, light, position, light.fluxes(debris))
     else:

@@ -77,7 +77,7 @@ _CORRELATION = 0.10
 
 def draw_seeing(draws: Draws) -> tuple[float, float, float]:
     """Draw the seeing of an image in g, r, z (FWHM, arcsec), in steps of 0.02 so that the PSF's transform can be cached."""
-    common = draws.normal(0.0, 0.06)
+    common = draws.normal(0.0, 0.10)
     g, r, z = (round(value * float(np.exp(common + draws.normal(0.0, 0.04))) / 0.02) * 0.02 for value in SEEING)
     return g, r, z
 
@@ -127,7 +127,7 @@ def add_noise(light_CHW: Array, draws: Draws, pixel_scale: float, seed: int, row
 
     Depth varies with position and band. Some images are shallower in all bands, or have an edge between two depths.
     """
-    depth = draws.normal(0.0, 0.10)
+    depth = draws.normal(0.0, 0.15)
     sigma = np.array([noise * np.exp(depth + draws.normal(0.0, 0.12)) for noise in NOISE])
     if draws.bernoulli(0.10):
         sigma *= draws.uniform(1.3, 2.2)

@@ -70,7 +70,7 @@ def draw_image(plan: SurveyPlan, row: int) -> tuple[NDArray[np.uint8], float, fl
 
 
 # Written into the file; increase it whenever the same seed gives different galaxies.
-SIMULATOR_VERSION = 1
+SIMULATOR_VERSION = 2
 _SLAB = 32
 # Fewer galaxies than this are drawn before other processes would have started.
 _WORTH_PROCESSES = 200

@@ -1,7 +1,6 @@
 """Images that a table lists by file name."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,12 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
+from galaxydist.object_store import is_url
 from galaxydist.surveys.image_files import EXTENSIONS, group_equal_files, hash_files, read_image
+from galaxydist.surveys.tables.image_urls import fetch_images
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-logger = logging.getLogger(__name__)
 
 _SLAB = 256
 
@@ -68,36 +67,59 @@ class ListedImages:
         return [next(found) if file else "" for file in self.files]
 
 
-def open_listed_images(texts: "pa.Array", root: str, location: str, column: str) -> tuple[ListedImages, NDArray[np.bool_]]:
-    """Return the images that the cells of a file column name, and (N,) True for rows whose image exists; see ``find_files``."""
-    files = find_files(texts.to_pylist(), Path(root), location, column)
-    return ListedImages(location, Path(root), files), np.array([bool(file) for file in files])
-
-
-def find_files(texts: Sequence[str | None], root: Path, location: str, column: str) -> list[str]:
-    """Return the file of each row, empty for a row whose file does not exist.
-
-    A text may have backslashes, and may lack the extension if exactly one image has that name.
+def open_listed_images(
+    texts: "pa.Array", root: str, location: str, column: str, cache_dir: Path | None
+) -> tuple[ListedImages, NDArray[np.bool_]]:
+    """Return the images that the cells of a file column name, and (N,) True for rows whose image exists.
 
     Args:
-        texts: N cells of the file column, None where empty.
-        root: the folder that relative files start from.
+        texts: N paths, absolute or relative to the root, or URLs; null or empty without an image.
+        root: folder or URL that relative ones start from.
         location, column: the table and its file column, for messages.
+        cache_dir: folder for the images of URLs.
 
     Raises:
-        UserError: the column is empty, or none of the files exists.
+        UserError: no image exists, URLs without a folder for their images, or as ``fetch_images``.
+    """
+    cells = [text.strip() if text else "" for text in texts.to_pylist()]
+    if not any(cells):
+        raise UserError(f"{location}, column {column!r} is empty, so that no row has an image; name another one with --file")
+    urls = [_url(text, root) for text in cells]
+    folder = Path() if is_url(root) else Path(root)
+    files = find_files(["" if url else text for text, url in zip(cells, urls, strict=True)], folder)
+    if any(urls):
+        if cache_dir is None:
+            raise UserError(
+                f"{location}, column {column!r} has URLs, and there is no folder for their images: give a cache folder"
+            )
+        files = [file or fetched for file, fetched in zip(files, fetch_images(urls, cache_dir, location), strict=True)]
+    if not any(files):
+        first = next(text for text in cells if text)
+        place = next((url.partition("?")[0] for url in urls if url), folder / first)  # a query may hold a secret
+        raise UserError(
+            f"{location}: none of the {sum(map(bool, cells))} images exists; the first, {first!r} in column {column!r}, would be "
+            f"{place}. Give the folder that these names start from with --images, or another column with --file"
+        )
+    return ListedImages(location, folder, files), np.array([bool(file) for file in files])
+
+
+def _url(text: str, root: str) -> str:
+    """Return the URL that a cell means, or an empty text for a path on this machine."""
+    if is_url(text) or not text:
+        return text
+    if not is_url(root):
+        return ""
+    folder, question_mark, query = root.partition("?")
+    return f"{folder.rstrip('/')}/{text.replace(chr(92), '/').removeprefix('./').lstrip('/')}{question_mark}{query}"
+
+
+def find_files(texts: Sequence[str], root: Path) -> list[str]:
+    """Return the file that each text means, relative to a folder or absolute; empty where there is none.
+
+    A text may have backslashes, and may lack the extension if exactly one image has that name.
     """
     listings = _Listings(root)
-    files = [listings.find(text) if text else "" for text in texts]
-    if not any(files):
-        first = next((text for text in texts if text), None)
-        if first is None:
-            raise UserError(f"{location}, column {column!r} is empty, so that no row has an image; name another one with --file")
-        raise UserError(
-            f"{location}: none of the {sum(map(bool, texts))} images exists; the first, {first!r} in column {column!r}, would be "
-            f"{root / first}. Give the folder that these names start from with --images, or another column with --file"
-        )
-    return files
+    return [listings.find(text) if text else "" for text in texts]
 
 
 class _Listings:
@@ -109,8 +131,7 @@ class _Listings:
 
     def find(self, text: str) -> str:
         """Return the file that a text means, or an empty text."""
-        plain = text.strip()
-        for name in dict.fromkeys((plain, plain.replace("\\", "/"))):
+        for name in dict.fromkeys((text, text.replace("\\", "/"))):
             path = PurePosixPath(name)
             found = self._names(str(path.parent)).get(path.name, [])
             if path.name in found:

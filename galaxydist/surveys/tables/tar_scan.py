@@ -23,6 +23,7 @@ from tqdm import tqdm
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
 from galaxydist.object_store import RemoteFile, Store, is_url, list_files
+from galaxydist.surveys.file_kinds import TAR, file_kind, refuse_kind
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.image_files import EXTENSIONS
 
@@ -269,6 +270,8 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
     except tarfile.TarError as error:
         if stream.tell() <= tarfile.BLOCKSIZE:
             _refuse_compressed(path, stream.last)
+            if not is_url(path) and (kind := file_kind(Path(path))) != TAR:
+                raise refuse_kind(path, kind, "a tar of images") from None
             raise UserError(f"{path} is not a tar ({error})") from None
         raise UserError(_truncated(path, stream.tell())) from None
     # tarfile takes a damaged header or the end of the file for the end of the tar.

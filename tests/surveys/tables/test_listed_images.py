@@ -1,0 +1,82 @@
+"""Images that a table lists: paths as people write them, and URLs."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from galaxydist.bench.flaky_server import Behaviour, FileServer
+from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.galaxy import EncodedImage
+from galaxydist.surveys.survey_sources import SourceOptions, open_survey
+from galaxydist.surveys.tables.image_urls import fetch_images
+from galaxydist.surveys.tables.listed_images import find_files
+from tests.helpers.survey_files import write_image
+from tests.helpers.table_sources import write_csv
+
+
+def test_files_are_found_by_relative_absolute_and_windows_paths_and_without_extension(tmp_path: Path) -> None:
+    for file in ("a/130549.jpg", "a/J1.5+2.png", "a/twice.jpg", "a/twice.png", "b c/x.webp", "a/notes.txt"):
+        write_image(tmp_path / file) if not file.endswith("txt") else (tmp_path / file).touch()
+    found = {
+        "a/130549.jpg": "a/130549.jpg",
+        "./a/130549.jpg": "a/130549.jpg",
+        "a\\130549.jpg": "a/130549.jpg",
+        ".\\b c\\x": "b c/x.webp",
+        "a/130549": "a/130549.jpg",
+        "a/J1.5+2": "a/J1.5+2.png",
+        str(tmp_path / "a" / "130549"): str(tmp_path / "a" / "130549.jpg"),
+        "a/twice": "",
+        "a/notes": "",
+        "a/130549.png": "",
+        "nowhere/1.jpg": "",
+        "a": "",
+    }
+    assert dict(zip(found, find_files([*found], tmp_path), strict=True)) == found
+
+
+def test_images_at_urls_are_fetched_once_with_retries_and_missing_ones_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "server"
+    rows = [{"url": f"sky/{n} é.png", "label": "ab"[n % 2], "split": "train"} for n in range(30)]
+    for number, row in enumerate(rows):
+        write_image(folder / str(row["url"]), number)
+    (folder / "sky" / "3 é.png").unlink()
+    (folder / "sky" / "4 é.png").write_text("<html>no such galaxy</html>")
+    first = Behaviour(trouble=lambda path, number: 503 if number == 1 and path.endswith("5 é.png") else None)
+    with FileServer(folder, first) as server:
+        table = write_csv(tmp_path / "galaxies.csv", rows)
+        source = SourceOptions(images=f"{server.address}?token=secret", cache_dir=tmp_path / "cache")
+        survey = open_survey(table, source=source)
+        assert server.gets["sky/5 é.png"] == 2 and sum(server.gets.values()) == 30 + 3
+        assert "token=secret" in server.asked["sky/5 é.png"][0]
+        again = open_survey(table, source=source)
+        assert sum(server.gets.values()) == 33 + 2, "what is not there is asked for again"
+    assert [row.row for row in survey.left_out] == [3, 4] and again.source_hash == survey.source_hash
+    assert "2 of 30 images cannot be had" in caplog.text and "secret" not in caplog.text
+    galaxy = next(pickle.loads(pickle.dumps(survey)).read(7, 8))
+    assert isinstance(galaxy.image, EncodedImage) and galaxy.image.data == (folder / "sky" / "7 é.png").read_bytes()
+    assert galaxy.extras["file"] == "sky/7 é.png" and galaxy.id == "7"
+    with pytest.raises(DamagedImageError, match=r"row 4 of .*galaxies\.csv has no image"):
+        next(survey.read(3, 4))
+    assert not [*(tmp_path / "cache").rglob("*.part")]
+
+
+def test_server_that_denies_access_is_an_error_and_the_next_call_continues(tmp_path: Path) -> None:
+    for number in range(40):
+        write_image(tmp_path / "server" / f"{number}.png", number)
+    denied: list[Any] = [403]
+    behaviour = Behaviour(trouble=lambda path, _: denied[0] if path == "20.png" else None)
+    with FileServer(tmp_path / "server", behaviour) as server:
+        urls = [f"{server.address}/{number}.png" for number in range(40)]
+        with pytest.raises(UserError, match=r"access to http://.*/20\.png is denied"):
+            fetch_images(urls, tmp_path / "cache", "t.csv")
+        denied[0] = None
+        before = server.gets.copy()
+        files = fetch_images(urls, tmp_path / "cache", "t.csv")
+        assert all(server.gets[name] == count for name, count in before.items() if name != "20.png")
+    assert [Path(file).read_bytes() for file in files] == [(tmp_path / "server" / f"{n}.png").read_bytes() for n in range(40)]
+    with pytest.raises(UserError, match=r"ftp://x/1\.png: images cannot be read through ftp://; use s3://"):
+        fetch_images(["ftp://x/1.png"], tmp_path / "cache", "t.csv")
