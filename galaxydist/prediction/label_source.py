@@ -22,7 +22,7 @@ from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, Chunks, RankInfo
 from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Output, WorkFolder
 from galaxydist.prediction.image_form import ImageForm
-from galaxydist.prediction.sources import PredictionSource, Reading, ShardsToLabel, damage_of
+from galaxydist.prediction.sources import PredictionSource, ReadSettings, ShardsToLabel, damage_of
 from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, precision_on
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import writer_lock
@@ -227,7 +227,7 @@ class Labelling:
     def _label_part(self, part: str, chunks: Mapping[int, Chunk], bar: Any) -> bool:
         """Label chunks of one part; return False if another process has failed."""
         world = self.world
-        reading = Reading(
+        reading = ReadSettings(
             chunks=Chunks(self.plan.length, np.array([*chunks], np.int64)),
             batch_size=self.plan.batch_size,
             form=self.form,

@@ -64,7 +64,7 @@ def open_source(choice: SourceChoice) -> PredictionSource:
     if is_url(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
         return _open_shards(choice, location)
     if choice.split is not None:
-        raise UserError(f"--split {choice.split}: {location} is not a folder of shards; all its galaxies are labelled")
+        raise UserError(f"--split {choice.split} is for shards, and {location} has none; all its galaxies are labelled")
     if _is_images(path):
         _refuse_options(choice, "images")
         return SurveyToLabel(open_images([path]), location)

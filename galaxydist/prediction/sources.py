@@ -40,7 +40,7 @@ SINGLE_FILES = 32
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadSettings:
     """Settings with which a process reads its chunks.
 
     Args:
@@ -97,7 +97,7 @@ class PredictionSource(Protocol):
         """Return plain values that change when the source changes."""
         ...
 
-    def open(self, part: str, reading: Reading) -> ChunkReader:
+    def open(self, part: str, reading: ReadSettings) -> ChunkReader:
         """Read chunks of a part."""
         ...
 
@@ -161,7 +161,7 @@ class SurveyToLabel:
             digest.update(f"{path} {stamp}\n".encode("utf-8", "backslashreplace"))
         return {"location": self.location, "dataset": self.survey.name, "rows": len(self.rows), "digest": digest.hexdigest()}
 
-    def open(self, part: str, reading: Reading) -> ChunkReader:
+    def open(self, part: str, reading: ReadSettings) -> ChunkReader:
         del part
         return SurveyReader(self, reading, self._columns)
 
@@ -199,7 +199,7 @@ class SurveyReader:
         columns: receives the user's columns of each chunk before its last batch is yielded.
     """
 
-    def __init__(self, source: SurveyToLabel, reading: Reading, columns: "dict[int, pa.Table]") -> None:
+    def __init__(self, source: SurveyToLabel, reading: ReadSettings, columns: "dict[int, pa.Table]") -> None:
         self._survey, self._rows, self._slab_length = source.survey, source.rows, source.slab_length
         self._reading, self._columns = reading, columns
         self._pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="galaxydist-decode")
@@ -384,7 +384,7 @@ class ShardsToLabel:
                     f"({stored.pxscale[0]:.4g} to {stored.pxscale[2]:.4g}). Give --resize to take them as they are"
                 )
 
-    def open(self, part: str, reading: Reading) -> ChunkReader:
+    def open(self, part: str, reading: ReadSettings) -> ChunkReader:
         return EvalLoader(
             self.manifest,
             part,

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def forked_output(words: Sequence[str], folder: Path, size: int, *, suffix: str 
     return out.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_output_is_the_same_on_any_number_of_processes(blob_run: BlobRun, images: Path, tmp_path: Path) -> None:
     words = [str(blob_run.run_dir), str(images)]
@@ -118,6 +120,7 @@ def test_output_is_the_same_on_any_number_of_processes(blob_run: BlobRun, images
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("size", "then"), [(1, 2), (2, 1)])
 def test_killed_predictions_continue_on_another_number_of_processes(
@@ -137,10 +140,24 @@ def test_killed_predictions_continue_on_another_number_of_processes(
     assert {path.name for path in tmp_path.glob("out*")} == {"out.csv", "out.csv.json"}
 
 
+def interrupted_at(number: int) -> None:
+    """Interrupt this process once, as Ctrl-C does, right before the N-th file from now gets its name."""
+    left = [number]
+
+    def hook(name: str, _: tuple[object, ...]) -> None:
+        if name == "galaxydist.rename" and left[0]:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+    sys.addaudithook(hook)
+
+
 def test_other_predictions_are_not_continued(blob_run: BlobRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = write_images(tmp_path / "images", 40), tmp_path / "out.csv"
     words = [str(blob_run.run_dir), str(folder), "-o", str(out)]
-    run_forked(predict, words, 3)
+    interrupted_at(3)
+    assert run_predict(*words) == 130
     assert (tmp_path / "out.csv.partial").is_dir()
     image = folder / "first" / "0.jpg"
     os.utime(image, (1, 1))
