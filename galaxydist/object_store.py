@@ -125,6 +125,8 @@ def _status(error: BaseException) -> int | None:
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return int(found) if found else None
+        if isinstance(found := getattr(response, "status_code", None), int):  # huggingface_hub's
+            return found
     return None
 
 

@@ -14,11 +14,13 @@ from galaxydist.cli.options import (
     add_survey,
     add_workers,
     chosen_root,
+    class_options,
     find_manifests,
     local_path,
     non_negative_int,
     positive_int,
     survey_source,
+    table_source,
 )
 from galaxydist.cli.shard import add_shard
 from galaxydist.errors import UserError, name_some
@@ -84,8 +86,9 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     root = chosen_root(arguments)
     source = survey_source(arguments, root)
-    out_dir = arguments.out or images_dir(root, open_survey(source, classes=arguments.classes).name)
-    for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=arguments.classes):
+    classes, options = class_options(arguments.classes)[0], table_source(arguments)
+    out_dir = arguments.out or images_dir(root, open_survey(source, classes=classes, source=options).name)
+    for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=classes, options=options):
         counts = ", ".join(f"{split} {number}" for split, number in tree.num_galaxies.items())
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.existed else ''}")
 
@@ -216,8 +219,7 @@ def _add_explore(commands: Commands) -> None:
         "location",
         nargs="?",
         metavar="SOURCE",
-        help="data set in the data root, manifest.json (or its folder or URL), HDF5 file in Galaxy10's schema, or image folder "
-        "(default: --dataset)",
+        help="data set in the data root, manifest.json (or its folder or URL), or what --from takes (default: --dataset)",
     )
     parser.add_argument(
         "--dataset",
@@ -262,7 +264,13 @@ def run_explore(arguments: argparse.Namespace) -> None:
     from galaxydist.shards.remote.cache import CacheConfig
 
     root = chosen_root(arguments)
-    population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)
+    population = open_population(
+        _location(arguments, root),
+        arguments.variant,
+        CacheConfig(cache_dir(root)),
+        class_options(arguments.classes)[0],
+        table_source(arguments),
+    )
     if arguments.features is not None:
         population = add_features(population, arguments.features)
     out_dir: Path | None = arguments.out

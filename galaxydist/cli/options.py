@@ -15,6 +15,7 @@ from galaxydist.galaxy import SPLITS, check_not_margin
 from galaxydist.paths import cache_dir, data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
+    from galaxydist.surveys.image_arrays import ArrayOptions
     from galaxydist.surveys.survey_sources import SourceOptions
 
 # ``add_subparsers`` returns a private type of argparse.
@@ -160,19 +161,22 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 
 
 def add_survey(parser: argparse.ArgumentParser) -> None:
-    """Add ``--from`` and ``--classes``, a survey outside the data root."""
+    """Add ``--from`` and ``--classes``, a survey outside the data root, and the options of all its formats."""
     parser.add_argument(
         "--from",
         dest="source",
-        type=local_path,
-        metavar="PATH",
-        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), or an HDF5 file in Galaxy10's schema",
+        type=path_or_url,
+        metavar="PATH|URL",
+        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), or Parquet or HDF5 files with images "
+        "(also hf://datasets/OWNER/NAME@REVISION)",
     )
     parser.add_argument(
         "--classes",
-        choices=("galaxy10",),
-        help="galaxy10: the folders or labels 0 to 9 are the classes of Galaxy10 (default: each is a class of its own)",
+        metavar="galaxy10|NAME,NAME,...|FILE",
+        help="names of the classes 0, 1, ...: those of Galaxy10, a list, or a file of lines (default: the source's)",
     )
+    add_table(parser)
+    add_arrays(parser)
 
 
 def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KINDS) -> None:
@@ -185,20 +189,86 @@ def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KIN
         group.add_argument(f"--{kind}", dest=f"{kind}_column", metavar="COLUMN", help=f"column of {COLUMN_KINDS[kind]}")
 
 
+def add_arrays(parser: argparse.ArgumentParser) -> None:
+    """Add ``--image-column``, ``--bands``, ``--scale`` and ``--stretch`` of data that hold their images."""
+    group = parser.add_argument_group("Parquet and HDF5 files with images")
+    group.add_argument("--image-column", metavar="COLUMN", help="column or data set of the images (default: by its usual names)")
+    group.add_argument("--bands", metavar="R,G,B", help="bands, by name or number from 0, for red, green and blue: --bands z,r,g")
+    group.add_argument(
+        "--scale",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="pixel values that become black (0) and white (255), for images of other than 8 bits",
+    )
+    group.add_argument(
+        "--stretch", choices=("linear", "asinh"), help="between them: linear, or asinh (Lupton et al. 2004; default: linear)"
+    )
+
+
+def _array_options(arguments: argparse.Namespace) -> "ArrayOptions":
+    """Return the choices for data that hold their images."""
+    from galaxydist.surveys.image_arrays import ArrayOptions
+    from galaxydist.surveys.pixel_scaling import PixelScaling
+
+    if arguments.stretch is not None and arguments.scale is None:
+        raise UserError(f"--stretch {arguments.stretch} needs the range of pixel values: give --scale LOW HIGH too")
+    scaling = None
+    if arguments.scale is not None:
+        low, high = arguments.scale
+        scaling = PixelScaling(low, high, arguments.stretch or "linear")
+    bands = tuple(band.strip() for band in (arguments.bands or "").split(",") if band.strip())
+    return ArrayOptions(arguments.image_column, bands, scaling)
+
+
+def class_options(text: str | None) -> tuple[str | None, tuple[str, ...] | None]:
+    """Return ``--classes`` as ``galaxy10`` or None, and as the names of a list or file or None.
+
+    Raises:
+        UserError: a single name that is no file, an empty file, or a name that occurs twice.
+    """
+    if text is None or text == "galaxy10":
+        return text, None
+    path = Path(text)
+    if path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--classes {text}: the file cannot be read as text ({error})") from error
+        names = [line.strip() for line in lines if line.strip()]
+    else:
+        names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or not all(names) or len(set(names)) < len(names):
+        raise UserError(
+            f"--classes {text}: give galaxy10, two or more different names with commas between them, or a file with a name in "
+            "each line"
+        )
+    return None, tuple(names)
+
+
 def table_source(arguments: argparse.Namespace) -> "SourceOptions":
-    """Return the options that ``add_table`` added."""
+    """Return the options that ``add_survey``, or ``add_table`` and ``add_arrays``, added."""
     from galaxydist.surveys.survey_sources import SourceOptions
     from galaxydist.surveys.table_columns import ColumnNames
 
-    columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column", None) for kind in COLUMN_KINDS})
-    cache = cache_dir(chosen_root(arguments)) / "images"
-    is_labelled = not getattr(arguments, "unlabelled", False)
-    return SourceOptions(arguments.images, columns, is_labelled=is_labelled, cache_dir=cache)
+    return SourceOptions(
+        arguments.images,
+        ColumnNames(**{kind: getattr(arguments, f"{kind}_column", None) for kind in COLUMN_KINDS}),
+        is_labelled=not getattr(arguments, "unlabelled", False),
+        cache_dir=cache_dir(chosen_root(arguments)) / "images",
+        arrays=_array_options(arguments),
+        class_names=class_options(getattr(arguments, "classes", None))[1],
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add ``--workers``, the number of processes."""
     parser.add_argument("--workers", type=positive_int, metavar="N", help="number of processes (default: one per core)")
+
+
+def path_or_url(text: str) -> str | Path:
+    """Parse a path on this machine, or keep a URL as it is."""
+    return text if "://" in text else Path(text)
 
 
 def local_path(text: str) -> Path:
@@ -283,15 +353,15 @@ def find_manifests(text: str, root: Path, variant: str | None = None) -> list[st
     return [*found]
 
 
-def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
+def survey_source(arguments: argparse.Namespace, root: Path) -> str | Path:
     """Return the survey file or folder that the arguments name: ``--from``, else the survey in the data root.
 
     Raises:
         UserError: it does not exist; the text has the command that makes it.
     """
     if arguments.source is not None:
-        source: Path = arguments.source
-        if not source.exists() and not Path(str(source).partition("[")[0]).exists():  # TABLE.fits[2]
+        source: str | Path = arguments.source
+        if isinstance(source, Path) and not source.exists() and not Path(str(source).partition("[")[0]).exists():  # TABLE.fits[2]
             raise UserError(f"--from {source}: there is no such file or folder")
         return source
     path = hdf5_path(root, arguments.dataset)

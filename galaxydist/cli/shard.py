@@ -12,9 +12,9 @@ from galaxydist.cli.options import (
     add_data_dir,
     add_dataset,
     add_survey,
-    add_table,
     add_workers,
     chosen_root,
+    class_options,
     fold,
     local_path,
     non_negative_int,
@@ -47,7 +47,6 @@ def add_shard(commands: Commands) -> None:
     )
     add_dataset(parser)
     add_survey(parser)
-    add_table(parser)
     parser.add_argument(
         "--unlabelled", action="store_true", help="a table of galaxies without labels: for `galaxydist predict`, not for training"
     )
@@ -140,7 +139,7 @@ def run_shard(arguments: argparse.Namespace) -> None:
             conflicting=arguments.conflicting,
             name=_name(arguments, source),
             fold=arguments.fold,
-            classes=arguments.classes,
+            classes=class_options(arguments.classes)[0],
             has_val=arguments.val is None,
             source=table_source(arguments),
         )
@@ -206,7 +205,7 @@ def _written_at(folder: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def _name(arguments: argparse.Namespace, source: Path) -> str | None:
+def _name(arguments: argparse.Namespace, source: str | Path) -> str | None:
     """Return the name of the data set, which includes the fold: a fold is another data set than the whole."""
     name: str | None = arguments.name
     if arguments.fold is None:
@@ -214,5 +213,5 @@ def _name(arguments: argparse.Namespace, source: Path) -> str | None:
     from galaxydist.surveys.folder_scan import fold_name
     from galaxydist.surveys.survey_sources import open_survey
 
-    survey = open_survey(source, classes=arguments.classes, source=table_source(arguments))
+    survey = open_survey(source, classes=class_options(arguments.classes)[0], source=table_source(arguments))
     return fold_name(name or survey.name, *arguments.fold)

@@ -28,7 +28,8 @@ from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.survey_sources import open_survey
+from galaxydist.surveys.survey_sources import SourceOptions, open_survey
+from galaxydist.surveys.tables.file_tree import open_tree
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -315,7 +316,7 @@ def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, path: Path) -> ExploredDataset:
+def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, location: str | Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
@@ -327,7 +328,7 @@ def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, path:
         dataset=survey.name,
         variant=survey.variant,
         kind=kind,
-        location=str(path),
+        location=str(location),
         source_hash=survey.source_hash if isinstance(survey, Galaxy10Survey) else "",
         class_names=survey.class_names,
         labels_N=np.asarray(survey.labels[numbers_N], np.int64),
@@ -392,20 +393,27 @@ def _image(row: int, galaxy: Galaxy) -> ExploredImage:
     return ExploredImage(row, galaxy.id, pixels)
 
 
-def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:
+def open_population(
+    location: str,
+    variant: str | None,
+    cache: CacheConfig,
+    classes: str | None = None,
+    source: SourceOptions | None = None,
+) -> ExploredDataset:
     """Open a data set for exploration.
 
     Args:
-        location: manifest.json, its folder or its URL; an HDF5 file in Galaxy10's schema; a folder of images.
+        location: manifest.json, its folder or its URL, or anything that ``open_survey`` takes.
         variant: ``original`` or ``balanced``; None: ``original``, or that of the shards. It must match the shards' variant.
         cache: local cache for shards in a remote store.
         classes: ``galaxy10`` if the classes of a folder are Galaxy10's.
+        source: options for other surveys than image folders and survey files.
 
     Raises:
         UserError: the location does not exist, cannot be used, or has no galaxies.
     """
     path = Path(location)
-    if is_url(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
+    if _is_url_of_shards(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
         manifest = open_shards(location, cache)
         if variant not in (None, manifest.variant):
             raise UserError(
@@ -413,16 +421,26 @@ def open_population(location: str, variant: str | None, cache: CacheConfig, clas
                 "leave out --variant, or give the other variant's manifest"
             )
         population = shard_population(manifest)
-    elif path.exists():
-        population = survey_population(open_survey(path, variant or "original", classes=classes), path)
+    elif path.exists() or is_url(location):
+        population = survey_population(open_survey(location, variant or "original", classes=classes, source=source), location)
     else:
         raise UserError(
-            f"there is no {location}; give a manifest.json of shards (or its folder or URL), an HDF5 file in Galaxy10's schema, "
-            "or a folder with a folder of images for each class"
+            f"there is no {location}; give a manifest.json of shards (or its folder or URL), a folder with a folder of images "
+            "for each class, a table of images, or an HDF5 or Parquet file with images"
         )
     if not len(population):
         raise UserError(f"{location} has no galaxies in any split, so that there is nothing to explore; make the data set again")
     return population
+
+
+def _is_url_of_shards(location: str) -> bool:
+    """Return True for a URL, unless it is one of Parquet files: their suffix, or a data set on the Hub without a manifest."""
+    if not is_url(location) or location.endswith(".parquet"):
+        return False
+    if not location.startswith("hf://datasets/") or location.endswith(MANIFEST_NAME):
+        return True
+    tree = open_tree(location)
+    return f"{tree.inside}/{MANIFEST_NAME}".lstrip("/") in tree.files
 
 
 def add_features(population: ExploredDataset, path: Path) -> ExploredDataset:

@@ -18,7 +18,7 @@ from galaxydist.galaxy import STORED_SPLITS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
 from galaxydist.surveys.image_files import decode_file, encode_png
 from galaxydist.surveys.image_folder import TREES
-from galaxydist.surveys.survey_sources import open_survey
+from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 
 _BATCH = 16  # galaxies per task of a thread
 
@@ -54,22 +54,28 @@ class _Tree:
 
 
 def export_image_folders(
-    source: Path, out_dir: Path, *, workers: int | None = None, classes: str | None = None
+    source: str | Path,
+    out_dir: Path,
+    *,
+    workers: int | None = None,
+    classes: str | None = None,
+    options: SourceOptions | None = None,
 ) -> list[ExportedTree]:
     """Write ``Galaxy10_DECaLS/{train,val,test}/<class>/*.png`` and ``Galaxy10_DECaLS_Balanced/{train,test}/...``.
 
     Each tree appears under its name once it is complete. An existing tree of the same galaxies is left unchanged.
 
     Args:
-        source: a survey file or an image folder.
+        source: anything that ``open_survey`` takes.
         out_dir: parent folder of the trees.
         workers: encoding threads; None for the cores available to this process.
         classes: ``galaxy10``: the folder's classes are Galaxy10's.
+        options: for other sources than image folders and survey files.
 
     Raises:
         UserError: the source cannot be used, another file or folder has a tree's name, or the disk is full.
     """
-    surveys = [open_survey(source, variant, classes=classes) for variant in TREES]
+    surveys = [open_survey(source, variant, classes=classes, source=options) for variant in TREES]
     out_dir.mkdir(parents=True, exist_ok=True)
     exists = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
     missing = [_start_tree(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]

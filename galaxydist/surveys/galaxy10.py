@@ -13,7 +13,17 @@ from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_scan import safe_name
-from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE, IMAGES, LABELS, NUM_CLASSES, SIMULATED, SURVEY_ATTRIBUTE
+from galaxydist.surveys.hdf5_schema import (
+    COLUMNS,
+    IMAGE_SHAPE,
+    IMAGES,
+    LABELS,
+    NUM_CLASSES,
+    SIMULATED,
+    SURVEY_ATTRIBUTE,
+    describe_damage,
+    open_hdf5,
+)
 from galaxydist.surveys.split import (
     NONE,
     Codes,
@@ -154,13 +164,13 @@ def read_survey_file(path: Path) -> SurveyFile:
     if not h5py.is_hdf5(path):
         raise UserError(f"{path} is not an HDF5 file; expected Galaxy10's schema: {IMAGES}, {', '.join(COLUMNS)}")
     try:
-        with _open(path) as h5:
+        with open_hdf5(path) as h5:
             images = _check_schema(path, h5)
             columns = {column: h5[column][:] for column in COLUMNS}
             chunk_rows = images.chunks[0] if images.chunks else 1
             attributes = {key: _plain(value) for key, value in h5.attrs.items()}
     except OSError as error:
-        raise UserError(f"{_damage(path, error, 'the file')}; fetch or make the file again") from error
+        raise UserError(f"{describe_damage(path, error, 'the file')}; fetch or make the file again") from error
     _check_labels(path, columns[LABELS])
     ra, dec = (columns[name].astype(np.float64) for name in ("ra", "dec"))
     check_positions(ra, dec, name=lambda row: f"{path}, row {row}")
@@ -173,14 +183,14 @@ def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, 
     """Yield (first row, B x 256 x 256 x 3 uint8) for rows ``start`` ... ``stop - 1``, cut at multiples of the slab length."""
     end = stop
     try:
-        with _open(file.path) as h5:
+        with open_hdf5(file.path) as h5:
             images = h5[IMAGES]
             while start < stop:
                 end = min(stop, (start // file.slab_length + 1) * file.slab_length)
                 yield start, images[start:end]
                 start = end
     except OSError as error:
-        raise DamagedImageError(_damage(file.path, error, f"images of rows {start} ... {end - 1}")) from error
+        raise DamagedImageError(describe_damage(file.path, error, f"images of rows {start} ... {end - 1}")) from error
 
 
 def _check_schema(path: Path, h5: Any) -> Any:
@@ -282,25 +292,8 @@ def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
     return digest.hexdigest()
 
 
-def _open(path: Path) -> Any:
-    """Open the file for reading without HDF5's file lock, which many clusters lack, unless this process holds one already."""
-    import h5py
-
-    try:
-        return h5py.File(path, "r", locking=False)
-    except OSError as error:
-        if "locking" not in str(error):
-            raise
-        return h5py.File(path, "r")
-
-
 def _plain(value: Any) -> Any:
     """Convert a numpy scalar to a JSON value; nan becomes None."""
     plain = value.item() if isinstance(value, np.generic) else value
     plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
     return None if isinstance(plain, float) and not np.isfinite(plain) else plain
-
-
-def _damage(path: Path, error: OSError, part: str) -> str:
-    state = "truncated" if "truncated" in str(error) else "truncated or damaged"
-    return f"{path} is {state}: cannot read {part} ({error})"

@@ -32,6 +32,24 @@ SURVEY_ATTRIBUTE = "survey"
 SIMULATED = "simulated"
 
 
+def open_hdf5(path: Path) -> Any:
+    """Open a file for reading without HDF5's file lock, which many clusters lack, unless this process holds one already."""
+    import h5py
+
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if "locking" not in str(error):
+            raise
+        return h5py.File(path, "r")
+
+
+def describe_damage(path: Path, error: OSError, part: str) -> str:
+    """Describe that a part of an HDF5 file cannot be read."""
+    state = "truncated" if "truncated" in str(error) else "truncated or damaged"
+    return f"{path} is {state}: cannot read {part} ({error})"
+
+
 class SurveyFileWriter:
     """Writes a survey file in slabs with bounded memory; the file appears under its name only once it is complete.
 

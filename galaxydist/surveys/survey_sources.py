@@ -1,15 +1,24 @@
-"""Opening of any survey: an HDF5 file in Galaxy10's schema, an image folder or a table of images."""
+"""Opening of any survey: an image folder, a table of images, or data that hold their images (HDF5, Parquet)."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from galaxydist.errors import UserError
+from galaxydist.object_store import is_url
 from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, PARQUET, file_kind, refuse_kind
 from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
+from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_folder import TREES, FolderSurvey, open_image_folder
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
+from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
+from galaxydist.surveys.tables.image_data import (
+    ImageData,
+    folder_kind,
+    read_hdf5_data,
+    read_parquet_data,
+)
 from galaxydist.surveys.tables.listed_images import open_listed_images
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
 
@@ -28,16 +37,20 @@ class SourceOptions:
         columns: columns of a table.
         is_labelled: False for galaxies without labels, all in the split ``test``.
         cache_dir: folder for images that a table lists by URL.
+        arrays: choices for data that hold their images.
+        class_names: names of the classes 0, 1, ...; None: those of the data.
     """
 
     images: str | None = None
     columns: ColumnNames = field(default_factory=ColumnNames)
     is_labelled: bool = True
     cache_dir: Path | None = None
+    arrays: ArrayOptions = field(default_factory=ArrayOptions)
+    class_names: tuple[str, ...] | None = None
 
 
 def open_survey(
-    path: Path,
+    path: str | Path,
     variant: str = "original",
     *,
     conflicting: str = "keep",
@@ -47,52 +60,80 @@ def open_survey(
     has_val: bool = True,
     source: SourceOptions | None = None,
 ) -> FolderSurvey | Galaxy10Survey | TableSurvey:
-    """Open an HDF5 file in Galaxy10's schema, an image folder, or a table of images (CSV, Parquet, FITS).
+    """Open an image folder, a table of images (CSV, Parquet, FITS), or Parquet or HDF5 files that hold their images.
 
-    Files are known by their content, not by their suffix alone.
+    Files are known by their content, not by their suffix alone; docs/other_formats.md lists the formats.
 
     Args:
-        path: the file or folder; ``TABLE.fits[2]`` chooses an extension.
+        path: file, folder or URL; ``TABLE.fits[2]`` chooses an extension.
         variant: ``original`` or ``balanced``.
         conflicting: ``keep`` or ``drop`` galaxies that the source lists with two labels (all of them are in train).
         name: the data set's name; None to take it from the source.
         fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation: train, test, and an empty val.
         classes: ``galaxy10``: the folders or labels, 0 to 9 or by class, are Galaxy10's classes. A survey file's always are.
-        has_val: False for no validation split; image folders and tables only.
-        source: options for tables.
+        has_val: False for no validation split; not for a survey file.
+        source: options for other sources than image folders and survey files.
 
     Raises:
         UserError: the source is missing or unusable, or the options contradict each other.
     """
-    path = Path(path)
     _check_options(variant, conflicting, name, fold)
+    given = source or SourceOptions()
+    data = _read_data(path, given)
+    if data is not None:
+        options = TableOptions(
+            name=name or data.name,
+            columns=given.columns,
+            classes=classes,
+            class_names=given.class_names,
+            variant=variant,
+            conflicting=conflicting,
+            fold=fold,
+            has_val=has_val,
+            is_labelled=given.is_labelled,
+        )
+        return _open_data(data, given, options)
+    path = Path(path)
     if path.is_dir():
         _refuse_table_options(path, "a folder of images", source)
         return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
+    _refuse_table_options(path, "a survey file", source)
+    if not has_val:
+        raise UserError(
+            f"{path} is a survey file, whose split with its validation part is fixed; --val 0 is for image folders and tables"
+        )
+    return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)
+
+
+def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
+    """Return the table of a source, None for an image folder and for a survey file."""
+    if is_url(path):
+        return read_parquet_data(path, source.arrays)
+    path = Path(path)
     file, hdu = split_hdu(path)
-    kind = file_kind(file) if file.is_file() else HDF5
-    if kind == HDF5 or path.suffix.lower() in _HDF5_SUFFIXES:
-        _refuse_table_options(path, "a survey file", source)
-        if not has_val:
-            raise UserError(
-                f"{path} is a survey file, whose split with its validation part is fixed; --val 0 is for a folder of images or "
-                "a table"
-            )
-        return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)
-    if kind not in (CSV, PARQUET, FITS):
+    kind: str | None
+    if path.is_dir():
+        kind = folder_kind(path)
+    else:
+        kind = file_kind(file) if file.is_file() else HDF5
+        kind = HDF5 if path.suffix.lower() in _HDF5_SUFFIXES else kind
+    if kind == PARQUET:
+        data = read_parquet_data(file, source.arrays)
+        return data if file.is_dir() else replace(data, name=_table_name(file))
+    if kind == HDF5:
+        is_survey_file = not file.exists() or (file.is_file() and _is_plain(source) and has_galaxy10_schema(file))
+        return None if is_survey_file else read_hdf5_data(file, source.arrays, source.columns.label)
+    if kind is None:
+        return None
+    if kind not in (CSV, FITS):
         raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS) or a survey file (HDF5)")
-    given = source or SourceOptions()
-    options = TableOptions(
-        name=name or _table_name(file),
-        columns=given.columns,
-        classes=classes,
-        variant=variant,
-        conflicting=conflicting,
-        fold=fold,
-        has_val=has_val,
-        is_labelled=given.is_labelled,
-    )
-    return _open_table_file(file, hdu, given, options)
+    location = str(file) if hdu is None else f"{file}[{hdu}]"
+    return ImageData(location, _table_name(file), read_table(file, hdu), None, str(file.parent))
+
+
+def _is_plain(source: SourceOptions) -> bool:
+    """Return True if no option asks for another reading of a survey file than that of Galaxy10's schema."""
+    return replace(source, images=None, cache_dir=None) == SourceOptions()
 
 
 def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
@@ -109,7 +150,8 @@ def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
     if source is not None and replace(source, cache_dir=None) != SourceOptions():
         raise UserError(
-            f"{path} is {kind}; --images, --unlabelled and names of columns are for tables (CSV, Parquet, FITS): remove them"
+            f"{path} is {kind}; --images, --unlabelled, --image-column, --bands, --scale, names of columns and classes are "
+            "for tables (CSV, Parquet, FITS) and for Parquet and HDF5 files with images: remove them"
         )
 
 
@@ -119,16 +161,27 @@ def _table_name(file: Path) -> str:
     return safe_name(file.resolve().parent.name if stem.lower() in _PLAIN_NAMES else stem)
 
 
-def _open_table_file(path: Path, hdu: str | None, source: SourceOptions, options: TableOptions) -> TableSurvey:
-    table = read_table(path, hdu)
-    location = str(path) if hdu is None else f"{path}[{hdu}]"
-    columns = find_columns(table.column_names, options.columns, location, is_labelled=options.is_labelled)
-    if columns.file is None:
-        raise UserError(
-            f"{location} has no column with the names of image files; name it with --file. Its columns are "
-            f"{', '.join(table.column_names)}"
-        )
-    root = source.images or str(path.parent)
-    texts = text_values(table.column(columns.file))
-    images, has_image = open_listed_images(texts, root, location, columns.file, source.cache_dir)
-    return open_table(table, images, location, options, has_image)
+def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
+    """Open a table with the images that it holds, or with those that it names."""
+    options = data.options(options)
+    columns = find_columns(data.table.column_names, options.columns, data.location, is_labelled=options.is_labelled)
+    data = data.without_index(columns.used())
+    if data.images is not None:
+        if given.images is not None:
+            raise UserError(f"{data.location} holds its images itself; leave out --images")
+        survey = open_table(data.table, data.images, data.location, options, data.has_image)
+    else:
+        if given.arrays != ArrayOptions():
+            raise UserError(
+                f"{data.location} is a table without images; --image-column, --bands and --scale are for Parquet and HDF5 files "
+                "with images: remove them"
+            )
+        if columns.file is None:
+            raise UserError(
+                f"{data.location} has no column with the names of image files; name it with --file. Its columns are "
+                f"{', '.join(data.table.column_names)}"
+            )
+        files = text_values(data.table.column(columns.file))
+        images, has_image = open_listed_images(files, given.images or data.root, data.location, columns.file, given.cache_dir)
+        survey = open_table(data.table, images, data.location, options, has_image)
+    return replace(survey, origin=data.origin)

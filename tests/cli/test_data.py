@@ -170,7 +170,7 @@ def test_data_commands_refuse_invalid_names_paths_below_a_file_and_urls(
             assert f"the data root {root} cannot be a folder: {tmp_path / 'file'} is a file" in capsys.readouterr().err
     assert main(["data", "export", "--from", str(images), "--out", str(tmp_path / "file" / "below")]) == 2
     assert "Not a directory" in capsys.readouterr().err
-    for option in ("--from", "--out", "--data-dir"):
+    for option in ("--out", "--data-dir"):
         with pytest.raises(SystemExit, match="2"):
             main(["data", "shard", option, "hf://datasets/me/galaxies"])
         assert f"{option}: hf://datasets/me/galaxies is a URL" in capsys.readouterr().err

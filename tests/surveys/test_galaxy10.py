@@ -163,7 +163,7 @@ def test_invalid_survey_file_is_refused_with_its_problem(
     with h5py.File(own_copy, "r+") as h5:
         change(h5)
     with pytest.raises(UserError, match=message):
-        open_survey(own_copy)
+        open_galaxy10(own_copy)
 
 
 def test_missing_and_non_hdf5_survey_files_are_refused(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ import pytest
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
+from galaxydist.surveys.pixel_scaling import PixelScaling
 from galaxydist.surveys.sky_cells import split_by_cell
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.listed_images import open_listed_images
+from tests.helpers.image_data import pixels_of, write_hats, write_hdf5, write_hub, write_universe
 from tests.helpers.survey_files import write_image
 from tests.helpers.table_sources import contents, sample_rows, write_csv, write_fits, write_parquet
 
@@ -47,6 +50,32 @@ def test_table_gives_the_ids_labels_order_pixels_and_catalogue_of_class_folders(
     extra = {"tsv": {"delimiter": "\t"}, "csv with a mark": {"delimiter": ";", "encoding": "utf-8-sig"}}.get(form, {})
     path = write(tmp_path / f"table.{form[:3]}", rows, **extra)
     survey = open_survey(path, classes="galaxy10", source=SourceOptions(images=str(folder)))
+    assert isinstance(survey, TableSurvey) and survey.class_names == GALAXY10_CLASSES
+    survey = pickle.loads(pickle.dumps(survey))
+    assert contents(survey, tmp_path / "shards") == expected
+
+
+@pytest.mark.parametrize("form", ["hub", "hats", "hats without images", "universe", "hdf5", "hdf5 with float channels first"])
+def test_data_with_images_inside_give_the_same_as_class_folders(
+    folder_form: tuple[Path, list[dict[str, Any]], Any], tmp_path: Path, form: str
+) -> None:
+    folder, rows, expected = folder_form
+    path = tmp_path / "data"
+    source = SourceOptions()
+    if form == "hub":
+        write_hub(path, rows, folder, GALAXY10_CLASSES)
+    elif form.startswith("hats"):
+        write_hats(path, rows, folder, "" if "without" in form else "rgb_image")
+        source = SourceOptions(images=str(folder) if "without" in form else None)
+    elif form == "universe":
+        write_universe(path, rows, pixels_of(rows, folder))
+    elif form == "hdf5":
+        path = write_hdf5(tmp_path / "data.h5", rows, pixels_of(rows, folder), chunks=(7, 256, 256, 3), compression="lzf")
+    else:
+        pixels = np.moveaxis(pixels_of(rows, folder), -1, 1).astype(">f4") / 2 - 1
+        path = write_hdf5(tmp_path / "data.h5", rows, pixels, "X")
+        source = SourceOptions(arrays=ArrayOptions(scaling=PixelScaling(-1, 126.5)))
+    survey = open_survey(path, classes=None if form == "hub" else "galaxy10", source=source)
     assert isinstance(survey, TableSurvey) and survey.class_names == GALAXY10_CLASSES
     survey = pickle.loads(pickle.dumps(survey))
     assert contents(survey, tmp_path / "shards") == expected
@@ -197,3 +226,19 @@ def test_source_hash_of_a_table_changes_with_images_labels_and_columns_alone(tmp
     write_image(tmp_path / "0.png", 77)
     hashes.add(survey_of(tmp_path, rows).source_hash)
     assert len(hashes) == 6
+
+
+def test_part_of_a_survey_is_small_and_reads_the_same_rows(tmp_path: Path) -> None:
+    rows = rows_of(600, note=[f"{n} " * 50 for n in range(600)])
+    for row in rows:
+        row["file"] = f"{row['label']}/{int(row['file'][:-4]) % 10}.png"
+    table = survey_of(tmp_path, rows, columns=ColumnNames(id="none"))
+    folder = open_survey(tmp_path)
+    for survey, start, stop in ((table, 270, 275), (folder, 7, 9)):
+        part = survey.part(start, start + 40 if survey is table else stop).part(start, stop)
+        data = pickle.dumps(part)
+        assert len(data) < len(pickle.dumps(survey)) * (0.1 if survey is table else 0.6)
+        galaxies = list(pickle.loads(data).read(start, stop))
+        expected = list(survey.read(start, stop))
+        assert [(g.id, g.label, g.extras) for g in galaxies] == [(g.id, g.label, g.extras) for g in expected]
+        assert [g.image.data for g in galaxies] == [g.image.data for g in expected]

@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ _LONGEST_TEXT = 1 << 20
 _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_HIDDEN = re.compile(r"__[^/]*__($|/)")
+_HIDDEN = re.compile(r"__[^/]*__($|[./])")
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
     b"BZh": ("bzip2", "bunzip2 -k"),
@@ -49,7 +49,20 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
 }
 
-# Bytes and name of an image -> facts about it, for the column FACTS.
+# Facts about an image; those that are not known are null. ``digest``: of its bytes; ``format``: ``jpg`` or ``png`` if
+# ``parse_image`` returns the bytes, else empty; ``sums``: of its pixels; ``problem``: the reason why it does not decode.
+FACT_TYPE = pa.struct(
+    [
+        ("digest", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("pixel_hash", pa.int64()),
+        ("sums", pa.list_(pa.int64())),
+        ("problem", pa.string()),
+    ]
+)
+# Bytes and name of an image -> facts about it.
 Inspect = Callable[[bytes, str], Mapping[str, Any]]
 
 
@@ -85,8 +98,7 @@ class ScannedTar:
         num_bytes, version: its size, and its time of change or ETag (empty if there is none).
         sha256: SHA-256 (hex); empty if the tar was not read completely.
         samples: a row per sample: ``__key``, ``__file`` (the image's name), ``__offset`` and ``__length`` of the image in bytes
-            (-1: no image), ``__facts`` (a struct: ``digest`` of the image's bytes if they are hashed, and the facts of
-            ``inspect``), and a column of bytes for each extension of texts.
+            (-1: no image), ``__facts`` (``FACT_TYPE``; null without an image), and a column of bytes for each extension of texts.
     """
 
     path: str
@@ -237,13 +249,14 @@ class _Stream:
         self._raw, self._is_hashed = raw, is_hashed
         self._position = 0
         self.digest = hashlib.sha256()
-        self.last = b""
+        self.first = self.last = b""
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
         self.last = data = self._raw.read(size)
+        self.first = self.first or data
         self._position += len(data)
         if self._is_hashed:
             self.digest.update(data)
@@ -268,8 +281,8 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             if info.isreg() and not info.issparse():
                 yield info
     except tarfile.TarError as error:
-        if stream.tell() <= tarfile.BLOCKSIZE:
-            _refuse_compressed(path, stream.last)
+        if stream.tell() <= tarfile.BLOCKSIZE and not _is_header(stream.first):
+            _refuse_compressed(path, stream.first)
             if not is_url(path) and (kind := file_kind(Path(path))) != TAR:
                 raise refuse_kind(path, kind, "a tar of images") from None
             raise UserError(f"{path} is not a tar ({error})") from None
@@ -282,6 +295,14 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             raise UserError(
                 f"{path} goes on after the end of the tar, at byte {tar.offset} (several tars in one file?): pack its files anew"
             )
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _truncated(path: str, offset: int) -> str:
@@ -320,7 +341,7 @@ class _Samples:
                 raise UserError(f"{self._path}: the key {key} occurs twice, in two places; each sample needs a key of its own")
             self._keys.add(key)
             self._own = set()
-            self._rows.append({KEY: key, FILE: "", OFFSET: -1, LENGTH: -1, FACTS: ""})
+            self._rows.append({KEY: key, FILE: "", OFFSET: -1, LENGTH: -1, FACTS: None})
         if extension in self._own:
             raise UserError(
                 f"{self._path}: the key {key} occurs twice, with two files .{extension}; each sample needs its own key"
@@ -366,12 +387,7 @@ class _Samples:
         texts = [extension for extension in self._found if extension.rpartition(".")[2] in TEXT_ENDINGS]
         types = {KEY: pa.string(), FILE: pa.string(), OFFSET: pa.int64(), LENGTH: pa.int64()}
         columns = {name: pa.array([row[name] for row in self._rows], kind) for name, kind in types.items()}
-        columns[FACTS] = _facts(row[FACTS] for row in self._rows)
+        columns[FACTS] = pa.array([row[FACTS] for row in self._rows], FACT_TYPE)
         for extension in texts:
             columns[extension] = pa.array([row.get(extension) for row in self._rows], pa.binary())
         return pa.table(columns)
-
-
-def _facts(rows: Iterable[Any]) -> pa.Array:
-    """Return a column of structs with a field for each fact; null where there are none."""
-    return pa.array([row or None for row in rows])

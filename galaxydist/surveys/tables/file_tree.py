@@ -1,0 +1,192 @@
+"""Folders of data files, on this machine or at a URL, read through fsspec; a data set on the Hub is pinned to a commit."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from galaxydist.errors import UserError
+from galaxydist.object_store import PROTOCOLS, MissingError, TransientError, classify_error, is_url
+from galaxydist.surveys.folder_scan import natural_key
+from galaxydist.surveys.image_files import hash_files
+
+logger = logging.getLogger(__name__)
+
+# Properties of a remote file that change with its contents, of all file systems; those on the Hub hash the contents.
+_FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
+_LARGEST_TEXT = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileTree:
+    """A folder of files; it can be pickled, and opens its own connections in each process.
+
+    Args:
+        location: path or URL, for messages; on the Hub with the commit.
+        protocol: of fsspec; ``file`` for a folder on this machine.
+        root: the folder in its file system, without a slash at its end.
+        inside: path below ``root`` that the user gave, if it is a folder of a repository or a single file; else empty.
+        revision: commit on the Hub; None elsewhere.
+    """
+
+    location: str
+    protocol: str
+    root: str
+    inside: str = ""
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.protocol == "file"
+
+    def path(self, file: str) -> str:
+        """Return a file's address for messages."""
+        if not self.inside:
+            return f"{self.location}/{file}"
+        return self.location.removesuffix(self.inside) + file
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """All files that the user gave, relative to ``root``, in natural order."""
+        with self.explained(""):
+            system = self._system()
+            start = f"{self.root}/{self.inside}".rstrip("/")
+            found = [start] if system.isfile(start) else system.find(start)
+        prefix = f"{system._strip_protocol(self.root)}/"
+        names = [name.removeprefix(prefix) for name in found]
+        return tuple(sorted((name for name in names if not _is_hidden(name)), key=natural_key))
+
+    def open(self, file: str) -> IO[bytes]:
+        """Open a file for reading at any place; the caller closes it.
+
+        Raises:
+            UserError: there is no such file, or no access to it.
+            TransientError: another attempt may succeed.
+        """
+        with self.explained(file):
+            if self.is_local:
+                return Path(self.root, file).open("rb")
+            stream: IO[bytes] = self._system().open(f"{self.root}/{file}", "rb")
+            return stream
+
+    def read_text(self, file: str) -> str | None:
+        """Return the start of a text file (4 MB), or None if there is no such file."""
+        try:
+            with self.open(file) as stream, self.explained(file):
+                return stream.read(_LARGEST_TEXT).decode("utf-8", "replace")
+        except MissingError:
+            return None
+
+    def digest(self, files: Sequence[str]) -> str:
+        """Return a SHA-256 (hex) that changes when a file changes.
+
+        It is that of the bytes on this machine, of sizes and hashes on the Hub, and of sizes, etags and times in other stores.
+        """
+        if self.is_local:
+            return hashlib.sha256(repr(hash_files(Path(self.root), files, self.location)).encode()).hexdigest()
+        digest = hashlib.sha256()
+        system = self._system()
+        for file in files:
+            with self.explained(file):
+                info = system.info(f"{self.root}/{file}")
+            digest.update(f"{file} {[str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]}\n".encode())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def explained(self, file: str) -> Iterator[None]:
+        """Turn errors of the file system while a file is read into those of :meth:`open`."""
+        kind = "http" if self.protocol == "hf" else PROTOCOLS[self.protocol][0]
+        try:
+            yield
+        except (UserError, TransientError):
+            raise
+        except Exception as error:
+            explained = classify_error(error, self.path(file) if file else self.location, kind)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _system(self) -> Any:
+        """Return the file system, one for each process and thread."""
+        import fsspec
+
+        if self.protocol == "hf":
+            from huggingface_hub import HfFileSystem
+
+            return HfFileSystem()
+        return fsspec.filesystem(self.protocol)
+
+
+def open_tree(location: str | Path) -> FileTree:
+    """Return the files at a path or URL: those of a folder, or a single file.
+
+    Raises:
+        UserError: nothing is there, no access, or the protocol or its package is unknown.
+    """
+    if is_url(location):
+        return _remote_tree(str(location).rstrip("/"))
+    path = Path(location)
+    if not path.exists():
+        raise MissingError(f"there is no file or folder {path}")
+    if path.is_dir():
+        return FileTree(str(path), "file", str(path))
+    return FileTree(str(path), "file", str(path.parent), path.name)
+
+
+def _remote_tree(url: str) -> FileTree:
+    protocol, _, path = url.partition("://")
+    if protocol == "hf":
+        return _hub_tree(url, path)
+    if protocol not in PROTOCOLS:
+        names = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise UserError(f"{url} cannot be read through {protocol}://; use {names} or a folder on this machine")
+    package = PROTOCOLS[protocol][1]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(f"{url} needs {package}, which is not installed: pip install 'galaxydist[remote]'")
+    root = path if protocol not in ("http", "https") else url
+    if Path(path).suffix:
+        root, _, name = root.rpartition("/")
+        return FileTree(url, protocol, root, name)
+    return FileTree(url, protocol, root)
+
+
+def _hub_tree(url: str, path: str) -> FileTree:
+    """Return a data set on the Hugging Face Hub, at the commit to which its revision points now."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    parts = path.split("/")
+    if parts[0] != "datasets" or len(parts) < 3:
+        raise UserError(f"{url} names no data set: give hf://datasets/OWNER/NAME, with @REVISION and a folder or file if wanted")
+    name, _, revision = parts[2].partition("@")
+    if revision == "refs" and len(parts) > 4:  # refs/convert/parquet, refs/pr/1
+        revision, parts = "/".join([revision, *parts[3:5]]), parts[:3] + parts[5:]
+    repository, inside = f"{parts[1]}/{name}", "/".join(parts[3:])
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        found = HfApi().dataset_info(repository, revision=revision.replace("%2F", "/") or None, timeout=30)
+    except GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/datasets/{repository}"
+        raise UserError(f"{url} is gated: accept its terms at {page}, then {login} as that user") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{url}: the data set {repository} has no revision {revision!r}; leave it out for the newest") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{url}: there is no data set {repository}, or it is private: {login}") from error
+    except Exception as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+        if status in (401, 403):
+            raise UserError(f"access to {url} is denied ({status}): {login}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{url} cannot be read ({reason}); see that {constants.ENDPOINT} can be reached from here") from error
+    commit = found.sha or revision or "main"
+    pinned = f"datasets/{repository}@{commit}"
+    return FileTree(f"hf://{pinned}/{inside}".rstrip("/"), "hf", pinned, inside, commit)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
