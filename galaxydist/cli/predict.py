@@ -8,6 +8,7 @@ from pathlib import Path
 from galaxydist.cli.jobs import find_folder
 from galaxydist.cli.options import (
     Commands,
+    add_arrays,
     add_command,
     add_data_dir,
     add_table,
@@ -49,8 +50,9 @@ def add_predict(commands: Commands) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="folder of images (with subfolders), image files, a table (CSV, Parquet, FITS), a survey file (HDF5), or shards: "
-        "manifest.json or its folder, path or URL, or a data set in the data root",
+        help="folder of images (with subfolders), image files, a table (CSV, Parquet, FITS), Parquet or HDF5 files with images "
+        "(also hf://datasets/OWNER/NAME@REVISION), or shards: manifest.json or its folder, path or URL, or a data set in the "
+        "data root",
     )
     parser.add_argument("-o", "--out", type=local_path, required=True, metavar="FILE", help="file to write: .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE, and start anew")
@@ -83,6 +85,7 @@ def add_predict(commands: Commands) -> None:
     columns.add_argument("--logits", action="store_true", help="add the logits")
     columns.add_argument("--top", type=positive_int, default=0, metavar="K", help="add the K most probable classes, in order")
     add_table(parser, ("file", "id", "ra", "dec"))
+    add_arrays(parser)
     add_data_dir(parser)
 
 

@@ -40,7 +40,6 @@ class LabelOptions:
     Args:
         choice: checkpoint and test-time augmentation.
         resize, rescale: as in ``ImageForm``.
-        scale: description of the scaling of other pixels than 8-bit ones, for the record.
         logits, top: columns of the output.
         overwrite: replace an existing output, and the beginning of other predictions.
     """
@@ -48,7 +47,6 @@ class LabelOptions:
     choice: ModelChoice = field(default_factory=ModelChoice)
     resize: bool = False
     rescale: bool = False
-    scale: str | None = None
     logits: bool = False
     top: int = 0
     overwrite: bool = False
@@ -205,7 +203,6 @@ class Labelling:
             "device": world.device.type,
             "resize": form.resize,
             "rescale": form.rescale,
-            "scale": self.options.scale,
         }
 
     def _label(self, chunks: list[Chunk], num_todo: int) -> int:

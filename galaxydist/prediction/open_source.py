@@ -9,23 +9,20 @@ from pathlib import Path
 
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import Survey
-from galaxydist.object_store import is_url
+from galaxydist.object_store import MissingError, is_url
 from galaxydist.prediction.sources import SOURCE_ID, PredictionSource, ShardsToLabel, SurveyToLabel
 from galaxydist.shards.manifest import MANIFEST_NAME
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.surveys.file_kinds import HDF5, file_kind
 from galaxydist.surveys.folder_scan import CLUTTER, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
 from galaxydist.surveys.image_table import TableOptions, open_table
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
+from galaxydist.surveys.tables.image_data import folder_kind
 from galaxydist.surveys.tables.listed_images import ListedImages
 
 logger = logging.getLogger(__name__)
-
-# Extensions of files that hold many galaxies.
-_TABLES = (".csv", ".tsv", ".parquet", ".fits", ".h5", ".hdf5")
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,36 @@ def open_source(choice: SourceChoice) -> PredictionSource:
         return SurveyToLabel(open_images([Path(location) for location in choice.locations]), " ".join(choice.locations))
     (location,) = choice.locations
     path = Path(location)
-    if is_url(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
+    if location.endswith(MANIFEST_NAME) or (path / MANIFEST_NAME).is_file():
         return _open_shards(choice, location)
+    if is_url(location):
+        return _open_url(choice, location)
     if choice.split is not None:
         raise UserError(f"--split {choice.split} is for shards, and {location} has none; all its galaxies are labelled")
     if _is_images(path):
         _refuse_options(choice, "images")
         return SurveyToLabel(open_images([path]), location)
-    return SurveyToLabel(_open_survey(path, choice), location)
+    if not path.exists() and not Path(location.partition("[")[0]).exists():  # TABLE.fits[2]
+        raise UserError(f"{location}: there is no such file or folder, and no shards of that name in the data root")
+    if path.is_dir() and folder_kind(path) is None:
+        raise UserError(f"{location} has no images ({', '.join(sorted(EXTENSIONS))}), and is not a folder of shards")
+    return _open_survey(choice, location)
+
+
+def _open_survey(choice: SourceChoice, location: str) -> SurveyToLabel:
+    options = replace(choice.options, is_labelled=False)
+    return SurveyToLabel(open_survey(location, source=options), location, repr(replace(options, cache_dir=None)))
+
+
+def _open_url(choice: SourceChoice, url: str) -> PredictionSource:
+    """Open shards at a URL, and what else is there if it has no manifest."""
+    if not choice.has_options:
+        try:
+            return _open_shards(choice, url)
+        except UserError as error:
+            if choice.split is not None or not isinstance(error.__cause__ or error.__context__, MissingError):
+                raise
+    return _open_survey(choice, url)
 
 
 def _open_shards(choice: SourceChoice, location: str) -> ShardsToLabel:
@@ -90,22 +109,11 @@ def _refuse_options(choice: SourceChoice, kind: str) -> None:
         raise UserError(f"--images and names of columns are for tables, and this is {kind}: remove them")
 
 
-def _open_survey(path: Path, choice: SourceChoice) -> Survey:
-    file = Path(str(path).partition("[")[0])
-    if not path.exists() and not file.exists():
-        raise UserError(f"{path}: there is no such file or folder, and no shards of that name in the data root")
-    if path.is_dir() and not choice.has_options:
-        raise UserError(f"{path} has no images ({', '.join(sorted(EXTENSIONS))}), and is not a folder of shards")
-    if file.is_file() and file_kind(file) == HDF5:
-        return open_survey(path, source=choice.options if choice.has_options else None)
-    return open_survey(path, source=replace(choice.options, is_labelled=False))
-
-
 def _is_images(path: Path) -> bool:
-    """Return True for an image file, and for a folder with image files anywhere inside and no table at its top."""
-    if path.is_file() or not path.exists():
-        return path.suffix.lower() in EXTENSIONS
-    return not any(entry.suffix.lower() in _TABLES for entry in path.iterdir()) and next(_walk(path, Counter()), None) is not None
+    """Return True for an image file, and for a folder with image files anywhere inside that is no other data set."""
+    if not path.is_dir():
+        return path.is_file() and path.suffix.lower() in EXTENSIONS
+    return folder_kind(path) is None and next(_walk(path, Counter()), None) is not None
 
 
 def open_images(paths: Sequence[Path]) -> Survey:

@@ -1,7 +1,6 @@
 """Sources of galaxies to label: surveys of any kind and shards, read in chunks of batches."""
 
 import hashlib
-import json
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -121,10 +120,12 @@ class SurveyToLabel:
     Args:
         survey: any survey.
         location: its path or URL.
+        options: the options with which it was opened, for the record.
     """
 
     survey: Survey
     location: str
+    options: str = ""
     _columns: dict[int, "pa.Table"] = field(default_factory=dict)
 
     @cached_property
@@ -147,19 +148,23 @@ class SurveyToLabel:
 
     def describe(self) -> dict[str, Any]:
         """Return the name, the number of rows, and sizes and times of the files: their bytes would have to be read twice."""
-        images = getattr(self.survey, "images", self.survey)
-        root, files = getattr(images, "root", None), getattr(images, "files", ())
-        paths = [Path(self.location), *(Path(root) / file for file in files if file and root is not None)]
-        digest = hashlib.sha256(json.dumps([self.survey.name, len(self.survey.labels)]).encode())
+        images: Any = getattr(self.survey, "images", self.survey)
+        tree = getattr(images, "tree", None)
+        paths = [Path(self.location)]
+        digest = hashlib.sha256(f"{self.survey.name} {len(self.survey.labels)}".encode())
+        if hasattr(images, "files"):
+            paths += [Path(images.root) / file for file in images.files if file]
+        elif hasattr(images, "sources") and (tree is None or tree.is_local):
+            paths += [Path(tree.root if tree is not None else "") / file for file in images.sources]
+        elif hasattr(images, "digest"):  # remote files: sizes and versions
+            digest.update(images.digest().encode())
         for path in paths:
-            try:
-                status = path.stat()
-            except OSError:
-                continue
             # The time of a folder changes with other files in it.
-            stamp = "folder" if path.is_dir() else f"{status.st_size} {status.st_mtime_ns}"
-            digest.update(f"{path} {stamp}\n".encode("utf-8", "backslashreplace"))
-        return {"location": self.location, "dataset": self.survey.name, "rows": len(self.rows), "digest": digest.hexdigest()}
+            if path.is_file():
+                status = path.stat()
+                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
+        counted = {"rows": len(self.rows), "options": self.options, "digest": digest.hexdigest()}
+        return {"location": self.location, "dataset": self.survey.name, **counted}
 
     def open(self, part: str, reading: ReadSettings) -> ChunkReader:
         del part

@@ -241,7 +241,7 @@ def test_survey_file_of_another_size_is_resampled_if_asked(
     assert [path.name for path in tmp_path.iterdir()] == ["survey.h5"]
     assert run_predict(blob_run.run_dir, survey, "-o", out, "--resize") == 0
     table = pq.read_table(out)
-    assert len(table) == 30 and {"id", "ra", "dec", "redshift", "label"} <= {*table.column_names}
+    assert len(table) == 30 and {"id", "ra", "dec", "redshift", "ans", "pxscale"} <= {*table.column_names}
 
 
 def test_wrong_input_is_one_message_and_leaves_nothing(
