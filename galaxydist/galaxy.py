@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from galaxydist.errors import UserError
 
@@ -113,6 +113,15 @@ class Survey(Protocol):
 
         It opens its own files, so that processes may share a survey.
         """
+        ...
+
+
+@runtime_checkable
+class DivisibleSurvey(Survey, Protocol):
+    """A survey with data of its own for each row, of which a process gets only those that it reads."""
+
+    def part(self, start: int, stop: int) -> Survey:
+        """Return a survey that can only read rows ``start`` ... ``stop - 1``, under the same numbers; its splits are empty."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""HTTP server on loopback that delays and fails as configured, and counts its requests."""
+"""HTTP server on loopback that delays and fails as configured, serves ranges, and counts its requests."""
 
 import contextlib
 import socket
@@ -44,6 +44,7 @@ class FileServer:
 
     Attributes:
         gets: number of GETs by path below the folder, with their failures.
+        heads: number of HEADs by path below the folder, which never fail.
         failures: number of GETs by path that did not get the complete, correct file.
         others: requests of any other kind or outside the prefix, as "METHOD address".
         asked: address (with its query) and headers of the last GET of each path.
@@ -52,6 +53,7 @@ class FileServer:
     def __init__(self, folder: Path, behaviour: Behaviour | None = None, *, prefix: str = "/") -> None:
         self.folder, self.behaviour, self.prefix = folder, behaviour or Behaviour(), prefix
         self.gets: Counter[str] = Counter()
+        self.heads: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.others: list[str] = []
         self.asked: dict[str, tuple[str, dict[str, str]]] = {}
@@ -88,61 +90,88 @@ class FileServer:
         return trouble
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        files = self
+        return type("_BoundHandler", (_Handler,), {"files": self})
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:
-                path = unquote(urlsplit(self.path).path)
-                if not path.startswith(files.prefix):
-                    self._other()
-                    return
-                path = path.removeprefix(files.prefix)
-                files.asked[path] = self.path, dict(self.headers)
-                trouble = files.count(path)
-                time.sleep(files.behaviour.delay_s)
-                with contextlib.suppress(ConnectionError):
-                    self._answer(files.folder / path, trouble)
+class _Handler(BaseHTTPRequestHandler):
+    """Answers the requests for the files of a server."""
 
-            def _answer(self, path: Path, trouble: Trouble) -> None:
-                if trouble == "reset":
-                    self._reset()
-                elif isinstance(trouble, int):
-                    self.send_error(trouble)
-                elif not path.is_file():
-                    self.send_error(404)
-                else:
-                    data = bytearray(path.read_bytes())
-                    if trouble == "corrupt":
-                        data[len(data) // 2] ^= 1
-                    self._send(data, len(data) // 2 if trouble == "cut" else len(data))
+    protocol_version = "HTTP/1.1"
+    files: "FileServer"
 
-            def _send(self, data: bytearray, length: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                for start in range(0, length, BLOCK_BYTES):
-                    self.wfile.write(data[start : min(start + BLOCK_BYTES, length)])
-                    if files.behaviour.block_delay_s:
-                        time.sleep(files.behaviour.block_delay_s)
-                self.close_connection |= length < len(data)
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if not path.startswith(self.files.prefix):
+            self._other()
+            return
+        path = path.removeprefix(self.files.prefix)
+        self.files.asked[path] = self.path, dict(self.headers)
+        trouble = self.files.count(path)
+        time.sleep(self.files.behaviour.delay_s)
+        with contextlib.suppress(ConnectionError):
+            self._answer(self.files.folder / path, trouble)
 
-            def _reset(self) -> None:
-                """Reset the connection: SO_LINGER of 0 s."""
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-                self.close_connection = True
+    def do_HEAD(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if not path.startswith(self.files.prefix):
+            self._other()
+            return
+        path = path.removeprefix(self.files.prefix)
+        with self.files._lock:
+            self.files.heads[path] += 1
+        if not (self.files.folder / path).is_file():
+            self.send_error(404)
+            return
+        self._start(200, self.files.folder / path, (self.files.folder / path).stat().st_size)
 
-            def _other(self) -> None:
-                files.others.append(f"{self.command} {self.path}")
-                self.send_error(405)
+    def _answer(self, path: Path, trouble: Trouble) -> None:
+        if trouble == "reset":
+            self._reset()
+        elif isinstance(trouble, int):
+            self.send_error(trouble)
+        elif not path.is_file():
+            self.send_error(404)
+        else:
+            data = bytearray(path.read_bytes())
+            if trouble == "corrupt":
+                data[len(data) // 2] ^= 1
+            total, unit = len(data), self.headers.get("Range", "").partition("=")
+            if unit[0] == "bytes":
+                first, _, last = unit[2].partition("-")
+                data = data[int(first) : int(last) + 1]
+                self._start(206, path, len(data), f"bytes {first}-{last}/{total}")
+            else:
+                self._start(200, path, len(data))
+            self._send(data, len(data) // 2 if trouble == "cut" else len(data))
 
-            do_HEAD = do_POST = do_PUT = do_PROPFIND = _other
+    def _start(self, status: int, path: Path, length: int, content_range: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
+        if content_range is not None:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
+    def _send(self, data: bytearray, length: int) -> None:
+        for start in range(0, length, BLOCK_BYTES):
+            self.wfile.write(data[start : min(start + BLOCK_BYTES, length)])
+            if self.files.behaviour.block_delay_s:
+                time.sleep(self.files.behaviour.block_delay_s)
+        self.close_connection |= length < len(data)
 
-        return Handler
+    def _reset(self) -> None:
+        """Reset the connection: SO_LINGER of 0 s."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        self.close_connection = True
+
+    def _other(self) -> None:
+        self.files.others.append(f"{self.command} {self.path}")
+        self.send_error(405)
+
+    do_POST = do_PUT = do_PROPFIND = _other
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 def every(number: int) -> Callable[[str, int], Trouble]:

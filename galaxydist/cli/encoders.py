@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path, positive_number
 from galaxydist.errors import UserError
@@ -129,11 +129,12 @@ def _open_encoder(model: str, settings: list[str], manifest: "Manifest", root: P
     from galaxydist.evaluation.leakage import open_training_shards
     from galaxydist.explore.encoder import open_model, open_run
     from galaxydist.loading.training_data import find_manifest
+    from galaxydist.models.own_function import trusts_code
     from galaxydist.shards.remote.cache import CacheConfig
 
     run_dir = _find_run(model)
     if run_dir is None:
-        return open_model(_read_recipe(model, settings, arguments), manifest, weights_dir(root), arguments.tta)
+        return open_model(_read_recipe(model, settings, arguments, root), manifest, weights_dir(root), arguments.tta)
     if given := [*settings, *(f"--{name}" for name in ("random", "pretrained") if getattr(arguments, name))]:
         raise UserError(f"{model} is a run, which has its own settings and weights: leave {' '.join(given)} out")
     return open_run(
@@ -143,6 +144,7 @@ def _open_encoder(model: str, settings: list[str], manifest: "Manifest", root: P
             trained_on, find_manifest(recipe.data, root), arguments.trained_on, CacheConfig(cache_dir(root))
         ),
         arguments.tta,
+        trust_code=trusts_code(os.environ),
     )
 
 
@@ -151,29 +153,67 @@ def _find_run(model: str) -> Path | None:
     return next((path for path in (Path(model), Path("runs") / model) if (path / "recipe.json").is_file()), None)
 
 
-def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace) -> "Recipe":
+def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace, root: Path) -> "Recipe":
     """Return the recipe of a model, or the one that is named, with the starting weights that the options choose."""
-    from galaxydist.models.registry import ARCHITECTURES, recipe_of
-    from galaxydist.recipe.resolve import load_recipe
+    from galaxydist.recipe.resolve import COMMAND_LINE, Override, load_recipe
 
     keys = {word.partition("=")[0] for word in settings}
-    name = model.removeprefix("recipe=")
-    if model.endswith(".safetensors"):
-        raise UserError(
-            f"{model} has weights without the model that they belong to: give the recipe that trained it, like "
-            f"`galaxydist probe recipe=d4_cnn {arguments.data} model.weights={model}`"
-        )
-    is_recipe = model.startswith("recipe=")
-    if not is_recipe and name not in ARCHITECTURES:
-        raise UserError(f"{model} is no model, recipe=NAME or run folder; there are the models {', '.join(ARCHITECTURES)}")
     options = [f"--{name}" for name in ("random", "pretrained") if getattr(arguments, name)]
-    if options and (given := sorted(keys & {"model.weights", "model.pretrained"})):
+    is_file = model.endswith(".safetensors")
+    if options and (given := [*sorted(keys & {"model.weights", "model.pretrained"}), *([model] if is_file else [])]):
         raise UserError(f"{options[0]} and {' and '.join(given)} both choose the weights: leave one out")
-    if "model.weights" in keys:
-        start = {"model.pretrained": "false"}
-    elif options:
-        start = {"model.pretrained": "true" if arguments.pretrained else "false"}
-    else:
-        start = {} if is_recipe else {"model.pretrained": str(ARCHITECTURES[name].has_published_weights).lower()}
-    words = [f"{key}={value}" for key, value in start.items() if key not in keys]
-    return load_recipe([model if is_recipe else f"recipe={recipe_of(name)}", *settings, *words]).recipe
+    values: dict[str, Any] = {}
+    if is_file:
+        model, values = _of_weights(Path(model), arguments.data)
+    named = model if model.startswith("recipe=") else None
+    if named is None:
+        named, found = _defaults(model, root)
+        values = found | values
+    if options:
+        values["model.pretrained"] = arguments.pretrained
+    elif "model.weights" in {*keys, *values}:
+        values["model.pretrained"] = False
+    return load_recipe([named, *settings], settings={key: Override(value, COMMAND_LINE) for key, value in values.items()}).recipe
+
+
+def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
+    """Return the recipe to start from for a model's name, and the values that replace its own.
+
+    Models without a recipe of their own have that of fine-tuning a vision transformer, at the size of their published weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from galaxydist.models.hub_weights import read_record
+    from galaxydist.models.registry import ARCHITECTURES, recipe_of
+    from galaxydist.recipe.model_names import parse_model_name
+    from galaxydist.recipe.schema import ModelConfig
+
+    try:
+        kind = parse_model_name(model).kind
+    except ValueError as error:
+        raise UserError(f"{model}: {error}; or give recipe=NAME, or a run folder") from None
+    if kind == "named":
+        known = ARCHITECTURES[model]
+        return f"recipe={recipe_of(model)}", {"model.pretrained": known.has_published_weights or known.is_shipped}
+    values: dict[str, Any] = {"model.name": model, "model.drop_path_rate": 0.0, "model.pretrained": kind != "function"}
+    size = read_record(ModelConfig(name=model), weights_dir(root)).pretrained_cfg.get("input_size")
+    return "recipe=vit", values | ({"data.image_size": size[-1]} if size else {})
+
+
+def _of_weights(path: Path, data: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the settings of the model that a file of weights belongs to.
+
+    Raises:
+        UserError: the file cannot be read or does not say.
+    """
+    from galaxydist.models.weights import read_settings
+
+    stored = read_settings(path)
+    if "name" not in stored:
+        raise UserError(
+            f"{path} does not say which model it belongs to: give the recipe that trained it, like `galaxydist probe "
+            f"recipe=d4_cnn {data} model.weights={path}`"
+        )
+    settings = {f"model.{key}": value for key, value in stored.items() if key != "name"}
+    return stored["name"], {**settings, "model.weights": str(path)}

@@ -6,6 +6,7 @@ An encoder sees a galaxy as an evaluation does: the central crop, resized to the
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from galaxydist.loading.augment import Normalise
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
 from galaxydist.loading.training_data import TrainingData, has_split
-from galaxydist.models.build import build_model
-from galaxydist.models.registry import architecture_of
+from galaxydist.models.build import build_model, describe_model
+from galaxydist.models.features import extract_features
+from galaxydist.models.registry import ModelRecord, architecture_of
 from galaxydist.models.weights import Statistics
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
@@ -114,16 +116,23 @@ def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) 
     """
     config = recipe.model.model_copy(update={"freeze_backbone": False})
     torch.manual_seed(recipe.seed)
-    model = build_model(config, manifest.num_classes, recipe.data.image_size, weights_dir=weights_dir)
+    # The user has named the model in this command: a function of their own may run.
+    model = build_model(config, manifest.num_classes, recipe.data.image_size, weights_dir=weights_dir, trust_code=True)
     if config.weights is not None:
-        weights = f"{config.weights.name}"
+        weights = config.weights.name
     else:
         weights = "published weights" if config.pretrained else f"random weights, seed {recipe.seed}"
-    return _encoder(recipe, model, weights, TrainingData.of(manifest, recipe, model).statistics, tta)
+    statistics = TrainingData.of(manifest, recipe, model).statistics
+    return _encoder(recipe, model, Origin(weights, describe_model(config, weights_dir), statistics), tta)
 
 
 def open_run(
-    run_dir: Path, manifest: Manifest, find_training_shards: Callable[[Recipe, TrainingData], Manifest], tta: TTA
+    run_dir: Path,
+    manifest: Manifest,
+    find_training_shards: Callable[[Recipe, TrainingData], Manifest],
+    tta: TTA,
+    *,
+    trust_code: bool = False,
 ) -> Encoder:
     """Return the encoder of a run: its best checkpoint without the head.
 
@@ -132,6 +141,7 @@ def open_run(
         manifest: of the data set to probe.
         find_training_shards: opens the shards of the run's training; called if they are others.
         tta: as in ``open_model``.
+        trust_code: run the function of a module that the run's recipe names.
 
     Raises:
         UserError: no run, no checkpoint, or test galaxies of the data set on which the run was trained.
@@ -142,47 +152,39 @@ def open_run(
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     if has_split(manifest, TEST_SPLIT):
         validation_mask(manifest, TEST_SPLIT, trained_on, lambda data: find_training_shards(recipe, data))
-    model = load_model(recipe, checkpoint)
-    return _encoder(recipe, model, f"run {run_dir.resolve().name}, step {checkpoint.step}", trained_on.statistics, tta)
+    model = load_model(recipe, checkpoint, trust_code=trust_code)
+    weights = f"run {run_dir.resolve().name}, step {checkpoint.step}"
+    record = ModelRecord.from_dict(checkpoint.state.get("model"))
+    return _encoder(recipe, model, Origin(weights, record, trained_on.statistics), tta)
 
 
-def _encoder(recipe: Recipe, model: nn.Module, weights: str, statistics: Statistics, tta: TTA) -> Encoder:
-    head_names = architecture_of(recipe.model, model).head
+@dataclass(frozen=True)
+class Origin:
+    """Origin of a model's weights: a description, facts about the model, and the normalisation of its images."""
+
+    weights: str
+    record: ModelRecord
+    statistics: Statistics
+
+
+def _encoder(recipe: Recipe, model: nn.Module, origin: Origin, tta: TTA) -> Encoder:
     size = recipe.data.image_size
     model.eval()
-    extract = _pooled_features(model, head_names)
     with torch.inference_mode():
-        num_features = extract(torch.zeros(1, 3, size, size)).shape[1]
+        num_features = extract_features(model, torch.zeros(1, 3, size, size)).shape[1]
     info = EncoderInfo(
         model=recipe.model.name,
-        weights=weights,
-        weights_sha256=weights_sha256(model, head_names),
+        weights=origin.weights,
+        weights_sha256=weights_sha256(model, architecture_of(recipe.model, model).head),
         num_features=num_features,
         image_size=size,
         crop=recipe.data.crop,
-        channel_mean=statistics[0],
-        channel_std=statistics[1],
+        channel_mean=origin.statistics[0],
+        channel_std=origin.statistics[1],
         tta=tta,
+        licence=origin.record.licence,
     )
-    return Encoder(info, extract, model, recipe.eval.batch_size)
-
-
-def _pooled_features(model: nn.Module, head_names: Sequence[str]) -> Callable[[Tensor], Tensor]:
-    """Return the input of the model's last linear layer."""
-    linear = [module for name in head_names for module in model.get_submodule(name).modules() if isinstance(module, nn.Linear)][
-        -1
-    ]
-
-    def extract(images_BCHW: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            model(images_BCHW)
-        finally:
-            handle.remove()
-        return seen[0]
-
-    return extract
+    return Encoder(info, partial(extract_features, model), model, recipe.eval.batch_size)
 
 
 def weights_sha256(model: nn.Module, head_names: Sequence[str] = ()) -> str:

@@ -43,6 +43,7 @@ class EncoderInfo:
         image_size, crop: width of the encoder's input in pixels; central fraction of the stored width that it sees.
         channel_mean, channel_std: normalisation of the input, R G B, full scale 1.
         tta: ``d4`` if features are the mean over the eight flips and quarter turns, else ``none``.
+        licence: of the weights, if known.
     """
 
     model: str
@@ -54,6 +55,7 @@ class EncoderInfo:
     channel_mean: tuple[float, float, float]
     channel_std: tuple[float, float, float]
     tta: str
+    licence: str | None = None
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
@@ -64,6 +66,11 @@ class EncoderInfo:
     def title(self) -> str:
         """Model and origin of its weights."""
         return f"{self.model} ({self.weights})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Values that the numbers depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("weights", "licence")}
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,8 @@ class FeaturesInfo:
 
     def differences(self, other: "FeaturesInfo") -> list[str]:
         """Return how another file's galaxies or numbers differ, in words; empty if they are the same."""
-        mine, theirs = ({**asdict(info.encoder), "manifest": info.manifest_hash[:12]} for info in (self, other))
-        names = [name for name in mine if name != "weights"]
-        return [f"{name} is {_short(theirs[name])}, not {_short(mine[name])}" for name in names if mine[name] != theirs[name]]
+        mine, theirs = ({**info.encoder.identity, "manifest": info.manifest_hash[:12]} for info in (self, other))
+        return [f"{name} is {_short(theirs[name])}, not {_short(mine[name])}" for name in mine if mine[name] != theirs[name]]
 
 
 def _short(value: object) -> str:
@@ -121,8 +127,7 @@ def features_path(folder: Path, info: FeaturesInfo) -> Path:
     """Return the file of these features in a folder: its name has the model, and a hash of all that the numbers depend on."""
     import hashlib
 
-    encoder = {name: value for name, value in asdict(info.encoder).items() if name != "weights"}
-    text = json.dumps([encoder, info.manifest_hash], sort_keys=True)
+    text = json.dumps([info.encoder.identity, info.manifest_hash], sort_keys=True)
     name = re.sub(r"[^\w.+-]+", "_", folder_name(info.encoder.model)).strip("_") or "model"
     return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.parquet"
 

@@ -53,8 +53,7 @@ def check_settings(path: Path, config: ModelConfig) -> None:
     Raises:
         UserError: the file cannot be read, or another value is needed.
     """
-    text = _read(path, lambda file: (file.metadata() or {}).get(MODEL_KEY))
-    stored = json.loads(text) if text is not None else {}
+    stored = read_settings(path)
     if stored.get("name") != config.name:
         return  # another name may be the same network; its shapes are checked
     wrong = [
@@ -64,6 +63,16 @@ def check_settings(path: Path, config: ModelConfig) -> None:
     ]
     if wrong:
         raise UserError(f"weights {path} are of {config.name} with {', '.join(wrong)}: set this, or choose other weights")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of the model that ``write_weights`` stored, by name; empty for other files.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    text = _read(path, lambda file: (file.metadata() or {}).get(MODEL_KEY))
+    return {} if text is None else dict(json.loads(text))
 
 
 def read_pickled_weights(path: Path) -> dict[str, "Tensor"]:

@@ -8,6 +8,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import tempfile
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,20 +26,22 @@ from tqdm import tqdm
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import MARGIN
+from galaxydist.object_store import Store, check_version, download
 from galaxydist.shards.catalogue import ID, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
 from galaxydist.shards.manifest import (
     COLUMNS,
+    TARS,
     Manifest,
     catalogue_name,
     column_name,
     file_sha256,
     index_name,
     read_manifest,
-    shard_name,
 )
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
-from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
+from galaxydist.shards.remote.prefetcher import LocalShards
+from galaxydist.shards.tar import BLOCK, Member, check_header, header_key, parse_index
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_stored
 from galaxydist.shards.writer.stages import key_hash
 from galaxydist.surveys.tables.json_columns import conform
@@ -120,6 +125,7 @@ class _Shard:
     """One shard to check, with its rows of the columns."""
 
     split: str
+    number: int
     name: str
     location: str
     samples: int
@@ -157,21 +163,26 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None) -> Mani
             shards, executor.map(lambda shard: _check_shard(shard, manifest, read), shards), strict=True
         ):
             problems += found
-            problems += catalogues.compare(shard.split, shard.location, metas if not found else None)
+            is_read = not found and manifest.tars is None
+            problems += catalogues.compare(shard.split, shard.location, metas if is_read else None)
             hashes.append(np.array([key_hash(key.encode()) for key, _ in metas], np.uint64))
             bar.update(shard.samples)
         problems += catalogues.finish()
     if not problems:
-        problems += _duplicate_keys(shards, hashes, read)
+        problems += _duplicate_keys(shards, hashes, read) if manifest.tars is None else _duplicate_ids(manifest)
     if problems:
         more = f"\n... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(
             f"{manifest.location}: {len(problems)} problem(s):\n"
             + "\n".join(problems[:LISTED])
             + more
-            + ("\nRemove the folder and make the shards anew with: galaxydist data shard" if manifest.remote is None else "")
+            + (f"\nRemove the folder and {_remedy(manifest)}" if manifest.remote is None else "")
         )
     return manifest
+
+
+def _remedy(manifest: Manifest) -> str:
+    return "make the shards anew with: galaxydist data shard" if manifest.tars is None else manifest.remedy
 
 
 def check_columns(manifest: Manifest) -> None:
@@ -199,7 +210,7 @@ def _check_digests(manifest: Manifest) -> Iterator[str]:
 def _check_columns(manifest: Manifest) -> Iterator[str]:
     yield from _check_digests(manifest)
     for name, split in manifest.splits.items():
-        for column in ("shards", *COLUMNS):
+        for column in ("shards", *COLUMNS, *([TARS] if manifest.tars is not None else [])):
             if column_name(name, column) not in manifest.columns:
                 yield f"{manifest.location}: no checksum of {column_name(name, column)}"
         table, labels = manifest.shards(name), manifest.labels(name)
@@ -217,7 +228,8 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
         start = rows.stop
         yield _Shard(
             split,
-            shard_name(split, number),
+            number,
+            manifest.shard_name(split, number),
             manifest.shard_location(split, number),
             int(row["samples"]),
             int(row["bytes"]),
@@ -229,7 +241,9 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
 
 
 def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[list[str], list[tuple[str, bytes]]]:
-    """Return the problems of a shard, and the keys of its galaxies with their .json (empty if unreadable)."""
+    """Return the problems of a shard, and the keys of its galaxies with their .json (empty if unreadable or a foreign tar)."""
+    if manifest.tars is not None:
+        return _check_foreign(shard, manifest), []
     try:
         data = read(shard.name, shard.sha256)
         samples = parse_index(read(index_name(shard.name), None).decode("ascii"))
@@ -257,6 +271,57 @@ def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[l
             problems.append(f"shard {shard.location}, galaxy {key}: {error}")
         metas.append((key, contents.get("json", b"")))
     return problems, metas
+
+
+def _check_foreign(shard: _Shard, manifest: Manifest) -> list[str]:
+    """Return the problems of the samples that a split has in a tar that others wrote."""
+    problems = []
+    try:
+        with _tar_file(shard, manifest) as path, path.open("rb") as file:
+            key = ""
+            for offset, length in zip(shard.offsets.tolist(), shard.lengths.tolist(), strict=True):
+                file.seek(offset - BLOCK)
+                data = file.read(BLOCK + length)
+                try:
+                    key = header_key(data[:BLOCK])
+                    if len(data) != BLOCK + length:
+                        raise ValueError("it is truncated")
+                    decode_stored(data[BLOCK:], manifest.encoding, manifest.image_size)
+                except (ValueError, OSError) as error:
+                    problems.append(f"tar {shard.location}, image {key or 'unknown'} at byte {offset}: {error}")
+    except UserError as error:
+        return [str(error)]
+    return problems
+
+
+@contextlib.contextmanager
+def _tar_file(shard: _Shard, manifest: Manifest) -> Iterator[Path]:
+    """Yield the path of a foreign tar that is still the one that was indexed; a remote one is fetched for this.
+
+    Raises:
+        UserError: it is missing or was replaced.
+    """
+    sha256 = manifest.shard_sha256(shard.split, shard.number)
+    if not manifest.has_remote_shards:
+        LocalShards(manifest, shard.split).open(shard.number)
+        if file_sha256(path := manifest.shard_path(shard.split, shard.number)) != (sha256 or b"").hex():
+            raise UserError(f"tar {path}: its checksum is not the manifest's")
+        yield path
+        return
+    store, stop = Store(manifest.shard_folder), threading.Event()
+    if sha256 is None:
+        check_version(store, shard.name, shard.num_bytes, manifest.shard_version(shard.split, shard.number), stop=stop)
+    with tempfile.TemporaryDirectory(prefix="galaxydist-") as folder:
+        download(store, shard.name, Path(folder) / "tar", stop=stop, num_bytes=shard.num_bytes, sha256=sha256)
+        yield Path(folder) / "tar"
+
+
+def _duplicate_ids(manifest: Manifest) -> list[str]:
+    """Return a problem for each id that occurs twice in the catalogues."""
+    counts: Counter[str] = Counter()
+    for split in manifest.splits:
+        counts.update(read_catalogue(manifest, split, (ID,))[ID].to_pylist())
+    return [f"{manifest.location}: the id {name} occurs {count} times" for name, count in counts.items() if count > 1]
 
 
 def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
@@ -324,8 +389,8 @@ def describe_equal_images(manifest: Manifest) -> list[str]:
     rows = _repeated_images(manifest)
     if rows is None:
         return [
-            f"{manifest.location} has no hashes of its images (an earlier version wrote it), so that equal images in two "
-            "splits cannot be found; make the shards anew to compare them"
+            f"{manifest.location} has no hashes of its images ({_without_hashes(manifest)}), so that equal images in two "
+            f"splits cannot be found; {manifest.remedy} to compare them"
         ]
     across: list[str] = []
     two_labels: list[str] = []
@@ -345,6 +410,10 @@ def describe_equal_images(manifest: Manifest) -> list[str]:
     if two_labels:
         lines.append(f"{_images(two_labels, 'has', 'have')} two labels, pixel for pixel: {name_some(two_labels, MOST_NAMED)}")
     return lines
+
+
+def _without_hashes(manifest: Manifest) -> str:
+    return "an earlier version wrote it" if manifest.tars is None else "the tars were indexed without --sha256"
 
 
 def _repeated_images(manifest: Manifest) -> pa.Table | None:

@@ -57,12 +57,29 @@ def parse_image(data: bytes, name: object) -> NDArray[np.uint8] | EncodedImage:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            is_plain = image.mode == "RGB" and not image.has_transparency_data and not _is_turned(image, data)
-            if is_plain and image.format in _PASSED_ON:
-                return EncodedImage(data, _PASSED_ON[image.format], str(name))
+            if plain := _plain_format(image, data):
+                return EncodedImage(data, plain, str(name))
     except _UNDECODABLE as error:
         raise _undecodable(name, len(data), error) from error
     return decode_file(data, name)
+
+
+def read_header(data: bytes) -> tuple[int, int, str] | None:
+    """Return width, height and format of an image from the first bytes of its file; None if they are not enough.
+
+    The format is ``jpg`` or ``png`` if :func:`parse_image` would return the file's bytes, else empty.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.width, image.height, _plain_format(image, data)
+    except _UNDECODABLE:
+        return None
+
+
+def _plain_format(image: Image.Image, data: bytes) -> str:
+    """Return ``jpg`` or ``png`` for a file whose bytes show the image as it is stored, in RGB; else an empty text."""
+    is_plain = image.mode == "RGB" and not image.has_transparency_data and not _is_turned(image, data)
+    return _PASSED_ON.get(image.format or "", "") if is_plain else ""
 
 
 def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
@@ -129,6 +146,8 @@ def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
 
 logger = logging.getLogger(__name__)
 
+# Files that a thread hashes at a time.
+_HASH_BATCH = 64
 # Prefix of the text that replaces the hash of an unreadable file.
 UNREADABLE = "unreadable"
 # Largest number of copies of an image that a message names.
@@ -155,9 +174,16 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; check its disk or file server") from error
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        digests = pool.map(one, files)
-        return list(tqdm(digests, total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0))
+    found: list[str] = []
+    batches = [files[start : start + _HASH_BATCH] for start in range(0, len(files), _HASH_BATCH)]
+    with (
+        ThreadPoolExecutor(available_cores()) as pool,
+        tqdm(total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0) as bar,
+    ):
+        for digests in pool.map(lambda batch: [one(file) for file in batch], batches):
+            found += digests
+            bar.update(len(digests))
+    return found
 
 
 def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:

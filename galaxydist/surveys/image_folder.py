@@ -53,6 +53,7 @@ class FolderSurvey:
     rows: tuple[FolderRow, ...] = field(repr=False)
     source_ids: tuple[str | None, ...] = field(repr=False)
     slab_length: int = _SLAB
+    first_row: int = 0  # of those that are held, above 0 for a part
     reads_single_files: ClassVar[bool] = True
 
     def image_name(self, row: int) -> str:
@@ -67,13 +68,26 @@ class FolderSurvey:
         Raises:
             UserError: a file cannot be read or is not an image (truncation is detected only by the decoder).
         """
-        for number in range(start, stop):
+        for number in range(start - self.first_row, stop - self.first_row):
             row, source_id = self.rows[number], self.source_ids[number]
             extras = row.extras
             if source_id is not None:
                 extras = {"source_id": source_id, **row.extras, "file": _printable(self.files[number])}
             image = read_image(self.root / self.files[number])
             yield Galaxy(row.id, image, int(self.labels[number]), row.ra, row.dec, extras)
+
+    def part(self, start: int, stop: int) -> "FolderSurvey":
+        """Return a survey that can only read rows ``start`` ... ``stop - 1``, to send to a process."""
+        own = slice(start - self.first_row, stop - self.first_row)
+        return replace(
+            self,
+            labels=self.labels[own],
+            splits={},
+            files=self.files[own],
+            rows=self.rows[own],
+            source_ids=self.source_ids[own],
+            first_row=start,
+        )
 
     @cached_property
     def source_hash(self) -> str:

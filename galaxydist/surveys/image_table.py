@@ -95,6 +95,15 @@ class HashedImages(Protocol):
         ...
 
 
+@runtime_checkable
+class DivisibleImages(Protocol):
+    """An ``ImageSource`` with data of its own for each row, of which a process gets only those that it reads."""
+
+    def part(self, start: int, stop: int) -> ImageSource:
+        """Return a source that can only read rows ``start`` ... ``stop - 1``, under the same numbers."""
+        ...
+
+
 @dataclass(frozen=True)
 class TableOptions:
     """The user's options for a table.
@@ -144,6 +153,7 @@ class TableSurvey:
         extras: the catalogue's other columns: ``source_id``, the table's own, and ``file``; scalars only.
         left_out: the rows that are left out, with their reasons.
         origin: licence, citation and revision that the source states; None if it states none.
+        first_row: number of the first row that is held, 0 but for a ``part``.
     """
 
     location: str
@@ -159,6 +169,7 @@ class TableSurvey:
     images: ImageSource = field(repr=False)
     left_out: tuple[LeftOutRow, ...] = field(repr=False, default=())
     origin: DataOrigin | None = None
+    first_row: int = 0
 
     @property
     def slab_length(self) -> int:
@@ -178,11 +189,36 @@ class TableSurvey:
         images = zip(range(start, stop), self.images.read(start, stop), strict=True)
         for first in range(start, stop, self.slab_length):
             last = min(first + self.slab_length, stop)
-            extras = self.extras.slice(first, last - first).to_pylist() if self.extras.num_columns else [{}] * (last - first)
-            for row, image in itertools.islice(images, last - first):
+            slab = self.extras.slice(first - self.first_row, last - first)
+            extras = slab.to_pylist() if self.extras.num_columns else [{}] * (last - first)
+            for place, image in itertools.islice(images, last - first):
+                row = place - self.first_row
                 label = int(self.labels[row])
                 ra, dec = (float(degrees) if np.isfinite(degrees) else None for degrees in (self.ra[row], self.dec[row]))
-                yield Galaxy(self.ids[row], image, None if label < 0 else label, ra, dec, extras[row - first])
+                yield Galaxy(self.ids[row], image, None if label < 0 else label, ra, dec, extras[place - first])
+
+    def part(self, start: int, stop: int) -> "TableSurvey":
+        """Return a survey that can only read rows ``start`` ... ``stop - 1``, to send to a process."""
+        own = slice(start - self.first_row, stop - self.first_row)
+        return replace(
+            self,
+            labels=self.labels[own],
+            splits={},
+            ids=self.ids[own],
+            ra=self.ra[own],
+            dec=self.dec[own],
+            extras=self.extras.slice(own.start, stop - start),
+            images=self.images.part(start, stop) if isinstance(self.images, DivisibleImages) else self.images,
+            left_out=(),
+            first_row=start,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy a part of a table, of which Arrow would pickle the whole."""
+        state = dict(vars(self))
+        if self.extras.get_total_buffer_size() > 2 * self.extras.nbytes:
+            state["extras"] = self.extras.take(np.arange(len(self.extras)))
+        return state
 
     @cached_property
     def source_hash(self) -> str:

@@ -21,6 +21,7 @@ from galaxydist.explore.features_file import FeatureRows, FeaturesFile, read_fea
 from galaxydist.explore.probe import LabelledFeatures, choose, classify, nearest, regressions, training_parts
 from galaxydist.galaxy import Galaxy
 from galaxydist.models.build import build_model
+from galaxydist.models.weights import write_weights
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest, read_manifest
@@ -157,8 +158,35 @@ def test_trained_run_tells_classes_apart_better_than_the_largest_class_and_rando
         low, high = row["intervals"]["balanced_accuracy"]
         assert low <= row["balanced_accuracy"] <= high and low > largest["balanced_accuracy"]
         assert np.trace(row["confusion"]) / 24 == row["accuracy"]
+    file = tmp_path / "weights.safetensors"
+    assert main(["weights", "save", str(run_dir), str(file)]) == 0
+    assert probe(file, blobs, "data.image_size=32", "--out", tmp_path / "file.parquet") == 0
+    of_file, of_run = (read_features(path).split("val").features_BD for path in (tmp_path / "file.parquet", features))
+    np.testing.assert_allclose(of_file, of_run, atol=1e-6)
     encoder = read_features(features).info.encoder
     assert encoder.weights.startswith("run run, step ") and encoder.model == "custom_cnn" and encoder.num_features == 32
+
+
+def test_models_of_timm_and_functions_of_ones_own_can_be_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = shards(tmp_path, BlobSurvey(num_galaxies=60))
+    assert probe("timm/test_vit", manifest.path, "--random", "--out", tmp_path / "timm.parquet") == 0
+    encoder = read_features(tmp_path / "timm.parquet").info.encoder
+    assert encoder.image_size == 160 and encoder.num_features == 64 and "timm/test_vit (random weights, seed 0)" in encoder.title
+    (tmp_path / "mine_probed.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert probe("mine_probed:build", manifest.path, "data.image_size=32", "--out", "own.parquet") == 0
+    assert read_features(Path("own.parquet")).info.encoder.num_features == 12
+    assert probe("mine_probed:build", manifest.path, "--pretrained", "--out", "own.parquet") == 2
+    assert "weights of your own model are in a file of yours" in capsys.readouterr().err
+
+
+OWN_MODEL = """
+from torch import nn
+def build(num_classes, image_size):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, num_classes))
+"""
 
 
 def made(labels: Sequence[int], dimensions: int = 6, seed: int = 0, spread: float = 1.0) -> LabelledFeatures:
@@ -280,8 +308,9 @@ def test_galaxy_that_cannot_be_read_ends_the_probe_and_leaves_no_file(
 
 
 def test_wrong_words_are_refused_with_one_message(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    foreign, features = tmp_path / "table.parquet", tmp_path / "f.parquet"
+    foreign, features, nameless = (tmp_path / name for name in ("table.parquet", "f.parquet", "w.safetensors"))
     foreign.write_bytes(b"not Parquet")
+    write_weights(nameless, {"a": torch.zeros(1)})
     assert probe("recipe=custom_cnn", blobs, *TINY, "--out", features) == 0
     before = features.read_bytes()
     for words, message in (
@@ -291,7 +320,11 @@ def test_wrong_words_are_refused_with_one_message(blobs: Path, tmp_path: Path, c
         (("resnet18", blobs, "--data-dir", tmp_path), "weights fetch recipe=resnet18"),
         (("vit", blobs, "--random", "data.image_size=100"), "vit needs a multiple of 16 pixels; try 96 or 112"),
         (("custom_cnn", blobs, "model.width=-1"), "model.width"),
-        (("model.safetensors", blobs), "recipe=d4_cnn"),
+        (("model.safetensors", blobs), "weights model.safetensors: no such file"),
+        ((nameless, blobs), "does not say which model it belongs to: give the recipe"),
+        ((nameless, blobs, "--pretrained"), "both choose the weights"),
+        (("timm/resnet999", blobs), "no such model; did you mean timm/resnet"),
+        (("timm/resnet18", blobs), "name them: timm/NAME.TAG"),
         (("recipe=custom_cnn", blobs, *TINY, "--out", tmp_path / "f.json"), "features are a Parquet file"),
         (("recipe=custom_cnn", blobs, *TINY, "--out", foreign), "not a whole Parquet file"),
         (("recipe=custom_cnn", blobs, *TINY, "seed=1", "--out", features), "has other features (weights_sha256 is"),

@@ -226,3 +226,19 @@ def test_source_hash_of_a_table_changes_with_images_labels_and_columns_alone(tmp
     write_image(tmp_path / "0.png", 77)
     hashes.add(survey_of(tmp_path, rows).source_hash)
     assert len(hashes) == 6
+
+
+def test_part_of_a_survey_is_small_and_reads_the_same_rows(tmp_path: Path) -> None:
+    rows = rows_of(600, note=[f"{n} " * 50 for n in range(600)])
+    for row in rows:
+        row["file"] = f"{row['label']}/{int(row['file'][:-4]) % 10}.png"
+    table = survey_of(tmp_path, rows, columns=ColumnNames(id="none"))
+    folder = open_survey(tmp_path)
+    for survey, start, stop in ((table, 270, 275), (folder, 7, 9)):
+        part = survey.part(start, start + 40 if survey is table else stop).part(start, stop)
+        data = pickle.dumps(part)
+        assert len(data) < len(pickle.dumps(survey)) * (0.1 if survey is table else 0.6)
+        galaxies = list(pickle.loads(data).read(start, stop))
+        expected = list(survey.read(start, stop))
+        assert [(g.id, g.label, g.extras) for g in galaxies] == [(g.id, g.label, g.extras) for g in expected]
+        assert [g.image.data for g in galaxies] == [g.image.data for g in expected]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.counter_rng import Stream, hash64
-from galaxydist.galaxy import Survey
+from galaxydist.galaxy import DivisibleSurvey, Survey
 from galaxydist.shards.manifest import EXTENSIONS, shard_name
 from galaxydist.shards.writer.encode import Encoding
 from galaxydist.shards.writer.stages import PackTask, PartTask, Shard
@@ -80,7 +80,7 @@ def part_tasks(
     num_train = len(survey.splits["train"])
     return [
         PartTask(
-            survey,
+            survey.part(start, stop) if isinstance(survey, DivisibleSurvey) else survey,
             encoding,
             start,
             stop,

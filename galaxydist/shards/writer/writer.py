@@ -116,7 +116,7 @@ def finish_manifest(
         source_sides=None if sides == (image_size, image_size) else sides,
         origin=origin_of(survey),
     )
-    _write_manifest(manifest)
+    write_manifest(manifest)
 
 
 logger = logging.getLogger(__name__)
@@ -172,16 +172,16 @@ def write_shards(
     existing = _existing(out_dir, survey, settings, overwrite)
     if existing:
         if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed during its cleanup
-            with suppress(UserError), _writer_lock(work_dir):
+            with suppress(UserError), writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
-        return _with_origin(existing, origin, overwrite=overwrite)
+        return with_origin(existing, origin, overwrite=overwrite)
     if survey.class_names and len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
-    with _writer_lock(work_dir):
+    with writer_lock(work_dir):
         try:
             _write(survey, work_dir, settings, workers or available_cores(), max_errors)
-            _with_origin(read_manifest(work_dir), origin, overwrite=True)
-            _publish(work_dir, out_dir)
+            with_origin(read_manifest(work_dir), origin, overwrite=True)
+            publish(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
             if error.errno in NO_SPACE:
@@ -229,7 +229,7 @@ def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool
     raise UserError(f"{out_dir}: {difference}. Remove the folder, choose another one, or give --overwrite")
 
 
-def _with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bool) -> Manifest:
+def with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bool) -> Manifest:
     """Return the manifest with what the user states about its origin; only manifest.json is written anew, and only if needed."""
     if stated is None or stated.over(manifest.origin) == manifest.origin:
         return manifest
@@ -240,11 +240,12 @@ def _with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bo
             f"{manifest.location} exists with another origin. {difference}. Give --overwrite to change it: the shards stay, but "
             "runs that were trained on them find a changed manifest"
         )
-    _write_manifest(replace(manifest, origin=stated.over(manifest.origin)))
+    write_manifest(replace(manifest, origin=stated.over(manifest.origin)))
     return read_manifest(manifest.path)
 
 
-def _write_manifest(manifest: Manifest) -> None:
+def write_manifest(manifest: Manifest) -> None:
+    """Write manifest.json into its folder."""
     with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
         file.write(manifest_json(manifest))
 
@@ -260,7 +261,7 @@ def _is_complete(manifest: Manifest) -> bool:
 
 
 @contextmanager
-def _writer_lock(work_dir: Path) -> Iterator[None]:
+def writer_lock(work_dir: Path) -> Iterator[None]:
     """Keep out a second writer of the same shards; the lock is released however the process ends."""
     path = _lock_path(work_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -390,7 +391,8 @@ def _check_unique_ids(parts: Sequence[Path]) -> None:
         raise UserError(f"two galaxies have the id {repeated[0]}: ids must be unique in a data set")
 
 
-def _publish(work_dir: Path, out_dir: Path) -> None:
+def publish(work_dir: Path, out_dir: Path) -> None:
+    """Put a finished work folder in place of ``out_dir``."""
     replaced = _replaced(work_dir)
     if out_dir.exists():
         shutil.rmtree(replaced, ignore_errors=True)

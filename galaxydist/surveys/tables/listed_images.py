@@ -31,19 +31,27 @@ class ListedImages:
         name: the table, for progress bars.
         root: the folder that relative files start from.
         files: N files, relative to the root or absolute; empty for a row without an image.
+        first_row: number of the first row that is held, 0 but for a ``part``.
     """
 
     name: str
     root: Path
     files: Sequence[str] = field(repr=False)
     slab_length: int = _SLAB
+    first_row: int = 0
 
     def read(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
         """Yield the images of rows ``start`` ... ``stop - 1``; raises DamagedImageError at one that cannot be read."""
         for row in range(start, stop):
-            if not self.files[row]:
+            file = self.files[row - self.first_row]
+            if not file:
                 raise DamagedImageError(f"row {row + 1} of {self.name} has no image")
-            yield read_image(self.root / self.files[row])
+            yield read_image(self.root / file)
+
+    def part(self, start: int, stop: int) -> "ListedImages":
+        """Return the images of rows ``start`` ... ``stop - 1``, under the same numbers."""
+        files = self.files[start - self.first_row : stop - self.first_row]
+        return ListedImages(self.name, self.root, files, self.slab_length, start)
 
     def digest(self) -> str:
         """Return a SHA-256 (hex) of the bytes of all files."""
@@ -131,13 +139,13 @@ class _Listings:
 
     def find(self, text: str) -> str:
         """Return the file that a text means, or an empty text."""
-        for name in dict.fromkeys((text, text.replace("\\", "/"))):
-            path = PurePosixPath(name)
-            found = self._names(str(path.parent)).get(path.name, [])
-            if path.name in found:
-                return str(path)
+        for path in dict.fromkeys((text.removeprefix("./"), text.replace("\\", "/").removeprefix("./"))):
+            folder, slash, name = path.rpartition("/")
+            found = self._names(folder + slash).get(name, ())
+            if name in found:
+                return path
             if len(found) == 1:
-                return str(path.parent / found[0])
+                return f"{folder}{slash}{found[0]}"
         return ""
 
     def _names(self, folder: str) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.folder_scan import known_split
 from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, is_blank, parse_image
+from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
 from galaxydist.surveys.table_columns import NO_COLUMN, USUAL_NAMES, ColumnNames
 from galaxydist.surveys.tables.json_columns import conform, parse_object, typed_column, unite_fields
 from galaxydist.surveys.tables.tar_scan import (
@@ -30,6 +31,7 @@ from galaxydist.surveys.tables.tar_scan import (
     OWN,
     ScannedTar,
     TarLocation,
+    describe_tars,
     open_tar,
 )
 
@@ -66,7 +68,7 @@ class TarImages:
 
     def read(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
         """Yield the images of rows ``start`` ... ``stop - 1``; raises DamagedImageError at one that cannot be read."""
-        for row, data in self._read_bytes(range(start, stop)):
+        for row, data in self.read_bytes(range(start, stop)):
             yield parse_image(data, self._name(row))
 
     def digest(self) -> str:
@@ -82,10 +84,11 @@ class TarImages:
         return group_equal_images(self.location, self.names, digests, labels, self._is_blank)
 
     def _is_blank(self, row: int) -> bool:
-        ((_, data),) = self._read_bytes([row])
+        ((_, data),) = self.read_bytes([row])
         return is_blank(data, self._name(row))
 
-    def _read_bytes(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    def read_bytes(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield rows and the bytes of their images; ascending rows of one tar are read in one pass."""
         number, file = -1, None
         try:
             for row in rows:
@@ -116,6 +119,7 @@ class TarTable:
         has_image: (N,) False for a sample without an image.
         columns: the columns to use, of those that the user leaves open.
         facts: the scan's facts about each image.
+        tars: the tars, without their samples.
     """
 
     table: pa.Table
@@ -123,10 +127,16 @@ class TarTable:
     has_image: NDArray[np.bool_]
     columns: ColumnNames
     facts: pa.Table
+    tars: Sequence[ScannedTar]
+
+    def survey(self, options: TableOptions) -> TableSurvey:
+        """Return the samples as a survey; raises as ``open_table``."""
+        options = replace(options, columns=self.columns)
+        return open_table(self.table, self.images, self.images.location, options, self.has_image)
 
 
 def read_tar_table(
-    scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames, location: str
+    scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames, *, is_labelled: bool = True
 ) -> TarTable:
     """Return the samples of tars as a table.
 
@@ -137,25 +147,29 @@ def read_tar_table(
         scanned: the contents of the tars, in the order of ``locations``.
         locations: the tars.
         columns: the user's columns.
-        location: the tars, for messages.
+        is_labelled: False if no labels are wanted.
 
     Raises:
         UserError: a column that does not exist (after the first tar, not after all), or JSON that is damaged.
     """
     tars: list[ScannedTar] = []
     pieces: list[pa.Table] = []
+    location = describe_tars(locations)
     names = _Names(columns, location)
     for tar in scanned:
         pieces.append(names.read(tar))
+        if is_labelled and len(pieces) == 1:
+            names.check_label(tar)
         tars.append(replace(tar, samples=tar.samples.select(OWN)))
     schema = pa.schema(unite_fields(piece.schema for piece in pieces))
     table = pa.concat_tables([conform(piece, schema) for piece in pieces]).combine_chunks()
     found = names.resolve(table.column_names)
     table = table.rename_columns([found[name] for name in table.column_names])
-    samples = pa.concat_tables([tar.samples for tar in tars], promote_options="default").combine_chunks()
+    samples = pa.concat_tables([tar.samples for tar in tars]).combine_chunks()
     number = np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.samples) for tar in tars])
     facts = samples.select([FACTS]).flatten()
     facts = facts.rename_columns([name.removeprefix(f"{FACTS}.") for name in facts.column_names])
+    is_hashed = facts["digest"].null_count < len(facts)
     images = TarImages(
         location=location,
         tars=tuple(tar.path for tar in tars),
@@ -164,7 +178,7 @@ def read_tar_table(
         tar=number,
         offset=samples[OFFSET].to_numpy(),
         length=samples[LENGTH].to_numpy(),
-        digests=facts["digest"].to_pylist() if "digest" in facts.column_names else None,
+        digests=facts["digest"].to_pylist() if is_hashed else None,
     )
     table, has_folders = _add_names(table, samples[KEY], images)
     splits = _splits(locations, number, samples[KEY].to_pylist()) if columns.split is None else None
@@ -173,7 +187,7 @@ def read_tar_table(
     chosen = _complete(names.chosen(found), table.column_names, has_folders=has_folders)
     if splits is not None:
         chosen = replace(chosen, split=SPLIT)
-    return TarTable(table, images, images.offset >= 0, chosen, facts)
+    return TarTable(table, images, images.offset >= 0, chosen, facts, [replace(tar, samples=tar.samples[:0]) for tar in tars])
 
 
 class _Names:
@@ -232,6 +246,16 @@ class _Names:
             chosen[kind] = given if name is None else final[name]
         return replace(self._columns, **chosen)
 
+    def check_label(self, tar: ScannedTar) -> None:
+        """Raise a UserError if nothing in the first tar can be a label, before all others are read."""
+        plain = [name.partition(":")[2] or name for name in self._found]
+        is_usual = any(name.lower() in USUAL_NAMES["label"] or name.rpartition(".")[2] in CLASS_ENDINGS for name in plain)
+        if self._columns.label is None and not is_usual and not any("/" in key for key in tar.samples[KEY].to_pylist()):
+            raise UserError(
+                f"{tar.path} has no label with a usual name: name a text or JSON key with --label, or give --unlabelled if there "
+                f"are no labels. It has {name_some(plain, 40) or 'images only'}"
+            )
+
     def _members(self, tar: ScannedTar, extension: str, texts: Sequence[bytes | None]) -> dict[str, list[Any]]:
         rows = []
         for row, text in enumerate(texts):
@@ -254,7 +278,8 @@ class _Names:
         if given in self._found:
             return given
         matches = [name for name in self._found if name.partition(":")[2] == given]
-        matches = matches or [name for name in self._found if name.lower() == given.lower()]
+        lowered = given.lower()
+        matches = matches or [name for name in self._found if lowered in (name.lower(), name.partition(":")[2].lower())]
         if len(matches) > 1:
             raise UserError(f"{self._location}: {given} is in several JSON files: choose one of {', '.join(matches)}")
         return matches[0] if matches else None
@@ -281,7 +306,7 @@ def _add_names(table: pa.Table, keys: pa.ChunkedArray, images: TarImages) -> tup
         for tar, key, name in zip(images.tar.tolist(), keys.to_pylist(), images.names, strict=True)
     ]
     folders = [PurePosixPath(key).parent.name for key in keys.to_pylist()]
-    table = table.append_column(NAME, pa.array(names, pa.string()))
+    table = table.append_column(NAME, pa.array(names, pa.string())) if table.num_columns else pa.table({NAME: names})
     if any(folders) and FOLDER not in table.column_names:
         table = table.append_column(FOLDER, pa.array(folders, pa.string()))
     return table, len({*folders}) > 1

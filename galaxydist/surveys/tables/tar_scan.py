@@ -8,6 +8,8 @@ the images too if they are to be hashed.
 import glob
 import hashlib
 import io
+import os
+import posixpath
 import re
 import tarfile
 import threading
@@ -24,7 +26,7 @@ from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
 from galaxydist.object_store import RemoteFile, Store, is_url, list_files
 from galaxydist.surveys.file_kinds import TAR, file_kind, refuse_kind
-from galaxydist.surveys.folder_scan import natural_key
+from galaxydist.surveys.folder_scan import known_split, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
 
 # Last parts of the extensions of texts, by webdataset's own list of decoders.
@@ -40,8 +42,10 @@ _LONGEST_TEXT = 1 << 20
 # Bytes of a remote tar that are read at a time: small images are streamed, larger ones skipped.
 _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
+# Folders of a folder that are looked into to know its kind.
+_NUM_LOOKED_INTO = 50
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_HIDDEN = re.compile(r"__[^/]*__($|/)")
+_HIDDEN = re.compile(r"__[^/]*__($|[./])")
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
     b"BZh": ("bzip2", "bunzip2 -k"),
@@ -49,7 +53,20 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
 }
 
-# Bytes and name of an image -> facts about it, for the column FACTS.
+# Facts about an image; those that are not known are null. ``digest``: of its bytes; ``format``: ``jpg`` or ``png`` if
+# ``parse_image`` returns the bytes, else empty; ``sums``: of its pixels; ``problem``: the reason why it does not decode.
+FACT_TYPE = pa.struct(
+    [
+        ("digest", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("pixel_hash", pa.int64()),
+        ("sums", pa.list_(pa.int64())),
+        ("problem", pa.string()),
+    ]
+)
+# Bytes and name of an image -> facts about it.
 Inspect = Callable[[bytes, str], Mapping[str, Any]]
 
 
@@ -85,8 +102,7 @@ class ScannedTar:
         num_bytes, version: its size, and its time of change or ETag (empty if there is none).
         sha256: SHA-256 (hex); empty if the tar was not read completely.
         samples: a row per sample: ``__key``, ``__file`` (the image's name), ``__offset`` and ``__length`` of the image in bytes
-            (-1: no image), ``__facts`` (a struct: ``digest`` of the image's bytes if they are hashed, and the facts of
-            ``inspect``), and a column of bytes for each extension of texts.
+            (-1: no image), ``__facts`` (``FACT_TYPE``; null without an image), and a column of bytes for each extension of texts.
     """
 
     path: str
@@ -96,7 +112,50 @@ class ScannedTar:
     samples: pa.Table = field(repr=False)
 
 
-def find_tars(patterns: Mapping[str | None, str]) -> list[TarLocation]:
+# Split, or None for all -> a tar, a folder of tars or a pattern.
+TarPatterns = Mapping[str | None, str]
+
+
+def names_tars(source: str | Path) -> bool:
+    """Return True if a path, a URL or a pattern means tars: by its name, and a file or folder by its contents."""
+    text = str(source)
+    if is_url(text):
+        return ".tar" in text.rpartition("/")[2]
+    path = Path(text)
+    if path.is_dir():
+        return _is_folder_of_tars(path)
+    if path.is_file():
+        return file_kind(path) == TAR or any(
+            text.endswith(ending) for ending in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz")
+        )
+    return ".tar" in path.name and (glob.has_magic(text) or "{" in text)
+
+
+def _is_folder_of_tars(folder: Path) -> bool:
+    """Return True if the first folder with tars or images has tars, and neither it nor the folders in it have images."""
+    for number, (place, folders, files) in enumerate(os.walk(folder)):
+        folders.sort(key=natural_key)
+        if _has_images(files):
+            return False
+        if any(name.endswith((".tar", ".tar.gz")) for name in files):
+            return not any(_has_images(path.name for path in Path(place, name).iterdir()) for name in folders)
+        if number == _NUM_LOOKED_INTO:
+            return False
+    return False
+
+
+def _has_images(names: Iterable[str]) -> bool:
+    return any(Path(name).suffix.lower() in EXTENSIONS for name in names)
+
+
+def tars_name(locations: Sequence[TarLocation]) -> str:
+    """Return the name of the data set of some tars: that of their folder, or the one above a folder that names a split."""
+    folder = common_folder([location.path for location in locations])
+    parts = [part for part in folder.rstrip("/").split("/") if part and known_split(part) is None]
+    return safe_name(parts[-1].partition("@")[0]) if parts else "tars"
+
+
+def find_tars(patterns: TarPatterns) -> list[TarLocation]:
     """Return the tars that patterns match, in natural order (braces: in theirs).
 
     Args:
@@ -152,6 +211,29 @@ def _local_tars(path: Path) -> list[str]:
     if not names and (packed := sorted(str(file) for file in path.rglob("*.tar.*"))):
         _refuse_compressed(packed[0], Path(packed[0]).read_bytes()[:8])
     return names
+
+
+def describe_tars(locations: Sequence[TarLocation]) -> str:
+    """Return a text for messages that names tars: one tar, or their number and folder."""
+    if len(locations) == 1:
+        return locations[0].path
+    return f"{len(locations)} tars in {common_folder([location.path for location in locations])}"
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """Return the folder that all paths or URLs are in.
+
+    Raises:
+        UserError: URLs of several servers.
+    """
+    if not is_url(paths[0]):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])  # noqa: PTH100, PTH120
+    heads = {"://".join((protocol, rest.partition("/")[0])) for protocol, _, rest in (path.partition("://") for path in paths)}
+    if len(heads) > 1:
+        raise UserError(f"tars of one data set must be on one server, and these are on {name_some(sorted(heads))}")
+    (head,) = heads
+    inner = [posixpath.dirname(path.removeprefix(f"{head}/")) for path in paths]
+    return f"{head}/{posixpath.commonpath(inner)}".rstrip("/")
 
 
 def scan_tars(locations: Sequence[TarLocation], options: ScanOptions) -> Iterator[ScannedTar]:
@@ -237,13 +319,14 @@ class _Stream:
         self._raw, self._is_hashed = raw, is_hashed
         self._position = 0
         self.digest = hashlib.sha256()
-        self.last = b""
+        self.first = self.last = b""
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
         self.last = data = self._raw.read(size)
+        self.first = self.first or data
         self._position += len(data)
         if self._is_hashed:
             self.digest.update(data)
@@ -268,8 +351,8 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             if info.isreg() and not info.issparse():
                 yield info
     except tarfile.TarError as error:
-        if stream.tell() <= tarfile.BLOCKSIZE:
-            _refuse_compressed(path, stream.last)
+        if stream.tell() <= tarfile.BLOCKSIZE and not _is_header(stream.first):
+            _refuse_compressed(path, stream.first)
             if not is_url(path) and (kind := file_kind(Path(path))) != TAR:
                 raise refuse_kind(path, kind, "a tar of images") from None
             raise UserError(f"{path} is not a tar ({error})") from None
@@ -282,6 +365,14 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             raise UserError(
                 f"{path} goes on after the end of the tar, at byte {tar.offset} (several tars in one file?): pack its files anew"
             )
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _truncated(path: str, offset: int) -> str:
@@ -320,7 +411,7 @@ class _Samples:
                 raise UserError(f"{self._path}: the key {key} occurs twice, in two places; each sample needs a key of its own")
             self._keys.add(key)
             self._own = set()
-            self._rows.append({KEY: key, FILE: "", OFFSET: -1, LENGTH: -1, FACTS: ""})
+            self._rows.append({KEY: key, FILE: "", OFFSET: -1, LENGTH: -1, FACTS: None})
         if extension in self._own:
             raise UserError(
                 f"{self._path}: the key {key} occurs twice, with two files .{extension}; each sample needs its own key"
@@ -340,8 +431,8 @@ class _Samples:
         if row[FILE]:
             images = [extension for extension in sorted(self._own) if f".{extension.rpartition('.')[2]}" in EXTENSIONS]
             raise UserError(
-                f"{self._path}: the sample {row[KEY]} has {len(images)} images, {' and '.join(images)}: choose one with --image "
-                f"{images[0]}"
+                f"{self._path}: the sample {row[KEY]} has {len(images)} images, {' and '.join(images)}: choose one with "
+                f"--image-column {images[0]}"
             )
         facts: dict[str, Any] = {}
         options = self._options
@@ -362,16 +453,11 @@ class _Samples:
                 if self._found
                 else "it has no samples"
             )
-            raise UserError(f"{self._path} has {wanted}: {found}" + ("; choose one with --image" if self._image else ""))
+            raise UserError(f"{self._path} has {wanted}: {found}" + ("; choose one with --image-column" if self._image else ""))
         texts = [extension for extension in self._found if extension.rpartition(".")[2] in TEXT_ENDINGS]
         types = {KEY: pa.string(), FILE: pa.string(), OFFSET: pa.int64(), LENGTH: pa.int64()}
         columns = {name: pa.array([row[name] for row in self._rows], kind) for name, kind in types.items()}
-        columns[FACTS] = _facts(row[FACTS] for row in self._rows)
+        columns[FACTS] = pa.array([row[FACTS] for row in self._rows], FACT_TYPE)
         for extension in texts:
             columns[extension] = pa.array([row.get(extension) for row in self._rows], pa.binary())
         return pa.table(columns)
-
-
-def _facts(rows: Iterable[Any]) -> pa.Array:
-    """Return a column of structs with a field for each fact; null where there are none."""
-    return pa.array([row or None for row in rows])
