@@ -12,6 +12,7 @@ from galaxydist.cli.options import (
     add_data_dir,
     add_dataset,
     add_survey,
+    add_unlabelled,
     add_workers,
     chosen_root,
     class_options,
@@ -52,9 +53,7 @@ def add_shard(commands: Commands) -> None:
     )
     add_dataset(parser)
     add_survey(parser)
-    parser.add_argument(
-        "--unlabelled", action="store_true", help="a table of galaxies without labels: for `galaxydist predict`, not for training"
-    )
+    add_unlabelled(parser, "for `galaxydist predict`, not for training")
     parser.add_argument("--name", help="name of the data set, for data.dataset=NAME (default: the survey's own)")
     parser.add_argument(
         "--variant", choices=(*VARIANTS, "both"), default="original", help="variant of the survey (default: %(default)s)"
