@@ -47,7 +47,9 @@ class Trainee:
 
     def __init__(self, conditions: SavingConditions, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model = build_model(ModelConfig(name=conditions.model), NUM_CLASSES, conditions.image_size).to(device)
+        self.model = build_model(ModelConfig(name=conditions.model), NUM_CLASSES, conditions.image_size, trust_code=True).to(
+            device
+        )
         self.optimizer = torch.optim.AdamW([dict(group) for group in parameter_groups(self.model, 0.05)], lr=1e-3)
         self.images_BCHW = torch.randn(conditions.batch_size, 3, conditions.image_size, conditions.image_size, device=device)
         self.labels_B = torch.arange(conditions.batch_size, device=device) % NUM_CLASSES

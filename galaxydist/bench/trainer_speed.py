@@ -57,7 +57,7 @@ class BareLoop:
             "bf16": world.precision == "bf16",
         }
         trained = trainer.model
-        self.model = build_model(recipe.model, num_classes, recipe.data.image_size).to(world.device, world.dtype)
+        self.model = build_model(recipe.model, num_classes, recipe.data.image_size, trust_code=True).to(world.device, world.dtype)
         self.model.load_state_dict(trained.state_dict())
         copies = {id(old): new for old, new in zip(trained.parameters(), self.model.parameters(), strict=True)}
         self.optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, copies)

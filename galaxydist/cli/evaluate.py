@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.jobs import find_folder
-from galaxydist.cli.options import Commands, add_command, add_data_dir, evaluated_split, local_path, positive_int
+from galaxydist.cli.options import Commands, add_command, add_data_dir, add_trust_code, evaluated_split, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import MARGIN, SPLITS, VARIANTS, Variant, check_not_margin
 from galaxydist.version import __version__
@@ -53,6 +53,7 @@ def add_report(commands: Commands) -> None:
         action="store_true",
         help="make the missing galleries of mistakes for the best run of each model by validation (needs the shards)",
     )
+    add_trust_code(parser)
 
 
 def run_report(arguments: argparse.Namespace) -> None:
@@ -237,6 +238,7 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=local_path, metavar="DIR", help="with --predictions: folder to write (default: that of the predictions)"
     )
+    add_trust_code(parser)
     add_data_dir(parser)
 
 
@@ -258,7 +260,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_predictions(arguments: argparse.Namespace) -> None:
-    for option in ("target", "split", "tta", "manifest", "trained_on", "data_dir"):
+    for option in ("target", "split", "tta", "manifest", "trained_on", "trust_code", "data_dir"):
         if getattr(arguments, option):
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
             raise UserError(f"--predictions FILE needs no {name}: the file contains it")
@@ -304,6 +306,7 @@ def add_gallery(commands: Commands) -> None:
     )
     parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest that the run was evaluated on")
     parser.add_argument("-o", "--out", type=local_path, metavar="FILE", help="page to write (default: beside the predictions)")
+    add_trust_code(parser)
     add_data_dir(parser)
 
 

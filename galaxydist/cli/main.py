@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
@@ -20,6 +21,7 @@ from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_c
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.log import set_up_logging
+from galaxydist.recipe.model_names import NAMED_MODELS, TRUST_VARIABLE
 from galaxydist.version import __version__
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
@@ -130,6 +132,8 @@ def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
         choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
         if get_origin(field.annotation) is Literal:
             choices = tuple(map(str, get_args(field.annotation)))
+        if key == "model.name":
+            choices = NAMED_MODELS
         yield from (f"{key}={choice}" for choice in choices)
 
 
@@ -144,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else arguments
         parsed = parser.parse_args(words)
         parsed.command = shlex.join(["galaxydist", *words])  # for the provenance of pages
-        code: int | None = parsed.run(parsed)
+        with _trust(getattr(parsed, "trust_code", False)):
+            code: int | None = parsed.run(parsed)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
@@ -162,6 +167,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir")
         raise
     return code or 0
+
+
+@contextmanager
+def _trust(is_given: bool) -> Iterator[None]:
+    """Trust the code of models inside, if ``--trust-code`` is given: also in processes that the command starts."""
+    before = os.environ.get(TRUST_VARIABLE, "")
+    os.environ[TRUST_VARIABLE] = "1" if is_given else before
+    try:
+        yield
+    finally:
+        os.environ[TRUST_VARIABLE] = before
 
 
 def _discard_unwritable_output() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, check_not_margin
 from galaxydist.paths import cache_dir, data_root, find_shards, hdf5_path
+from galaxydist.recipe.model_names import TRUST_VARIABLE
 
 if TYPE_CHECKING:
     from galaxydist.surveys.image_arrays import ArrayOptions
@@ -139,6 +140,16 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """Add ``--data-dir``, the root of HDF5 files, shards, weights and caches."""
     parser.add_argument(
         "--data-dir", type=local_path, metavar="DIR", help="data root (default: $GALAXYDIST_DATA, then the user's cache folder)"
+    )
+
+
+def add_trust_code(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-code``, for runs whose model is a function of a module."""
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the module that a run's model.name names (package.module:function) and run its code "
+        f"(also {TRUST_VARIABLE}=1)",
     )
 
 

@@ -15,7 +15,6 @@ from galaxydist.cli.options import (
     add_data_dir,
     add_group,
     add_overrides,
-    add_recipe,
     local_path,
 )
 from galaxydist.errors import UserError
@@ -25,6 +24,13 @@ MAX_WIDTH = 100  # columns, also on a wider terminal
 MAX_VALUE_WIDTH = 20  # columns of a value before the description moves
 
 
+FETCH_EPILOG = """examples:
+  galaxydist weights fetch recipe=vit
+  galaxydist weights fetch timm/convnext_nano.in12k_ft_in1k
+  galaxydist weights fetch hf-hub:mwalmsley/zoobot-encoder-convnext_nano
+"""
+
+
 def add_weights(commands: Commands) -> None:
     """Add ``weights fetch`` and ``weights save``."""
     inner = add_group(commands, "weights", "published weights, and the weights of a run")
@@ -32,10 +38,14 @@ def add_weights(commands: Commands) -> None:
         inner,
         "fetch",
         run_fetch,
-        "download the published weights of a recipe",
-        description="Download the published weights of a recipe into the data root, for machines without a network.",
+        "download published weights",
+        description="Download the published weights of a recipe or a model into the data root, for machines without a network, "
+        "and show their licence.",
+        epilog=FETCH_EPILOG,
     )
-    add_recipe(fetch)
+    fetch.add_argument(
+        "recipe", nargs="+", metavar="recipe=NAME [key=value] | MODEL", help="recipe, or timm/NAME.TAG or hf-hub:OWNER/NAME"
+    )
     add_data_dir(fetch)
     save = add_command(
         inner,
@@ -49,15 +59,32 @@ def add_weights(commands: Commands) -> None:
 
 
 def run_fetch(arguments: argparse.Namespace) -> None:
-    """Download the weights, unless they exist."""
+    """Download the weights, unless they exist, and print their licence."""
+    from galaxydist.recipe.model_names import parse_model_name
     from galaxydist.recipe.resolve import load_recipe
+    from galaxydist.recipe.schema import ModelConfig
 
-    recipe = load_recipe(arguments.recipe).recipe
+    first, *others = arguments.recipe
+    data_dir = arguments.data_dir
+    if first.startswith(("timm/", "hf-hub:", "local-dir:")):
+        try:
+            parse_model_name(first)
+        except ValueError as error:
+            raise UserError(f"{first}: {error}") from None
+        if others:
+            raise UserError(f"{first} is a model: leave {' '.join(others)} out, or give a recipe with model.name={first}")
+        config = ModelConfig(name=first)
+    else:
+        recipe = load_recipe(arguments.recipe).recipe
+        config, data_dir = recipe.model, data_dir or recipe.data.dir
 
-    from galaxydist.models.hub_weights import fetch_weights
+    from galaxydist.models.hub_weights import fetch_weights, read_record
 
-    root = data_root(arguments.data_dir or recipe.data.dir, os.environ)
-    print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(root))}")
+    folder = weights_dir(data_root(data_dir, os.environ))
+    path = fetch_weights(config, folder)
+    record = read_record(config.model_copy(update={"pretrained": True, "weights": None}), folder)
+    print(f"weights of {config.name}: {path}")
+    print(f"source: {record.source}; licence: {record.licence or 'not stated'}")
 
 
 def run_save(arguments: argparse.Namespace) -> None:

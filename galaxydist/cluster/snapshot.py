@@ -13,13 +13,14 @@ from galaxydist.paths import PACKAGE_DIR, shipped_dir
 from galaxydist.recipe.resolve import list_files
 
 
-def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
+def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path], sources: Mapping[str, Path] | None = None) -> Path:
     """Copy the imported package, and the recipes that jobs will read, into a folder named by their hash.
 
     Args:
         folder: the folder of all snapshots; the same code is copied once.
         recipe_paths: recipe name -> file, added to the recipes shipped with the package, or replacing them. The recipe found as
             ``reference/vit`` has the name ``reference-vit`` and is then stored under both names.
+        sources: name beside the package -> file, the user's modules that the models of the jobs are in.
 
     Returns:
         The snapshot's absolute path, to be first on PYTHONPATH; ``recipes/`` lies beside the package.
@@ -28,7 +29,7 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
         UserError: the disk is full.
     """
     # Each file is read once, so that hash and contents agree even if it is edited meanwhile.
-    files = {name: source.read_bytes() for name, source in _files(recipe_paths)}
+    files = {name: source.read_bytes() for name, source in (*_files(recipe_paths), *(sources or {}).items())}
     target = (folder / _digest(files)).absolute()
     if target.is_dir():
         return target

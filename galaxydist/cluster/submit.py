@@ -30,6 +30,7 @@ from galaxydist.cluster.slurm import SlurmUnavailableError, cancel_jobs, read_st
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.worker import train_task
 from galaxydist.errors import UserError
+from galaxydist.models.own_function import copied_sources
 from galaxydist.paths import DATA_VARIABLE, data_root
 from galaxydist.recipe.identity import run_path
 from galaxydist.recipe.resolve import ResolvedRecipe
@@ -49,12 +50,14 @@ class JobRequest:
         run_dir: its run folder.
         recipe_path: the recipe's file.
         recipe_name: the recipe's name in the snapshot.
+        model_name: ``model.name``, whose own code the snapshot copies.
     """
 
     arguments: tuple[str, ...]
     run_dir: Path
     recipe_path: Path
     recipe_name: str
+    model_name: str = "custom_cnn"
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequ
     """
     recipe = resolved.recipe
     run_dir = run_path(recipe).expanduser().absolute()
-    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name)
+    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name, recipe.model.name)
 
 
 def check_idle(run_dir: Path) -> None:
@@ -253,7 +256,9 @@ def submit_requests(
     Raises:
         UserError: SLURM refuses the job; contains SLURM's message.
     """
-    code = take_snapshot(folder.absolute() / "code", {request.recipe_name: request.recipe_path for request in requests})
+    recipes = {request.recipe_name: request.recipe_path for request in requests}
+    sources = {name: path for request in requests for name, path in copied_sources(request.model_name).items()}
+    code = take_snapshot(folder.absolute() / "code", recipes, sources)
     submission = _build_submission(requests, cluster, folder.absolute(), code, name)
     submission.write()
     return _send(submission, parallel=parallel, after=after)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from galaxydist.atomic_files import disk_error, read_json, write_json
 from galaxydist.errors import UserError, first_line, name_some
+from galaxydist.models.own_function import check_source
 from galaxydist.models.registry import ARCHITECTURES, ModelRecord, recipe_of, timm_name
 from galaxydist.models.weights import read_pickled_weights, read_weights, write_weights
 from galaxydist.recipe.model_names import ModelReference, parse_model_name
@@ -121,6 +122,7 @@ def check_files(config: ModelConfig, weights_dir: Path | None) -> None:
         UserError: they are not; the text has the command that downloads them.
     """
     reference = parse_model_name(config.name)
+    check_source(config.name)
     if reference.kind in ("hf-hub", "local-dir"):
         _find_folder(reference, config, weights_dir)
     if config.pretrained:

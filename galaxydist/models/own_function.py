@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError, first_line
-from galaxydist.recipe.model_names import ModelReference, parse_model_name
+from galaxydist.recipe.model_names import TRUST_VARIABLE, ModelReference, parse_model_name
 
 if TYPE_CHECKING:
     from torch import nn
 
     from galaxydist.recipe.schema import ModelConfig
 
-TRUST_VARIABLE = "GALAXYDIST_TRUST_CODE"
 RATES = ("drop_rate", "drop_path_rate")
 
 
@@ -48,6 +47,30 @@ def find_source(name: str) -> Path | None:
     inside = [place.joinpath(*parts[1:]) for place in places]
     choices = [path for place in inside for path in (place.with_suffix(".py"), place / "__init__.py")]
     return next((path for path in choices if path.is_file()), None)
+
+
+def copied_sources(name: str) -> dict[str, Path]:
+    """Return the files that a job needs of a ``model.name`` that is a function, by their names beside the package.
+
+    They are the module, or all modules of its outermost package, if it lies in the current folder; none for other names and for
+    installed packages, which a job finds by itself.
+    """
+    source = find_source(name)
+    if source is None or not source.is_relative_to(Path.cwd()):
+        return {}
+    outermost = Path.cwd() / parse_model_name(name).name.partition(".")[0]
+    files = sorted(outermost.rglob("*.py")) if outermost.is_dir() and source.is_relative_to(outermost) else [source]
+    return {str(file.relative_to(Path.cwd())): file for file in files}
+
+
+def check_source(name: str) -> None:
+    """Refuse a ``model.name`` that is a function of a module that is not found, without running it.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    if parse_model_name(name).kind == "function" and find_source(name) is None:
+        raise _no_module(name)
 
 
 def source_hash(name: str) -> str | None:
@@ -95,10 +118,7 @@ def _import(reference: ModelReference, name: str) -> Any:
     except Exception as error:  # of the user's code
         is_missing = isinstance(error, ModuleNotFoundError) and error.name in (reference.name, reference.name.partition(".")[0])
         if is_missing:
-            raise UserError(
-                f"model.name={name}: there is no module {reference.name}; it is searched in the current folder {Path.cwd()} and "
-                "among the installed packages"
-            ) from error
+            raise _no_module(name) from error
         raise _failed(name, error) from error
     function = getattr(module, str(reference.version), None)
     if not callable(function):
@@ -106,6 +126,13 @@ def _import(reference: ModelReference, name: str) -> Any:
         has = f"its functions are {', '.join(found)}" if found else "it has no function"
         raise UserError(f"model.name={name}: {module.__file__ or reference.name} has no function {reference.version}; {has}")
     return function
+
+
+def _no_module(name: str) -> UserError:
+    return UserError(
+        f"model.name={name}: there is no module {parse_model_name(name).name}; it is searched in the current folder "
+        f"{Path.cwd()} and among the installed packages"
+    )
 
 
 def _accepted_rates(function: Any, config: "ModelConfig") -> dict[str, float]:

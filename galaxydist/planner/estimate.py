@@ -14,6 +14,7 @@ from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
 from galaxydist.loading.training_data import find_cache, has_split, open_manifest, shard_commands
 from galaxydist.loading.training_data import find_manifest as manifest_location
 from galaxydist.object_store import is_url
+from galaxydist.paths import weights_dir
 from galaxydist.planner.limits import check_cache, check_memory, check_processes, find_warnings
 from galaxydist.planner.memory import Memory, ModelMemory, estimate, model_memory, planned_precision
 from galaxydist.recipe.rules import is_mixing
@@ -261,7 +262,7 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
     reading = plan_shard_traffic(recipe, data, job)
     if data.is_remote:
         check_cache(reading.cache_bytes, recipe.data.cache_size)
-    model = model_memory(recipe, data.num_classes, data.stored_size)
+    model = model_memory(recipe, data.num_classes, data.stored_size, weights_dir(root))
     passes, memory = plan_memory(recipe, model, job)
     warnings = find_warnings(
         recipe, model, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard

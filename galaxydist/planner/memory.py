@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,20 +213,21 @@ class Memory:
     per_image: int
 
 
-def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMemory:
+def model_memory(recipe: Recipe, num_classes: int, stored_size: int, weights_dir: Path | None = None) -> ModelMemory:
     """Return the memory of a recipe's model, built without data, and of a traced step.
 
     Args:
         recipe: model, optimizer, precision, image size.
         num_classes: K.
         stored_size: width of the stored images in pixels.
+        weights_dir: folder of published weights, where the description of a hub's model is.
 
     Raises:
         UserError: the model does not support the settings.
     """
     # On "meta", not in FakeTensorMode: timm reads values from tensors while it builds.
     with torch.device("meta"):
-        model = _build(recipe, num_classes)
+        model = _build(recipe, num_classes, weights_dir)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     if recipe.train.compile:
@@ -294,10 +296,10 @@ def planned_precision(recipe: Recipe) -> str:
     return "bf16" if recipe.train.precision == "auto" else recipe.train.precision
 
 
-def _build(recipe: Recipe, num_classes: int) -> nn.Module:
+def _build(recipe: Recipe, num_classes: int, weights_dir: Path | None) -> nn.Module:
     """Build the recipe's model without loading pretrained weights."""
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
-    model = build_model(config, num_classes, recipe.data.image_size, trust_code=True)
+    model = build_model(config, num_classes, recipe.data.image_size, weights_dir=weights_dir, trust_code=True)
     if recipe.model.freeze_backbone:  # here, since build_model warns of a frozen backbone without weights
         freeze_backbone(model, architecture_of(recipe.model, model).head)
     return model.double() if recipe.train.precision == "fp64" else model

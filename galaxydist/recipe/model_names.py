@@ -23,6 +23,8 @@ NAMED_MODELS = (
     "reference_cnn",
     "reference_vit",
 )
+# An environment variable: code that a run folder names may be run.
+TRUST_VARIABLE = "GALAXYDIST_TRUST_CODE"
 ModelKind = Literal["named", "timm", "hf-hub", "local-dir", "function"]
 
 _WORD = r"[A-Za-z_][A-Za-z0-9_]*"

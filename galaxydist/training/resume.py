@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from galaxydist.errors import UserError
+from galaxydist.models.own_function import find_source, source_hash
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields
 from galaxydist.recipe.resolve import ResolvedRecipe
@@ -97,7 +98,20 @@ def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state
         stored = {**later_defaults(), **folder.read_recipe().recipe}
         compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, name=str(folder))
     if state is not None:
+        _check_code(folder, recipe, state)
         _check_length(folder, recipe, manifest, state)
+
+
+def _check_code(folder: RunFolder, recipe: Recipe, state: Mapping[str, Any]) -> None:
+    """Refuse another source of an own function than that of the run's checkpoints, as another value of a result key."""
+    before = (state.get("model") or {}).get("code")
+    if before is None or "model.name" in recipe.resume.force or before == source_hash(recipe.model.name):
+        return
+    raise UserError(
+        f"model.name={recipe.model.name}: its source {find_source(recipe.model.name) or '(not found)'} is not that with which "
+        f"the run in {folder} was started (SHA-256 {before[:12]}). Give it the old source, start a new run with run.dir=FOLDER, "
+        "or continue it all the same with resume.force=[model.name]."
+    )
 
 
 def _check_length(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any]) -> None:

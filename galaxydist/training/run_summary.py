@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from galaxydist.distributed import World
+from galaxydist.models.registry import ModelRecord
 from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.resolve import COMMAND_LINE, ResolvedRecipe
 from galaxydist.recipe.scalars import to_text
@@ -23,7 +24,15 @@ SMALLER = {"data.image_size": 64, "train.epochs": 5}
 SMALL_RECIPE = "custom_cnn"
 
 
-def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder, model: nn.Module, schedule: RunLength) -> str:
+def describe_run(
+    resolved: ResolvedRecipe,
+    manifest: Manifest,
+    folder: RunFolder,
+    model: nn.Module,
+    schedule: RunLength,
+    *,
+    record: ModelRecord,
+) -> str:
     """Return the lines that describe a new run, except its time.
 
     Args:
@@ -32,6 +41,7 @@ def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder
         folder: the run folder.
         model: the model to be trained.
         schedule: length of the run.
+        record: of the model, with the source of its weights.
     """
     recipe = resolved.recipe
     num_samples = {name: split.num_samples for name, split in manifest.splits.items()}
@@ -47,6 +57,7 @@ def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder
         "model": f"{recipe.model.name}, {total / 1e6:,.2f} million parameters"
         + (f", {trained / 1e6:,.2f} million trained" if trained != total else "")
         + f", images of {recipe.data.image_size} pixels",
+        **({"weights": f"{record.source}, licence {record.licence or 'not stated'}"} if record.source else {}),
         "steps": f"{schedule.steps_per_epoch:,} an epoch, {schedule.total_steps:,} in {epochs:,} epochs, "
         f"{schedule.batch_size:,} galaxies each"
         + (f"; {left_out:,} galaxies are left out of each epoch, others each time" if left_out else ""),

@@ -346,7 +346,10 @@ class Trainer:
         for log in (self.run_folder.metrics, self.run_folder.timing):
             self.world.run_on_main(partial(log.cut_back, self.state.step))
         if self.state.step == 0:
-            logger.info("%s", describe_run(self.resolved, self.manifest, self.run_folder, self.model, self.length))
+            logger.info(
+                "%s",
+                describe_run(self.resolved, self.manifest, self.run_folder, self.model, self.length, record=self.model_record),
+            )
             estimate = describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch)
             if estimate is not None:
                 logger.info("%s", estimate)

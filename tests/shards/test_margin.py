@@ -107,11 +107,13 @@ def test_explore_counts_the_margin_and_its_neighbours_are_not_across_splits(mani
     }
 
 
-def test_explore_and_shard_print_the_margins_galaxies(
+def test_explore_prints_and_shows_the_margins_galaxies(
     manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    assert main(["data", "explore", str(manifest.path), "-o", str(page), "--data-dir", str(tmp_path / "root")]) == 0
+    assert (
+        main(["data", "explore", str(manifest.path), "-o", str(page), "--sample", "4", "--data-dir", str(tmp_path / "root")]) == 0
+    )
     assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["class", "train", "val", "test", "margin"]
     assert "margin 5" in page.read_text()
 

@@ -96,12 +96,13 @@ def test_the_margin_is_as_wide_as_a_cutout() -> None:
 
 
 def test_a_galaxy_keeps_its_part_in_a_larger_survey_and_in_any_order() -> None:
-    ra, dec = (np.concatenate(parts) for parts in zip(near_borders(1, 100), uniform_sky(30_000), strict=True))
+    ra, dec = (np.concatenate(parts) for parts in zip(near_borders(1, 100), uniform_sky(3000, dec=(-90, -50)), strict=True))
+    ra, dec = ra[-6000:], dec[-6000:]  # a part of the sky, with the pole: few borders to draw
     ra[::50] = np.nan
     ids = [f"J{number}" for number in range(len(ra))]
     codes = split_by_cell(ra, dec, ids)
     rng = np.random.default_rng(0)
-    for count in (1, 300, 20_000):
+    for count in (1, 300, 4000):
         rows = rng.permutation(len(ra))[:count]
         assert (split_by_cell(ra[rows], dec[rows], [ids[row] for row in rows]) == codes[rows]).all()
     assert (split_by_cell(ra - 360 * (ra > 180), dec, ids) == codes).all(), "right ascensions may be negative"

@@ -1,0 +1,93 @@
+"""Runs of models that the package does not name: a repository of a hub, and a user's own function."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save
+
+from galaxydist.cli.main import main
+from galaxydist.models.hub_weights import fetch_weights
+from galaxydist.recipe.schema import ModelConfig
+from tests.helpers.mini_hub import Repository, mini_hub
+from tests.helpers.runs import quick_settings, read_evaluation, run_here, without_figures
+
+HUB_NAME = "hf-hub:me/encoder"
+# Settings of recipe=custom_cnn that belong to its model.
+KEPT: dict[str, object] = {"model__width": None, "model__drop_rate": 0}
+SOURCE = """
+from torch import nn
+
+def tiny(num_classes, image_size):
+    \"\"\"Return a classifier of images B x 3 x image_size x image_size.\"\"\"
+    layers = [nn.Conv2d(3, 16, 5, 2, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, num_classes))
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GALAXYDIST_TRUST_CODE", "0")
+    path = tmp_path / "own_tiny.py"
+    path.write_text(SOURCE)
+    yield path
+    sys.modules.pop("own_tiny", None)
+
+
+def test_own_function_trains_and_its_code_runs_elsewhere_only_if_trusted(
+    blobs: Path, tmp_path: Path, own_module: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = quick_settings(blobs, run_dir, model__name="own_tiny:tiny", **KEPT, train__epochs=6)
+    assert run_here(settings) == 0
+    assert read_evaluation(run_dir)["model"] == "own_tiny:tiny"
+    capsys.readouterr()
+    for command in (["evaluate", str(run_dir), "--tta", "d4"], ["gallery", str(run_dir)]):
+        sys.modules.pop("own_tiny", None)
+        assert main(command) == 2
+        assert "--trust-code" in capsys.readouterr().err
+        assert "own_tiny" not in sys.modules
+        with without_figures():
+            assert main([*command, "--trust-code"]) == 0, capsys.readouterr().err
+    own_module.write_text(f"{SOURCE}\n# another line\n")
+    more = [word for word in settings if not word.startswith("train.epochs")] + ["train.epochs=7"]
+    assert run_here([*more, "resume.force=[train.epochs]"]) == 2
+    assert "its source" in capsys.readouterr().err
+    assert run_here([*more, "resume.force=[train.epochs,model.name]"]) == 0
+
+
+def test_repository_of_a_hub_trains_and_its_run_needs_its_files_no_more(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GALAXYDIST_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    torch.manual_seed(0)
+    state = timm.create_model("test_convnext", num_classes=0).state_dict()
+    facts = {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7], "classifier": "head.fc", "input_size": [3, 32, 32]}
+    content = {"architecture": "test_convnext", "num_classes": 0, "pretrained_cfg": facts}
+    repository = Repository(
+        {"config.json": json.dumps(content).encode(), "model.safetensors": save(state)}, {"license": "cc-by-4.0"}
+    )
+    weights_dir = tmp_path / "data" / "weights"
+    with mini_hub({"me/encoder": repository}) as endpoint:
+        fetch_weights(ModelConfig(name=HUB_NAME), weights_dir, endpoint=endpoint)
+    run_dir = tmp_path / "run"
+    settings = quick_settings(blobs, run_dir, model__name=HUB_NAME, model__pretrained="true", **KEPT, train__epochs=2)
+    assert run_here(settings) == 0
+    assert "licence cc-by-4.0" in capsys.readouterr().err
+    shutil.rmtree(weights_dir)
+    with without_figures():
+        assert main(["evaluate", str(run_dir), "--tta", "d4"]) == 0
+    (checkpoint, *_) = sorted(run_dir.glob("checkpoints/step-*/checkpoint.json"))
+    kept = json.loads(checkpoint.read_text())["content"]["state"]
+    assert kept["model"]["licence"] == "cc-by-4.0" and kept["model"]["architecture"] == "test_convnext"
+    assert kept["data"]["channel_mean"] == [0.2, 0.3, 0.4]
+    capsys.readouterr()
+    assert run_here(settings) == 2
+    assert f"galaxydist weights fetch {HUB_NAME}" in capsys.readouterr().err
