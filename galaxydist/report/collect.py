@@ -37,8 +37,8 @@ from galaxydist.surveys.data_origin import DataOrigin, known_origin
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
 # Walmsley et al. 2023, JOSS 8, 5312 (Zoobot) and 2024, arXiv:2404.02973: trained on Galaxy Zoo DECaLS, among others.
 ZOOBOT_NOTE = (
-    "zoobot: its encoders were trained on the votes of Galaxy Zoo DECaLS, which define Galaxy10's labels; test galaxies and their "
-    "answers may have been among them, so its row is no fair comparison with the others"
+    "zoobot: its encoders were trained on the votes of Galaxy Zoo DECaLS, which define Galaxy10's labels; test galaxies and "
+    "their answers may have been among them, so its row is no fair comparison with the others"
 )
 _NUM_NAMED = 10  # notes listed in an error
 # Number of prediction files kept in memory; others are read again.
