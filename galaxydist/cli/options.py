@@ -191,6 +191,11 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     add_arrays(parser)
 
 
+def add_unlabelled(parser: argparse.ArgumentParser, use: str) -> None:
+    """Add ``--unlabelled``; ``use`` is the sense of galaxies without labels for the command."""
+    parser.add_argument("--unlabelled", action="store_true", help=f"a table of galaxies without labels: {use}")
+
+
 def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KINDS) -> None:
     """Add ``--images`` and the columns of a table of images, of these kinds."""
     group = parser.add_argument_group("tables", "columns are found by their usual names; `none` stands for no column")

@@ -12,6 +12,7 @@ from galaxydist.cli.options import (
     add_data_dir,
     add_dataset,
     add_survey,
+    add_unlabelled,
     add_workers,
     chosen_root,
     class_options,
@@ -52,9 +53,7 @@ def add_shard(commands: Commands) -> None:
     )
     add_dataset(parser)
     add_survey(parser)
-    parser.add_argument(
-        "--unlabelled", action="store_true", help="a table of galaxies without labels: for `galaxydist predict`, not for training"
-    )
+    add_unlabelled(parser, "for `galaxydist predict`, not for training")
     parser.add_argument("--name", help="name of the data set, for data.dataset=NAME (default: the survey's own)")
     parser.add_argument(
         "--variant", choices=(*VARIANTS, "both"), default="original", help="variant of the survey (default: %(default)s)"
@@ -300,11 +299,11 @@ def _name(arguments: argparse.Namespace, source: "str | Path | TarPatterns") -> 
     if arguments.fold is None:
         return name
     from galaxydist.surveys.folder_scan import fold_name
-    from galaxydist.surveys.survey_sources import open_survey
+    from galaxydist.surveys.survey_sources import survey_name
     from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
 
     if not isinstance(source, str | Path) or names_tars(source):  # opening them reads them
         patterns: TarPatterns = {None: str(source)} if isinstance(source, str | Path) else source
         return fold_name(name or tars_name(find_tars(patterns)), *arguments.fold)
-    survey = open_survey(source, classes=class_options(arguments.classes)[0], source=table_source(arguments))
-    return fold_name(name or survey.name, *arguments.fold)
+    classes = class_options(arguments.classes)[0]
+    return fold_name(name or survey_name(source, classes=classes, source=table_source(arguments)), *arguments.fold)

@@ -55,7 +55,7 @@ class FileTree:
         """All files that the user gave, relative to ``root``, in natural order."""
         with self.explained(""):
             system = self._system()
-            start = f"{self.root}/{self.inside}".rstrip("/")
+            start = system._strip_protocol(f"{self.root}/{self.inside}".rstrip("/"))
             found = [start] if system.isfile(start) else system.find(start)
         prefix = f"{system._strip_protocol(self.root)}/"
         names = [name.removeprefix(prefix) for name in found]

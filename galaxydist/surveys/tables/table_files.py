@@ -3,6 +3,7 @@
 import csv
 import logging
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,8 @@ def _read_fits(path: Path, hdu: str | None) -> "pa.Table":
     from astropy.table import Table
 
     try:
-        with fits.open(path) as hdus:
+        # Astropy's warnings about padding, units and the like concern nothing that is read here.
+        with warnings.catch_warnings(action="ignore"), fits.open(path) as hdus:
             tables = [number for number, one in enumerate(hdus) if isinstance(one, fits.BinTableHDU | fits.TableHDU)]
             if not tables:
                 raise refuse_kind(path, "FITS image", _EXPECTED)
