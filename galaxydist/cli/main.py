@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
-from galaxydist.cli import bench, cluster, data, encoders, evaluate, jobs, recipes, train
+from galaxydist.cli import bench, cluster, data, encoders, evaluate, jobs, predict, recipes, train
 from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_command
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         recipes.add_recipes,
         train.add_parser,
         evaluate.add_evaluate,
+        predict.add_predict,
         evaluate.add_gallery,
         evaluate.add_report,
         encoders.add_probe,

@@ -4,9 +4,10 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,17 @@ Commands = Any
 DATASETS = {
     "galaxy10_decals": "galaxydist data fetch",
     "simulated": "galaxydist data simulate",
+}
+
+
+# Columns of a table of images that an option may name.
+COLUMN_KINDS = {
+    "file": "image files: paths or URLs",
+    "label": "classes: names or numbers",
+    "id": "ids",
+    "split": "splits: train, val, test",
+    "ra": "right ascensions in degrees",
+    "dec": "declinations in degrees",
 }
 
 
@@ -167,39 +179,41 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=path_or_url,
         metavar="PATH|URL",
-        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), or Parquet or HDF5 files with images "
-        "(also hf://datasets/OWNER/NAME@REVISION)",
+        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), Parquet or HDF5 files with images "
+        "(also hf://datasets/OWNER/NAME@REVISION), or WebDataset tars ('a/train-{000..009}.tar')",
     )
     parser.add_argument(
         "--classes",
         metavar="galaxy10|NAME,NAME,...|FILE",
         help="names of the classes 0, 1, ...: those of Galaxy10, a list, or a file of lines (default: the source's)",
     )
-    _add_table(parser)
-    _add_arrays(parser)
+    add_table(parser)
+    add_arrays(parser)
 
 
-def _add_table(parser: argparse.ArgumentParser) -> None:
-    """Add ``--images`` and the columns of a table of images."""
+def add_unlabelled(parser: argparse.ArgumentParser, use: str) -> None:
+    """Add ``--unlabelled``; ``use`` is the sense of galaxies without labels for the command."""
+    parser.add_argument("--unlabelled", action="store_true", help=f"a table of galaxies without labels: {use}")
+
+
+def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KINDS) -> None:
+    """Add ``--images`` and the columns of a table of images, of these kinds."""
     group = parser.add_argument_group("tables", "columns are found by their usual names; `none` stands for no column")
     group.add_argument(
         "--images", metavar="ROOT", help="folder or URL that the table's file names start from (default: the table's folder)"
     )
-    for kind, what in (
-        ("file", "image files: paths or URLs"),
-        ("label", "classes: names or numbers"),
-        ("id", "ids"),
-        ("split", "splits: train, val, test"),
-        ("ra", "right ascensions in degrees"),
-        ("dec", "declinations in degrees"),
-    ):
-        group.add_argument(f"--{kind}", dest=f"{kind}_column", metavar="COLUMN", help=f"column of {what}")
+    for kind in kinds:
+        group.add_argument(f"--{kind}", dest=f"{kind}_column", metavar="COLUMN", help=f"column of {COLUMN_KINDS[kind]}")
 
 
-def _add_arrays(parser: argparse.ArgumentParser) -> None:
+def add_arrays(parser: argparse.ArgumentParser) -> None:
     """Add ``--image-column``, ``--bands``, ``--scale`` and ``--stretch`` of data that hold their images."""
-    group = parser.add_argument_group("Parquet and HDF5 files with images")
-    group.add_argument("--image-column", metavar="COLUMN", help="column or data set of the images (default: by its usual names)")
+    group = parser.add_argument_group("Parquet and HDF5 files with images, tars")
+    group.add_argument(
+        "--image-column",
+        metavar="COLUMN",
+        help="column or data set of the images (default: by its usual names); for tars their extension, like image.jpg",
+    )
     group.add_argument("--bands", metavar="R,G,B", help="bands, by name or number from 0, for red, green and blue: --bands z,r,g")
     group.add_argument(
         "--scale",
@@ -254,19 +268,17 @@ def class_options(text: str | None) -> tuple[str | None, tuple[str, ...] | None]
 
 
 def table_source(arguments: argparse.Namespace) -> "SourceOptions":
-    """Return the options that ``add_survey`` added."""
+    """Return the options that ``add_survey``, or ``add_table`` and ``add_arrays``, added."""
     from galaxydist.surveys.survey_sources import SourceOptions
     from galaxydist.surveys.table_columns import ColumnNames
 
-    kinds = ("file", "label", "id", "split", "ra", "dec")
-    columns = ColumnNames(**{kind: getattr(arguments, f"{kind}_column") for kind in kinds})
     return SourceOptions(
         arguments.images,
-        columns,
+        ColumnNames(**{kind: getattr(arguments, f"{kind}_column", None) for kind in COLUMN_KINDS}),
         is_labelled=not getattr(arguments, "unlabelled", False),
         cache_dir=cache_dir(chosen_root(arguments)) / "images",
         arrays=_array_options(arguments),
-        class_names=class_options(arguments.classes)[1],
+        class_names=class_options(getattr(arguments, "classes", None))[1],
     )
 
 
@@ -370,7 +382,10 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> str | Path:
     """
     if arguments.source is not None:
         source: str | Path = arguments.source
-        if isinstance(source, Path) and not source.exists() and not Path(str(source).partition("[")[0]).exists():  # TABLE.fits[2]
+        is_there = (
+            not isinstance(source, Path) or source.exists() or Path(str(source).partition("[")[0]).exists()
+        )  # TABLE.fits[2]
+        if not is_there and not ("{" in str(source) or has_magic(str(source))):  # a pattern of tars
             raise UserError(f"--from {source}: there is no such file or folder")
         return source
     path = hdf5_path(root, arguments.dataset)

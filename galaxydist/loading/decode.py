@@ -202,7 +202,7 @@ def read_samples(
     if samples.size == 0:
         return
     sizes = manifest.shards(split)["samples"]
-    intervals = usage_of_evaluation(sizes, 1, 0, 1)  # batches of one sample: the steps are the sample numbers
+    intervals = usage_of_evaluation(sizes, 1)  # batches of one sample: the steps are the sample numbers
     needed = np.searchsorted(np.cumsum(sizes), samples, side="right")
     intervals = intervals[np.isin(intervals["shard"], needed)]
     source = open_shard_source(

@@ -350,6 +350,19 @@ class TrainLoader(_Loader):
             epoch += 1
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """Chosen chunks of a split: chunk j has the evaluation batches j ``length`` ... (j + 1) ``length`` - 1.
+
+    Args:
+        length: number of batches.
+        numbers: of the chunks that a process reads, ascending.
+    """
+
+    length: int
+    numbers: Int64
+
+
 class EvalLoader(_Loader):
     """The evaluation batches of one process: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
 
@@ -360,6 +373,8 @@ class EvalLoader(_Loader):
         batch_size: E, fixed in the recipe.
         ranks: this process among the ranks of the run.
         decode: options of decoding.
+        chunks: read the batches of these chunks instead; ``Batch.step`` is then the number of the chunk.
+        on_error: ``raise`` the error of an image that cannot be read, or ``report`` it in ``Batch.errors``.
     """
 
     def __init__(
@@ -370,28 +385,40 @@ class EvalLoader(_Loader):
         batch_size: int,
         ranks: RankInfo = ONE_RANK,
         decode: DecodeOptions = DECODE_DEFAULTS,
+        chunks: Chunks | None = None,
+        on_error: Literal["raise", "report"] = "raise",
     ) -> None:
         self.num_samples = manifest.split(split).num_samples
-        self._batches = evaluation_batches(self.num_samples, batch_size, ranks.rank, ranks.world_size)
-        self._batch_size = batch_size
+        if chunks is None:
+            own = evaluation_batches(self.num_samples, batch_size, ranks.rank, ranks.world_size)
+            chunks = Chunks(1, np.asarray(own, np.int64))
+        self._chunks, self._batch_size = chunks, batch_size
+        size, ahead = batch_size * chunks.length, math.ceil((decode.prefetch + 1) / chunks.length)
         sizes, num_nodes = manifest.shards(split)["samples"], math.ceil(ranks.world_size / ranks.ranks_on_node)
-        of_node = usage_of_evaluation(sizes, batch_size * ranks.ranks_on_node, 0, 1)
+        of_node = usage_of_evaluation(sizes, size * ranks.ranks_on_node)
         source = open_shard_source(
             manifest,
             split,
-            iter([usage_of_evaluation(sizes, batch_size, ranks.rank, ranks.world_size)]),
-            iter([extend(of_node, (decode.prefetch + 1) * num_nodes)]),
-            steps_ahead=(decode.prefetch + 1) * ranks.world_size,
+            iter([usage_of_evaluation(sizes, size, chunks.numbers)]),
+            iter([extend(of_node, ahead * num_nodes)]),
+            steps_ahead=ahead * ranks.world_size,
             ranks_on_node=ranks.ranks_on_node,
             why=f"evaluation by {ranks.ranks_on_node} processes",
         )
         super().__init__(manifest, split, source, ranks, decode)
-        self._plans = self._plan_batches()
+        self._plans, self._raises = self._plan_batches(), on_error == "raise"
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return sum(1 for _ in self._numbers())
+
+    def _numbers(self) -> Iterator[tuple[int, int]]:
+        """Yield the numbers of the chunk and of the batch."""
+        length, num_batches = self._chunks.length, math.ceil(self.num_samples / self._batch_size)
+        for chunk in self._chunks.numbers.tolist():
+            for number in range(chunk * length, min((chunk + 1) * length, num_batches)):
+                yield chunk, number
 
     def _plan_batches(self) -> Iterator[BatchPlan]:
-        for number in self._batches:
+        for chunk, number in self._numbers():
             positions = number * self._batch_size + np.arange(self._batch_size)
-            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)
+            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, chunk)

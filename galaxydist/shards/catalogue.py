@@ -99,7 +99,7 @@ def write_catalogue(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -
         pq.ParquetWriter(file, schema, version="2.6", compression="zstd", store_schema=False) as writer,
     ):
         # Groups of a fixed size, so that the file does not depend on the size of the shards.
-        groups = _rechunk((conform(table, schema) for table in tables), schema, itertools.repeat(ROW_GROUP))
+        groups = rechunk((conform(table, schema) for table in tables), schema, itertools.repeat(ROW_GROUP))
         for group in itertools.takewhile(len, groups):
             writer.write_table(group, row_group_size=ROW_GROUP)
     return file_sha256(path)
@@ -148,10 +148,10 @@ def open_catalogue(manifest: Manifest, split: str) -> Iterator[Any]:
 def iterate_catalogue(file: Any, lengths: Iterable[int]) -> Iterator[pa.Table]:
     """Return an iterator over an opened catalogue's rows in tables of the given lengths, reading one row group at a time."""
     tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROW_GROUP))
-    return _rechunk(tables, file.schema_arrow, lengths)
+    return rechunk(tables, file.schema_arrow, lengths)
 
 
-def _rechunk(tables: Iterator[pa.Table], schema: pa.Schema, lengths: Iterable[int]) -> Iterator[pa.Table]:
+def rechunk(tables: Iterator[pa.Table], schema: pa.Schema, lengths: Iterable[int]) -> Iterator[pa.Table]:
     """Yield the rows of tables in tables of the given lengths, shorter ones once the rows run out."""
     held = schema.empty_table()
     for length in lengths:

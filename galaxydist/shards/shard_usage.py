@@ -59,15 +59,13 @@ def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per
     return [usage[hit.tobytes()] for hit in streams]
 
 
-def usage_of_evaluation(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:
-    """Return the shard access intervals of a process that evaluates its share of a split.
-
-    Batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
+def usage_of_evaluation(shard_samples: ArrayLike, batch_size: int, batches: Int64 | None = None) -> NDArray[np.void]:
+    """Return the shard access intervals of a process that evaluates some batches of a split.
 
     Args:
         shard_samples: number of samples in each shard, in storage order.
-        batch_size: E, the evaluation batch size.
-        rank, world_size: the process.
+        batch_size: E: batch j holds stored samples j E ... (j + 1) E - 1.
+        batches: numbers of the process's batches, ascending; None: all.
 
     Returns:
         rows of ``INTERVAL``, sorted by (first_step, shard); a step is the number j of a batch of this process.
@@ -75,10 +73,12 @@ def usage_of_evaluation(shard_samples: ArrayLike, batch_size: int, rank: int, wo
     size = np.asarray(shard_samples, np.int64)
     stop = np.cumsum(size)
     first, last = (stop - size) // batch_size, (stop - 1) // batch_size
-    first += (rank - first) % world_size
-    last -= (last - rank) % world_size
-    shard = np.flatnonzero((size > 0) & (first <= last))
-    return _sorted_intervals(shard, first[shard], last[shard])
+    if batches is None:
+        shard = np.flatnonzero(size)
+        return _sorted_intervals(shard, first[shard], last[shard])
+    before, after = np.searchsorted(batches, first, side="left"), np.searchsorted(batches, last, side="right")
+    shard = np.flatnonzero((size > 0) & (before < after))
+    return _sorted_intervals(shard, batches[before[shard]], batches[after[shard] - 1])
 
 
 def usage_of_resampling(num_shards: int, num_steps: int) -> NDArray[np.void]:

@@ -115,7 +115,7 @@ _SPLIT_FOLDERS = {
 _NUMBERED = {str(label) for label in range(len(GALAXY10_CLASSES))}
 _FITS = (".fits", ".fit", ".fts", ".fz")
 # Folders that file servers and desktops create; they hold thumbnails and deleted files.
-_CLUTTER = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
+CLUTTER = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,7 @@ class _Finder:
             if not entry.is_dir():
                 if _ending(entry.name) in EXTENSIONS.union(_FITS) or (relative and entry.name == METADATA_FILE):
                     self._left_out[""][f"{_ending(entry.name)} beside the class folders"] += 1
-            elif entry.name.lower() in _CLUTTER:
+            elif entry.name.lower() in CLUTTER:
                 self._leave_out_folder("", f"{relative}/{entry.name}")
             else:
                 folders.append(entry.name)
@@ -286,7 +286,7 @@ class _Finder:
                 self._links.append((folder, path))
             elif not entry.is_dir():
                 self._add(folder, path, entry.path)
-            elif name.lower() in _CLUTTER:
+            elif name.lower() in CLUTTER:
                 self._leave_out_folder(folder, path)
             elif entry.path in self._folders:
                 self._repeated.append((folder, path))

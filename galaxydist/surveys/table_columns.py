@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -70,6 +70,13 @@ class ColumnNames:
     def used(self) -> set[str]:
         """Return the names of all columns that are found."""
         return {name for field in fields(self) if (name := getattr(self, field.name)) is not None}
+
+
+def column_names(columns: Mapping[str, str]) -> ColumnNames:
+    """Return the columns that a mapping such as ``{"label": "gz2_class"}`` names; raises a UserError for another key."""
+    if wrong := [kind for kind in columns if kind not in USUAL_NAMES]:
+        raise UserError(f"columns: there is no {wrong[0]!r}; choose from {', '.join(USUAL_NAMES)}")
+    return ColumnNames(**columns)
 
 
 def find_columns(names: Sequence[str], wanted: ColumnNames, location: object, *, is_labelled: bool = True) -> ColumnNames:

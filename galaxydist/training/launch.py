@@ -1,4 +1,4 @@
-"""One process of a training run, from its command line to its exit code."""
+"""One process of a training or of other work of several, from its command line to its exit code."""
 
 import contextlib
 import gc
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.cpus import set_up_process
@@ -31,17 +32,34 @@ logger = logging.getLogger(__name__)
 LOGGING_S = 3.0
 
 
+# Work of one process: from its arguments and its environment to the number of the signal that stopped it, or 0.
+RankWork = Callable[[Any, MutableMapping[str, str]], int]
+
+
+def train_recipe(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    """Train the recipe of ``recipe=NAME`` and ``key=value`` overrides, and return the number of the signal that stopped it."""
+    from galaxydist.recipe.resolve import load_recipe  # not above: `galaxydist --help` imports this module
+
+    resolved = load_recipe(arguments)
+    with _importing():
+        from galaxydist.training.trainer import train
+    return train(resolved, environ)
+
+
 def launch(
-    arguments: Sequence[str],
+    arguments: Any,
     environ: MutableMapping[str, str],
     note: Callable[[Exception], None] = lambda _: None,
+    *,
+    work: RankWork = train_recipe,
 ) -> int:
-    """Train a recipe, and log an error once for all ranks.
+    """Run the work of one process, by default a training, and log an error once for all ranks.
 
     Args:
-        arguments: ``recipe=NAME`` and ``key=value`` overrides.
+        arguments: of the work; for a training ``recipe=NAME`` and ``key=value`` overrides.
         environ: the process's environment.
         note: called with the error on the ranks that log it.
+        work: the work.
 
     Returns:
         The exit code.
@@ -52,12 +70,7 @@ def launch(
     try:
         rank = find_rank(environ).rank
         set_up_logging(rank)
-        from galaxydist.recipe.resolve import load_recipe  # not above: `galaxydist --help` imports this module
-
-        resolved = load_recipe(arguments)
-        with _importing():
-            from galaxydist.training.trainer import train
-        stop_signal = train(resolved, environ)
+        stop_signal = work(arguments, environ)
     except (UserError, RunFailedError) as error:
         is_users = isinstance(error, UserError)
         is_alone = not isinstance(error, EveryRankError) if is_users else isinstance(error, OneRankFailedError)

@@ -1,4 +1,4 @@
-"""The launcher of ``galaxydist train --processes N``: several processes of one training run on this machine."""
+"""The launcher of ``--processes N``: several processes of one training or prediction on this machine."""
 
 import contextlib
 import logging
@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
+from typing import Any
 
 from galaxydist.errors import UserError
 from galaxydist.job_environment import find_rank
-from galaxydist.training.launch import launch
+from galaxydist.training.launch import RankWork, launch, train_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +27,16 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 GRACE_S = 60.0
 
 
-def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping[str, str]) -> int:
-    """Train with several processes of this machine, and wait for them.
+def run_processes(arguments: Any, num_processes: int, environ: Mapping[str, str], *, work: RankWork = train_recipe) -> int:
+    """Train, or do other work, with several processes of this machine, and wait for them.
 
     SIGINT, SIGTERM and SIGUSR2 are forwarded to every process. If this process is killed, the others save and stop.
 
     Args:
-        arguments: ``recipe=NAME`` and ``key=value`` overrides.
+        arguments: of the work; for a training ``recipe=NAME`` and ``key=value`` overrides. They are pickled.
         num_processes: processes to start, at least 2; each uses the GPU of its local rank.
         environ: this process's environment.
+        work: the work, a function of a module.
 
     Returns:
         The exit code of the first process that failed, or 0.
@@ -45,12 +47,12 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
     if (size := find_rank(dict(environ)).size) > 1:
         raise UserError(
             f"--processes {num_processes} was given inside of another launcher (WORLD_SIZE={size}). "
-            "Leave out one of them: galaxydist train --processes N needs no launcher."
+            "Leave out one of them: --processes N needs no launcher."
         )
     context = multiprocessing.get_context("spawn")
     port = free_port()
     ranks = [
-        context.Process(target=_run_rank, args=(list(arguments), rank, num_processes, port), name=f"rank {rank}")
+        context.Process(target=_run_rank, args=(arguments, work, rank, num_processes, port), name=f"rank {rank}")
         for rank in range(num_processes)
     ]
     with _forwarding(ranks):
@@ -59,7 +61,7 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
         return _wait(ranks)
 
 
-def _run_rank(arguments: Sequence[str], rank: int, num_processes: int, port: int) -> None:
+def _run_rank(arguments: Any, work: RankWork, rank: int, num_processes: int, port: int) -> None:
     """Run one process of the run."""
     os.setsid()  # the terminal's Ctrl-C reaches only the parent, which forwards it once
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -71,7 +73,7 @@ def _run_rank(arguments: Sequence[str], rank: int, num_processes: int, port: int
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    sys.exit(launch(arguments, os.environ))
+    sys.exit(launch(arguments, os.environ, work=work))
 
 
 def _stop_with_parent() -> None:

@@ -163,6 +163,32 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
     return train(settings)
 
 
+def predict(arguments: Sequence[str], kill_at: int | None = None, one_core: bool = False) -> int:
+    """Label as ``galaxydist predict`` does.
+
+    Args:
+        arguments: of the command.
+        kill_at: it kills itself with SIGKILL right before the N-th file gets its name.
+        one_core: on one core, so with one thread in each process.
+    """
+    from galaxydist.cli.main import main
+
+    seen = 0
+    if one_core and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    def hook(name: str, _: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name == "galaxydist.rename":
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at is not None:
+        sys.addaudithook(hook)
+    return main(["predict", *arguments])
+
+
 def _call(function: tuple[str, str], arguments: tuple[Any, ...], environ: dict[str, str], output: Path) -> None:
     """In the new process. The function comes by name, so that its module is imported with the right environment."""
     assert "galaxydist.training.trainer" in sys.modules, "the server could not import what a run needs"

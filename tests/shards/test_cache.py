@@ -275,7 +275,7 @@ try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     else:
         (Path(cache).parent / "other").write_bytes(bytes(int(taken)))
-    uses = usage_of_evaluation(remote.shards("train")["samples"], 8, 0, 1)
+    uses = usage_of_evaluation(remote.shards("train")["samples"], 8)
     with closing(open_shard_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")) as source:
         for use in uses:
             assert source.open(int(use["shard"])).num_bytes == remote.shards("train")["bytes"][use["shard"]]

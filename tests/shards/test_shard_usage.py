@@ -110,12 +110,14 @@ def test_shard_shared_by_two_streams_is_not_held_between_its_uses() -> None:
 def test_usage_of_evaluation_is_the_shards_of_the_ranks_own_batches(sizes: list[int], batch_size: int, world_size: int) -> None:
     num_batches = -(-sum(sizes) // batch_size)
     for rank in range(world_size):
-        uses = usage_of_evaluation(sizes, batch_size, rank, world_size)
-        mine = evaluation_batches(sum(sizes), batch_size, rank, world_size)
+        mine = np.array(evaluation_batches(sum(sizes), batch_size, rank, world_size), np.int64)
+        uses = usage_of_evaluation(sizes, batch_size, mine)
+        if world_size == 1:
+            assert np.array_equal(uses, usage_of_evaluation(sizes, batch_size))
         rows = [(int(row["first_step"]), int(row["shard"])) for row in uses]
         assert rows == sorted(rows)
         needed: dict[int, list[int]] = {}
-        for batch in mine:
+        for batch in mine.tolist():
             samples = np.arange(batch * batch_size, min((batch + 1) * batch_size, sum(sizes)))
             for shard in set(shard_of(sizes, samples).tolist()):
                 needed.setdefault(shard, []).append(batch)

@@ -55,7 +55,7 @@ class FileTree:
         """All files that the user gave, relative to ``root``, in natural order."""
         with self.explained(""):
             system = self._system()
-            start = f"{self.root}/{self.inside}".rstrip("/")
+            start = system._strip_protocol(f"{self.root}/{self.inside}".rstrip("/"))
             found = [start] if system.isfile(start) else system.find(start)
         prefix = f"{system._strip_protocol(self.root)}/"
         names = [name.removeprefix(prefix) for name in found]
@@ -106,6 +106,9 @@ class FileTree:
         except (UserError, TransientError):
             raise
         except Exception as error:
+            is_of_contents = type(error).__module__.startswith("pyarrow") or (self.is_local and type(error) is OSError)
+            if is_of_contents:
+                raise
             explained = classify_error(error, self.path(file) if file else self.location, kind)
             if explained is error:
                 raise

@@ -1,14 +1,14 @@
-"""Tables of galaxies in files: CSV, Parquet and FITS, read as Arrow tables without image bytes."""
+"""Tables of galaxies in files: CSV and FITS, read as Arrow tables."""
 
 import csv
 import logging
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.surveys.file_kinds import CSV, FITS, PARQUET, file_kind, refuse_kind
-from galaxydist.surveys.table_columns import is_scalar
+from galaxydist.surveys.file_kinds import CSV, FITS, file_kind, refuse_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +33,7 @@ def split_hdu(path: Path) -> tuple[Path, str | None]:
 
 
 def read_table(path: Path, hdu: str | None = None) -> "pa.Table":
-    """Return the rows of a CSV, Parquet or FITS table, known by its content; columns of lists, structures and bytes are left out.
+    """Return the rows of a CSV or FITS table, known by its content; columns of arrays are left out.
 
     Args:
         path: the file; CSV and FITS may be compressed with gzip.
@@ -45,8 +45,6 @@ def read_table(path: Path, hdu: str | None = None) -> "pa.Table":
     kind = file_kind(path)
     if kind == CSV:
         return _read_csv(path)
-    if kind == PARQUET:
-        return _read_parquet(path)
     if kind == FITS:
         return _read_fits(path, hdu)
     raise refuse_kind(path, kind, _EXPECTED)
@@ -118,21 +116,6 @@ def _typed(column: "pa.ChunkedArray", *, decimal_comma: bool) -> "pa.ChunkedArra
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
-def _read_parquet(path: Path) -> "pa.Table":
-    """Read the columns of single numbers and text of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            names = [field.name for field in schema if is_scalar(field.type)]
-            _report_left_out(path, [name for name in schema.names if name not in names])
-            return file.read(names)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is a truncated or damaged Parquet file ({error}); copy or write it again") from error
-
-
 def _report_left_out(path: Path, names: list[str]) -> None:
     if names:
         logger.warning("%s: columns of lists, structures or bytes are not in the catalogue: %s", path, name_some(names, 20))
@@ -145,7 +128,8 @@ def _read_fits(path: Path, hdu: str | None) -> "pa.Table":
     from astropy.table import Table
 
     try:
-        with fits.open(path) as hdus:
+        # Astropy's warnings about padding, units and the like concern nothing that is read here.
+        with warnings.catch_warnings(action="ignore"), fits.open(path) as hdus:
             tables = [number for number, one in enumerate(hdus) if isinstance(one, fits.BinTableHDU | fits.TableHDU)]
             if not tables:
                 raise refuse_kind(path, "FITS image", _EXPECTED)
