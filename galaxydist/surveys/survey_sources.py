@@ -81,6 +81,8 @@ def open_survey(
         UserError: the source is missing or unusable, or the options contradict each other.
     """
     check_options(variant, conflicting, name, fold)
+    if classes not in (None, "galaxy10"):
+        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     given = source or SourceOptions()
     options = TableOptions(
         name=name or "",
