@@ -12,6 +12,7 @@ from galaxydist.cli.options import (
     add_dataset,
     add_group,
     add_survey,
+    add_unlabelled,
     add_workers,
     chosen_root,
     class_options,
@@ -228,6 +229,7 @@ def _add_explore(commands: Commands) -> None:
         help="survey or shards in the data root (default: %(default)s)",
     )
     add_survey(parser)
+    add_unlabelled(parser, "explored without classes")
     parser.add_argument("--variant", choices=VARIANTS, help="variant of the survey (default: original, or that of the shards)")
     parser.add_argument(
         "--sample",
@@ -341,7 +343,7 @@ def _print_findings(findings: "Findings") -> None:
             f"sky: {len(near.pairs_P2)} overlapping pairs among {int(findings.positions.known.sum())} positions, "
             f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} positions with two labels"
         )
-    if findings.map is not None:
+    if findings.map is not None and findings.map.by_chance < 1:
         share = f"{100 * findings.map.agreement:.0f} %"
         print(f"map: {share} have the class of most of their ten nearest neighbours in {findings.map.features}")
         if ids := [findings.scan.ids[one.index] for one in findings.map.doubtful]:

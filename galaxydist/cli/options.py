@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,8 +183,8 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=path_or_url,
         metavar="PATH|URL",
-        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), or Parquet or HDF5 files with images "
-        "(also hf://datasets/OWNER/NAME@REVISION)",
+        help="other survey: a folder of images, a table of images (CSV, Parquet, FITS), Parquet or HDF5 files with images "
+        "(also hf://datasets/OWNER/NAME@REVISION), or WebDataset tars ('a/train-{000..009}.tar')",
     )
     parser.add_argument(
         "--classes",
@@ -192,6 +193,11 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     )
     add_table(parser)
     add_arrays(parser)
+
+
+def add_unlabelled(parser: argparse.ArgumentParser, use: str) -> None:
+    """Add ``--unlabelled``; ``use`` is the sense of galaxies without labels for the command."""
+    parser.add_argument("--unlabelled", action="store_true", help=f"a table of galaxies without labels: {use}")
 
 
 def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KINDS) -> None:
@@ -206,8 +212,12 @@ def add_table(parser: argparse.ArgumentParser, kinds: Iterable[str] = COLUMN_KIN
 
 def add_arrays(parser: argparse.ArgumentParser) -> None:
     """Add ``--image-column``, ``--bands``, ``--scale`` and ``--stretch`` of data that hold their images."""
-    group = parser.add_argument_group("Parquet and HDF5 files with images")
-    group.add_argument("--image-column", metavar="COLUMN", help="column or data set of the images (default: by its usual names)")
+    group = parser.add_argument_group("Parquet and HDF5 files with images, tars")
+    group.add_argument(
+        "--image-column",
+        metavar="COLUMN",
+        help="column or data set of the images (default: by its usual names); for tars their extension, like image.jpg",
+    )
     group.add_argument("--bands", metavar="R,G,B", help="bands, by name or number from 0, for red, green and blue: --bands z,r,g")
     group.add_argument(
         "--scale",
@@ -376,7 +386,10 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> str | Path:
     """
     if arguments.source is not None:
         source: str | Path = arguments.source
-        if isinstance(source, Path) and not source.exists() and not Path(str(source).partition("[")[0]).exists():  # TABLE.fits[2]
+        is_there = (
+            not isinstance(source, Path) or source.exists() or Path(str(source).partition("[")[0]).exists()
+        )  # TABLE.fits[2]
+        if not is_there and not ("{" in str(source) or has_magic(str(source))):  # a pattern of tars
             raise UserError(f"--from {source}: there is no such file or folder")
         return source
     path = hdf5_path(root, arguments.dataset)

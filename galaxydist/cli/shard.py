@@ -12,6 +12,7 @@ from galaxydist.cli.options import (
     add_data_dir,
     add_dataset,
     add_survey,
+    add_unlabelled,
     add_workers,
     chosen_root,
     class_options,
@@ -30,9 +31,14 @@ from galaxydist.paths import shards_dir
 if TYPE_CHECKING:
     from galaxydist.galaxy import Survey
     from galaxydist.shards.manifest import Manifest
+    from galaxydist.surveys.data_origin import DataOrigin
+    from galaxydist.surveys.tables.tar_scan import TarPatterns
 
 # File names of images that are compressed without loss.
 LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+
+# Value of --val for no validation split, and the default of --quality.
+NO_VAL, QUALITY = "0", 95
 
 quality = partial(whole_number, least=1, most=100)
 
@@ -47,9 +53,7 @@ def add_shard(commands: Commands) -> None:
     )
     add_dataset(parser)
     add_survey(parser)
-    parser.add_argument(
-        "--unlabelled", action="store_true", help="a table of galaxies without labels: for `galaxydist predict`, not for training"
-    )
+    add_unlabelled(parser, "for `galaxydist predict`, not for training")
     parser.add_argument("--name", help="name of the data set, for data.dataset=NAME (default: the survey's own)")
     parser.add_argument(
         "--variant", choices=(*VARIANTS, "both"), default="original", help="variant of the survey (default: %(default)s)"
@@ -64,9 +68,10 @@ def add_shard(commands: Commands) -> None:
         "--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test split, no validation split"
     )
     parser.add_argument(
-        "--val", choices=("0",), metavar="0", help="0: no validation split; its galaxies stay in the training split"
+        "--val", metavar="0|PATTERN", help="0: no validation split, its galaxies stay in the training split; or tars (see below)"
     )
     _add_storage(parser)
+    _add_tars(parser)
     _add_origin(parser)
     add_workers(parser)
     add_data_dir(parser)
@@ -80,7 +85,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quality",
         type=quality,
-        default=95,
+        default=QUALITY,
         metavar="Q",
         help="JPEG quality, 1 to 100 (default: %(default)s)",
     )
@@ -116,6 +121,20 @@ def _add_origin(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", metavar="TEXT", help="version of the source: a data release, a commit")
 
 
+def _add_tars(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tars", "WebDataset tars that others wrote: a folder, or a pattern with braces or *")
+    for split in ("train", "test"):
+        group.add_argument(f"--{split}", metavar="PATTERN", help=f"tars of the {split} split, instead of --from (--val likewise)")
+    group.add_argument(
+        "--in-place", action="store_true", help="leave the tars where they are, and write an index of them (--out DIR)"
+    )
+    group.add_argument(
+        "--sha256",
+        action="store_true",
+        help="with --in-place: read all of remote tars, too, for checksums and image hashes",
+    )
+
+
 def run_shard(arguments: argparse.Namespace) -> None:
     """Write the shards, unless they exist."""
     variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
@@ -131,7 +150,13 @@ def run_shard(arguments: argparse.Namespace) -> None:
 
     origin = state_origin(arguments.licence, arguments.citation, arguments.revision)
     root = chosen_root(arguments)
-    source = survey_source(arguments, root)
+    source = _tar_patterns(arguments) or survey_source(arguments, root)
+    if arguments.in_place:
+        for variant in variants:
+            _index_tars(arguments, root, source, variant, origin)
+        return
+    if arguments.sha256:
+        raise UserError("--sha256 is for tars that are indexed: add --in-place, or leave it out")
     for variant in variants:
         survey = open_survey(
             source,
@@ -140,7 +165,7 @@ def run_shard(arguments: argparse.Namespace) -> None:
             name=_name(arguments, source),
             fold=arguments.fold,
             classes=class_options(arguments.classes)[0],
-            has_val=arguments.val is None,
+            has_val=arguments.val != NO_VAL,
             source=table_source(arguments),
         )
         out_dir = arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting)
@@ -155,16 +180,81 @@ def run_shard(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
-            max_errors=(100 if arguments.max_errors is None else arguments.max_errors) if arguments.on_error == "skip" else None,
+            max_errors=_max_errors(arguments),
             origin=origin,
         )
-        counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
-        note = " (there already)" if written_before == _written_at(out_dir) else ""
-        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{note}")
-        _print_notes(survey, manifest, arguments)
+        _print_result("shards", manifest, written_before)
+        if arguments.encoding == "jpeg":
+            _print_lossy(survey, arguments.quality)
+        _print_notes(manifest)
 
 
-def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
+def _tar_patterns(arguments: argparse.Namespace) -> "TarPatterns | None":
+    """Return the patterns of ``--train``, ``--val`` and ``--test``; None without any."""
+    val = None if arguments.val == NO_VAL else arguments.val
+    patterns = {"train": arguments.train, "val": val, "test": arguments.test}
+    given: dict[str | None, str] = {split: text for split, text in patterns.items() if text is not None}
+    if not given:
+        return None
+    if "train" not in given:
+        named = " and ".join(f"--{split}" for split in given)
+        raise UserError(f"{named} without --train: give the tars of each split, or --val 0 for no validation split")
+    if arguments.source is not None:
+        raise UserError(f"--from {arguments.source} and --train {arguments.train}: give one of them")
+    return given
+
+
+def _index_tars(
+    arguments: argparse.Namespace, root: Path, source: "str | Path | TarPatterns", variant: str, origin: "DataOrigin | None"
+) -> None:
+    """Index tars in place, unless the index exists."""
+    from galaxydist.shards.tar_index import IndexOptions, index_tars
+    from galaxydist.surveys.image_table import TableOptions
+    from galaxydist.surveys.survey_sources import check_options, check_tar_options
+    from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
+
+    given = table_source(arguments)
+    if isinstance(source, str | Path) and not names_tars(source):
+        raise UserError(f"--in-place is for tars, and {source} is something else: leave it out, so that shards are written")
+    if arguments.encoding != "jpeg" or arguments.quality != QUALITY or arguments.shard_size is not None:
+        raise UserError("--encoding, --quality and --shard-size are for shards that are written: leave them out with --in-place")
+    check_tar_options(given)
+    check_options(variant, arguments.conflicting, arguments.name, arguments.fold)
+    locations = find_tars({None: str(source)} if isinstance(source, str | Path) else source)
+    classes, class_names = class_options(arguments.classes)
+    table = TableOptions(
+        name=_name(arguments, source) or tars_name(locations),
+        columns=given.columns,
+        classes=classes,
+        class_names=class_names,
+        variant=variant,
+        conflicting=arguments.conflicting,
+        fold=arguments.fold,
+        has_val=arguments.val != NO_VAL,
+        is_labelled=given.is_labelled,
+    )
+    out_dir = arguments.out or shards_dir(root, table.name, variant, conflicting=arguments.conflicting)
+    written_before = _written_at(out_dir)
+    options = IndexOptions(
+        given.arrays.column, arguments.image_size, arguments.sha256, _max_errors(arguments), arguments.overwrite
+    )
+    manifest = index_tars(locations, out_dir, table, options, origin)
+    _print_result("index of tars", manifest, written_before)
+    _print_notes(manifest)
+
+
+def _max_errors(arguments: argparse.Namespace) -> int | None:
+    most: int = 100 if arguments.max_errors is None else arguments.max_errors
+    return most if arguments.on_error == "skip" else None
+
+
+def _print_result(what: str, manifest: "Manifest", written_before: int | None) -> None:
+    counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
+    note = " (there already)" if written_before == _written_at(manifest.dir) else ""
+    print(f"{what} of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{note}")
+
+
+def _print_notes(manifest: "Manifest") -> None:
     """Print facts about the images and classes that matter for training."""
     from galaxydist.shards.verify import describe_equal_images
     from galaxydist.shards.writer.damaged import LEFT_OUT_NAME, count_left_out
@@ -177,8 +267,6 @@ def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Nam
         print(f"margin: {number} galaxies beside another split's part of the sky; no model is trained or evaluated on them")
     if manifest.origin is not None and manifest.origin.licence is not None:
         print(f"licence: {manifest.origin.describe()['licence']}")
-    if arguments.encoding == "jpeg":
-        _print_lossy(survey, arguments.quality)
     for line in describe_equal_images(manifest):
         print(line)
     if mirrored := mirrored_classes(manifest.class_names):
@@ -205,13 +293,17 @@ def _written_at(folder: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def _name(arguments: argparse.Namespace, source: str | Path) -> str | None:
+def _name(arguments: argparse.Namespace, source: "str | Path | TarPatterns") -> str | None:
     """Return the name of the data set, which includes the fold: a fold is another data set than the whole."""
     name: str | None = arguments.name
     if arguments.fold is None:
         return name
     from galaxydist.surveys.folder_scan import fold_name
     from galaxydist.surveys.survey_sources import open_survey
+    from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
 
+    if not isinstance(source, str | Path) or names_tars(source):  # opening them reads them
+        patterns: TarPatterns = {None: str(source)} if isinstance(source, str | Path) else source
+        return fold_name(name or tars_name(find_tars(patterns)), *arguments.fold)
     survey = open_survey(source, classes=class_options(arguments.classes)[0], source=table_source(arguments))
     return fold_name(name or survey.name, *arguments.fold)

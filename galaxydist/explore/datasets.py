@@ -368,7 +368,8 @@ class SurveyImages:
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
         elif isinstance(self.survey, TableSurvey):
-            redshift = _column(self.survey.extras, "redshift")
+            extras = self.survey.extras  # without columns it has no rows either
+            redshift = _column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
             found = [column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)]
         else:
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]

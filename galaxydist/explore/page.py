@@ -379,6 +379,7 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
         "features": found.features,
         "agreement": f"{100 * found.agreement:.0f}",
         "by_chance": f"{100 * found.by_chance:.0f}",
+        "has_classes": found.by_chance < 1,
         "doubtful": [_doubtful(findings, one, shown) for one in found.doubtful[:ODD_SHOWN]],
         "num_doubtful": len(found.doubtful),
         "images": image_uri(image_map(found, scan, colours), quality=80),

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import posixpath
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,9 +58,9 @@ from galaxydist.shards.writer.stages import channel_statistics, pixel_sums, writ
 from galaxydist.shards.writer.writer import publish, with_origin, write_manifest, writer_lock
 from galaxydist.surveys.data_origin import DataOrigin, origin_of
 from galaxydist.surveys.image_files import parse_image, read_header
-from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
+from galaxydist.surveys.image_table import TableOptions, TableSurvey
 from galaxydist.surveys.tables.tar_images import TarImages, TarTable, read_tar_table
-from galaxydist.surveys.tables.tar_scan import FACTS, ScannedTar, ScanOptions, TarLocation, scan_tars, tar_identity
+from galaxydist.surveys.tables.tar_scan import FACTS, ScannedTar, ScanOptions, TarLocation, common_folder, scan_tars, tar_identity
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +120,8 @@ def index_tars(
             (work_dir / _SCANS).mkdir(parents=True, exist_ok=True)
             (work_dir / "columns").mkdir(exist_ok=True)
             scans = _checked_sizes(_scans(work_dir / _SCANS, locations, options), options)
-            samples = read_tar_table(scans, locations, table.columns, describe(locations))
-            survey = open_table(
-                samples.table,
-                samples.images,
-                describe(locations),
-                replace(table, columns=samples.columns),
-                samples.has_image,
-            )
+            samples = read_tar_table(scans, locations, table.columns, is_labelled=table.is_labelled)
+            survey = samples.survey(table)
             folder, names = _relative(locations, out_dir)
             manifest = _write_columns(work_dir, samples, survey, names, options)
             write_manifest(replace(manifest, settings=settings, tars=folder))
@@ -207,13 +200,6 @@ def _write_columns(
         source_sides=None if sides == (image_size, image_size) else sides,
         origin=origin_of(survey),
     )
-
-
-def describe(locations: Sequence[TarLocation]) -> str:
-    """Return a text for messages that names tars: one tar, or their number and folder."""
-    if len(locations) == 1:
-        return locations[0].path
-    return f"{len(locations)} tars in {_common_folder([location.path for location in locations])}"
 
 
 def _existing(out_dir: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Manifest | None:
@@ -377,29 +363,13 @@ def _relative(locations: Sequence[TarLocation], out_dir: Path) -> tuple[str, lis
     A folder in or beside the index's own, or the folder above it, is relative to it, so that both can be moved together.
     """
     if is_url(locations[0].path):
-        folder = _common_folder([location.path for location in locations])
+        folder = common_folder([location.path for location in locations])
         return folder, [location.path.removeprefix(f"{folder}/") for location in locations]
     paths = [os.path.abspath(location.path) for location in locations]  # noqa: PTH100
-    folder = _common_folder(paths)
+    folder = common_folder(paths)
     names = [os.path.relpath(path, folder) for path in paths]
     relative = os.path.relpath(folder, os.path.abspath(out_dir))  # noqa: PTH100
     return (relative if relative.split("/").count("..") < 2 else folder), names
-
-
-def _common_folder(paths: Sequence[str]) -> str:
-    """Return the folder that all paths or URLs are in.
-
-    Raises:
-        UserError: URLs of several servers.
-    """
-    if not is_url(paths[0]):
-        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])  # noqa: PTH100, PTH120
-    heads = {"://".join((protocol, rest.partition("/")[0])) for protocol, _, rest in (path.partition("://") for path in paths)}
-    if len(heads) > 1:
-        raise UserError(f"tars of one data set must be on one server, and these are on {name_some(sorted(heads))}")
-    (head,) = heads
-    inner = [posixpath.dirname(path.removeprefix(f"{head}/")) for path in paths]
-    return f"{head}/{posixpath.commonpath(inner)}".rstrip("/")
 
 
 def _catalogue(survey: TableSurvey, facts: pa.Table, rows: NDArray[np.int64]) -> pa.Table:

@@ -1,5 +1,6 @@
-"""Opening of any survey: an image folder, a table of images, or data that hold their images (HDF5, Parquet)."""
+"""Opening of any survey: an image folder, a table of images, or data that hold their images (HDF5, Parquet, tars)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from galaxydist.surveys.tables.image_data import (
 )
 from galaxydist.surveys.tables.listed_images import open_listed_images
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
+from galaxydist.surveys.tables.tar_images import read_tar_table
+from galaxydist.surveys.tables.tar_scan import ScanOptions, TarPatterns, find_tars, names_tars, scan_tars, tars_name
 
 _CONFLICTING = ("keep", "drop")
 # Names of tables that say nothing about the data set.
@@ -50,7 +53,7 @@ class SourceOptions:
 
 
 def open_survey(
-    path: str | Path,
+    path: str | Path | TarPatterns,
     variant: str = "original",
     *,
     conflicting: str = "keep",
@@ -60,12 +63,12 @@ def open_survey(
     has_val: bool = True,
     source: SourceOptions | None = None,
 ) -> FolderSurvey | Galaxy10Survey | TableSurvey:
-    """Open an image folder, a table of images (CSV, Parquet, FITS), or Parquet or HDF5 files that hold their images.
+    """Open an image folder, a table of images (CSV, Parquet, FITS), or Parquet files, HDF5 files or tars that hold their images.
 
     Files are known by their content, not by their suffix alone; docs/other_formats.md lists the formats.
 
     Args:
-        path: file, folder or URL; ``TABLE.fits[2]`` chooses an extension.
+        path: file, folder, URL or pattern of tars, or a pattern of tars for each split; ``TABLE.fits[2]`` chooses an extension.
         variant: ``original`` or ``balanced``.
         conflicting: ``keep`` or ``drop`` galaxies that the source lists with two labels (all of them are in train).
         name: the data set's name; None to take it from the source.
@@ -77,22 +80,24 @@ def open_survey(
     Raises:
         UserError: the source is missing or unusable, or the options contradict each other.
     """
-    _check_options(variant, conflicting, name, fold)
+    check_options(variant, conflicting, name, fold)
     given = source or SourceOptions()
+    options = TableOptions(
+        name=name or "",
+        columns=given.columns,
+        classes=classes,
+        class_names=given.class_names,
+        variant=variant,
+        conflicting=conflicting,
+        fold=fold,
+        has_val=has_val,
+        is_labelled=given.is_labelled,
+    )
+    if isinstance(path, Mapping) or names_tars(path):
+        return _open_tars(path if isinstance(path, Mapping) else {None: str(path)}, given, options)
     data = _read_data(path, given)
     if data is not None:
-        options = TableOptions(
-            name=name or data.name,
-            columns=given.columns,
-            classes=classes,
-            class_names=given.class_names,
-            variant=variant,
-            conflicting=conflicting,
-            fold=fold,
-            has_val=has_val,
-            is_labelled=given.is_labelled,
-        )
-        return _open_data(data, given, options)
+        return _open_data(data, given, replace(options, name=name or data.name))
     path = Path(path)
     if path.is_dir():
         _refuse_table_options(path, "a folder of images", source)
@@ -131,12 +136,30 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     return ImageData(location, _table_name(file), read_table(file, hdu), None, str(file.parent))
 
 
+def _open_tars(patterns: TarPatterns, source: SourceOptions, options: TableOptions) -> TableSurvey:
+    """Open tars; local ones are read completely, for the hashes of their images."""
+    check_tar_options(source)
+    locations = find_tars(patterns)
+    scanned = scan_tars(locations, ScanOptions(source.arrays.column, is_hashed=not is_url(locations[0].path)))
+    samples = read_tar_table(scanned, locations, options.columns, is_labelled=options.is_labelled)
+    return samples.survey(replace(options, name=options.name or tars_name(locations)))
+
+
+def check_tar_options(source: SourceOptions) -> None:
+    """Raise a UserError for options that tars do not have."""
+    if source.images is not None or source.columns.file is not None or replace(source.arrays, column=None) != ArrayOptions():
+        raise UserError(
+            "--images, --file, --bands, --scale and --stretch are not for tars, which hold their image files: remove them"
+        )
+
+
 def _is_plain(source: SourceOptions) -> bool:
     """Return True if no option asks for another reading of a survey file than that of Galaxy10's schema."""
     return replace(source, images=None, cache_dir=None) == SourceOptions()
 
 
-def _check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
+def check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
+    """Raise a UserError for values that no survey has, and for options that contradict each other."""
     if variant not in TREES:
         raise UserError(f"no variant {variant!r}; choose from {', '.join(TREES)}")
     if conflicting not in _CONFLICTING:

@@ -50,10 +50,10 @@ def describe_run(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     left_out = num_samples["train"] % schedule.batch_size
     epochs = schedule.total_steps // schedule.steps_per_epoch
+    licence = f"; licence {manifest.origin.describe()['licence']}" if manifest.origin and manifest.origin.licence else ""
     lines = {
         "run folder": str(folder),
-        "data": f"{manifest.dataset} ({manifest.variant}), {manifest.num_classes} classes, {counts}",
-        **({"licence": manifest.origin.describe()["licence"]} if manifest.origin and manifest.origin.licence else {}),
+        "data": f"{manifest.dataset} ({manifest.variant}), {manifest.num_classes} classes, {counts}" + licence,
         "model": f"{recipe.model.name}, {total / 1e6:,.2f} million parameters"
         + (f", {trained / 1e6:,.2f} million trained" if trained != total else "")
         + f", images of {recipe.data.image_size} pixels",

@@ -262,6 +262,19 @@ def test_explore_page_supports_images_without_labels_or_positions(tmp_path: Path
     assert few.map is None and "unlabelled" in page and "it needs ten" in page
 
 
+def test_table_of_galaxies_without_labels_is_explored_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, image_HWC in enumerate(drawn(12)):
+        Image.fromarray(image_HWC).save(tmp_path / f"{number}.png")
+    (tmp_path / "table.csv").write_text("file\n" + "".join(f"{number}.png\n" for number in range(12)))
+    words = ["data", "explore", "--from", str(tmp_path / "table.csv"), "-o", str(tmp_path / "page.html")]
+    assert main(words) == 2
+    assert "--unlabelled" in capsys.readouterr().err
+    assert main([*words, "--unlabelled"]) == 0
+    printed = capsys.readouterr().out
+    assert "unlabelled" in printed and "12 of 12 looked at" in printed and "map:" not in printed
+    assert "uninformative features" not in (tmp_path / "page.html").read_text()
+
+
 def test_explore_page_is_one_file_without_external_resources(tmp_path: Path, survey_path: Path) -> None:
     page = tmp_path / "deep" / "page.html"
     arguments = ["data", "explore", str(survey_path), "-o", str(page), "--sample", "50", "--per-class", "2", "--seed", "3"]

@@ -23,12 +23,14 @@ class HubServer:
     Attributes:
         ranges: number of requests for a part of each file.
         failing: number of requests for parts of files that fail with status 503 from now on.
+        commit: to which the revisions point.
     """
 
     def __init__(self, folder: Path, refusal: tuple[int, str] | None = None, token: str = "hf_right") -> None:
         self.folder, self.refusal, self.token = folder, refusal, token
         self.ranges: Counter[str] = Counter()
         self.failing = 0
+        self.commit = COMMIT
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -69,10 +71,10 @@ class HubServer:
                 if hub.refusal is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
                     self._send(hub.refusal[0], b"{}", {"X-Error-Code": hub.refusal[1]})
                     return
-                for revision in ("main", "v1", COMMIT):
+                for revision in ("main", "v1", hub.commit):
                     api, files = f"api/datasets/zoo/galaxies/tree/{revision}", f"datasets/zoo/galaxies/resolve/{revision}/"
                     if path in ("api/datasets/zoo/galaxies", f"api/datasets/zoo/galaxies/revision/{revision}"):
-                        self._send_json({"id": "zoo/galaxies", "sha": COMMIT, "siblings": []})
+                        self._send_json({"id": "zoo/galaxies", "sha": hub.commit, "siblings": []})
                         return
                     if path == api or path.startswith(f"{api}/"):
                         folder = path.removeprefix(api).strip("/")

@@ -123,7 +123,7 @@ def test_check_training_and_result_show_the_licence(tmp_path: Path, capsys: pyte
         "  citation: Me 2026",
     ]
     assert run_here(quick_settings(shards.path, tmp_path / "run", train__epochs=1)) == 0
-    assert "licence     CC-BY-NC-4.0 (non-commercial use only)" in capsys.readouterr().err
+    assert "24 test; licence CC-BY-NC-4.0 (non-commercial use only)" in capsys.readouterr().err
     assert json.loads((tmp_path / "run/result.json").read_text())["data_origin"] == stated.to_dict()
 
 

@@ -106,6 +106,9 @@ class FileTree:
         except (UserError, TransientError):
             raise
         except Exception as error:
+            is_of_contents = type(error).__module__.startswith("pyarrow") or (self.is_local and type(error) is OSError)
+            if is_of_contents:
+                raise
             explained = classify_error(error, self.path(file) if file else self.location, kind)
             if explained is error:
                 raise

@@ -20,8 +20,8 @@ from galaxydist.surveys.image_table import ImageSource, TableOptions
 from galaxydist.surveys.table_columns import USUAL_NAMES, find_columns
 from galaxydist.surveys.tables.file_tree import FileTree, open_tree
 from galaxydist.surveys.tables.hdf5_images import find_hdf5, read_hdf5
+from galaxydist.surveys.tables.parquet_columns import read_parquet
 from galaxydist.surveys.tables.parquet_folders import ParquetFolder, find_parquet
-from galaxydist.surveys.tables.parquet_images import read_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa

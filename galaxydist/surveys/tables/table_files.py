@@ -1,4 +1,4 @@
-"""Tables of galaxies in files: CSV, Parquet and FITS, read as Arrow tables without image bytes."""
+"""Tables of galaxies in files: CSV and FITS, read as Arrow tables."""
 
 import csv
 import logging
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.surveys.file_kinds import CSV, FITS, PARQUET, file_kind, refuse_kind
-from galaxydist.surveys.table_columns import is_scalar
+from galaxydist.surveys.file_kinds import CSV, FITS, file_kind, refuse_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +32,7 @@ def split_hdu(path: Path) -> tuple[Path, str | None]:
 
 
 def read_table(path: Path, hdu: str | None = None) -> "pa.Table":
-    """Return the rows of a CSV, Parquet or FITS table, known by its content; columns of lists, structures and bytes are left out.
+    """Return the rows of a CSV or FITS table, known by its content; columns of arrays are left out.
 
     Args:
         path: the file; CSV and FITS may be compressed with gzip.
@@ -45,8 +44,6 @@ def read_table(path: Path, hdu: str | None = None) -> "pa.Table":
     kind = file_kind(path)
     if kind == CSV:
         return _read_csv(path)
-    if kind == PARQUET:
-        return _read_parquet(path)
     if kind == FITS:
         return _read_fits(path, hdu)
     raise refuse_kind(path, kind, _EXPECTED)
@@ -116,21 +113,6 @@ def _typed(column: "pa.ChunkedArray", *, decimal_comma: bool) -> "pa.ChunkedArra
     if pc.all(pc.is_in(pc.utf8_lower(values), value_set=pa.array(["true", "false"]))).as_py():
         return pc.equal(pc.utf8_lower(values), "true")
     return pc.if_else(pc.equal(text, ""), None, text)
-
-
-def _read_parquet(path: Path) -> "pa.Table":
-    """Read the columns of single numbers and text of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            names = [field.name for field in schema if is_scalar(field.type)]
-            _report_left_out(path, [name for name in schema.names if name not in names])
-            return file.read(names)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is a truncated or damaged Parquet file ({error}); copy or write it again") from error
 
 
 def _report_left_out(path: Path, names: list[str]) -> None:

@@ -17,6 +17,7 @@ from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.folder_scan import known_split
 from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, is_blank, parse_image
+from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
 from galaxydist.surveys.table_columns import NO_COLUMN, USUAL_NAMES, ColumnNames
 from galaxydist.surveys.tables.json_columns import conform, parse_object, typed_column, unite_fields
 from galaxydist.surveys.tables.tar_scan import (
@@ -30,6 +31,7 @@ from galaxydist.surveys.tables.tar_scan import (
     OWN,
     ScannedTar,
     TarLocation,
+    describe_tars,
     open_tar,
 )
 
@@ -127,9 +129,14 @@ class TarTable:
     facts: pa.Table
     tars: Sequence[ScannedTar]
 
+    def survey(self, options: TableOptions) -> TableSurvey:
+        """Return the samples as a survey; raises as ``open_table``."""
+        options = replace(options, columns=self.columns)
+        return open_table(self.table, self.images, self.images.location, options, self.has_image)
+
 
 def read_tar_table(
-    scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames, location: str
+    scanned: Iterable[ScannedTar], locations: Sequence[TarLocation], columns: ColumnNames, *, is_labelled: bool = True
 ) -> TarTable:
     """Return the samples of tars as a table.
 
@@ -140,16 +147,19 @@ def read_tar_table(
         scanned: the contents of the tars, in the order of ``locations``.
         locations: the tars.
         columns: the user's columns.
-        location: the tars, for messages.
+        is_labelled: False if no labels are wanted.
 
     Raises:
         UserError: a column that does not exist (after the first tar, not after all), or JSON that is damaged.
     """
     tars: list[ScannedTar] = []
     pieces: list[pa.Table] = []
+    location = describe_tars(locations)
     names = _Names(columns, location)
     for tar in scanned:
         pieces.append(names.read(tar))
+        if is_labelled and len(pieces) == 1:
+            names.check_label(tar)
         tars.append(replace(tar, samples=tar.samples.select(OWN)))
     schema = pa.schema(unite_fields(piece.schema for piece in pieces))
     table = pa.concat_tables([conform(piece, schema) for piece in pieces]).combine_chunks()
@@ -235,6 +245,16 @@ class _Names:
                 )
             chosen[kind] = given if name is None else final[name]
         return replace(self._columns, **chosen)
+
+    def check_label(self, tar: ScannedTar) -> None:
+        """Raise a UserError if nothing in the first tar can be a label, before all others are read."""
+        plain = [name.partition(":")[2] or name for name in self._found]
+        is_usual = any(name.lower() in USUAL_NAMES["label"] or name.rpartition(".")[2] in CLASS_ENDINGS for name in plain)
+        if self._columns.label is None and not is_usual and not any("/" in key for key in tar.samples[KEY].to_pylist()):
+            raise UserError(
+                f"{tar.path} has no label with a usual name: name a text or JSON key with --label, or give --unlabelled if there "
+                f"are no labels. It has {name_some(plain, 40) or 'images only'}"
+            )
 
     def _members(self, tar: ScannedTar, extension: str, texts: Sequence[bytes | None]) -> dict[str, list[Any]]:
         rows = []

@@ -8,10 +8,12 @@ the images too if they are to be hashed.
 import glob
 import hashlib
 import io
+import os
+import posixpath
 import re
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
 from galaxydist.object_store import RemoteFile, Store, is_url, list_files
 from galaxydist.surveys.file_kinds import TAR, file_kind, refuse_kind
-from galaxydist.surveys.folder_scan import natural_key
+from galaxydist.surveys.folder_scan import known_split, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
 
 # Last parts of the extensions of texts, by webdataset's own list of decoders.
@@ -40,6 +42,8 @@ _LONGEST_TEXT = 1 << 20
 # Bytes of a remote tar that are read at a time: small images are streamed, larger ones skipped.
 _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
+# Folders of a folder that are looked into to know its kind.
+_NUM_LOOKED_INTO = 50
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"__[^/]*__($|[./])")
 _COMPRESSED = {
@@ -108,7 +112,50 @@ class ScannedTar:
     samples: pa.Table = field(repr=False)
 
 
-def find_tars(patterns: Mapping[str | None, str]) -> list[TarLocation]:
+# Split, or None for all -> a tar, a folder of tars or a pattern.
+TarPatterns = Mapping[str | None, str]
+
+
+def names_tars(source: str | Path) -> bool:
+    """Return True if a path, a URL or a pattern means tars: by its name, and a file or folder by its contents."""
+    text = str(source)
+    if is_url(text):
+        return ".tar" in text.rpartition("/")[2]
+    path = Path(text)
+    if path.is_dir():
+        return _is_folder_of_tars(path)
+    if path.is_file():
+        return file_kind(path) == TAR or any(
+            text.endswith(ending) for ending in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz")
+        )
+    return ".tar" in path.name and (glob.has_magic(text) or "{" in text)
+
+
+def _is_folder_of_tars(folder: Path) -> bool:
+    """Return True if the first folder with tars or images has tars, and neither it nor the folders in it have images."""
+    for number, (place, folders, files) in enumerate(os.walk(folder)):
+        folders.sort(key=natural_key)
+        if _has_images(files):
+            return False
+        if any(name.endswith((".tar", ".tar.gz")) for name in files):
+            return not any(_has_images(path.name for path in Path(place, name).iterdir()) for name in folders)
+        if number == _NUM_LOOKED_INTO:
+            return False
+    return False
+
+
+def _has_images(names: Iterable[str]) -> bool:
+    return any(Path(name).suffix.lower() in EXTENSIONS for name in names)
+
+
+def tars_name(locations: Sequence[TarLocation]) -> str:
+    """Return the name of the data set of some tars: that of their folder, or the one above a folder that names a split."""
+    folder = common_folder([location.path for location in locations])
+    parts = [part for part in folder.rstrip("/").split("/") if part and known_split(part) is None]
+    return safe_name(parts[-1].partition("@")[0]) if parts else "tars"
+
+
+def find_tars(patterns: TarPatterns) -> list[TarLocation]:
     """Return the tars that patterns match, in natural order (braces: in theirs).
 
     Args:
@@ -164,6 +211,29 @@ def _local_tars(path: Path) -> list[str]:
     if not names and (packed := sorted(str(file) for file in path.rglob("*.tar.*"))):
         _refuse_compressed(packed[0], Path(packed[0]).read_bytes()[:8])
     return names
+
+
+def describe_tars(locations: Sequence[TarLocation]) -> str:
+    """Return a text for messages that names tars: one tar, or their number and folder."""
+    if len(locations) == 1:
+        return locations[0].path
+    return f"{len(locations)} tars in {common_folder([location.path for location in locations])}"
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """Return the folder that all paths or URLs are in.
+
+    Raises:
+        UserError: URLs of several servers.
+    """
+    if not is_url(paths[0]):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])  # noqa: PTH100, PTH120
+    heads = {"://".join((protocol, rest.partition("/")[0])) for protocol, _, rest in (path.partition("://") for path in paths)}
+    if len(heads) > 1:
+        raise UserError(f"tars of one data set must be on one server, and these are on {name_some(sorted(heads))}")
+    (head,) = heads
+    inner = [posixpath.dirname(path.removeprefix(f"{head}/")) for path in paths]
+    return f"{head}/{posixpath.commonpath(inner)}".rstrip("/")
 
 
 def scan_tars(locations: Sequence[TarLocation], options: ScanOptions) -> Iterator[ScannedTar]:
@@ -361,8 +431,8 @@ class _Samples:
         if row[FILE]:
             images = [extension for extension in sorted(self._own) if f".{extension.rpartition('.')[2]}" in EXTENSIONS]
             raise UserError(
-                f"{self._path}: the sample {row[KEY]} has {len(images)} images, {' and '.join(images)}: choose one with --image "
-                f"{images[0]}"
+                f"{self._path}: the sample {row[KEY]} has {len(images)} images, {' and '.join(images)}: choose one with "
+                f"--image-column {images[0]}"
             )
         facts: dict[str, Any] = {}
         options = self._options
@@ -383,7 +453,7 @@ class _Samples:
                 if self._found
                 else "it has no samples"
             )
-            raise UserError(f"{self._path} has {wanted}: {found}" + ("; choose one with --image" if self._image else ""))
+            raise UserError(f"{self._path} has {wanted}: {found}" + ("; choose one with --image-column" if self._image else ""))
         texts = [extension for extension in self._found if extension.rpartition(".")[2] in TEXT_ENDINGS]
         types = {KEY: pa.string(), FILE: pa.string(), OFFSET: pa.int64(), LENGTH: pa.int64()}
         columns = {name: pa.array([row[name] for row in self._rows], kind) for name, kind in types.items()}

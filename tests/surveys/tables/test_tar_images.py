@@ -15,7 +15,7 @@ from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.tar_index import IndexOptions, index_tars
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
+from galaxydist.surveys.image_table import TableOptions, TableSurvey
 from galaxydist.surveys.survey_sources import open_survey
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.tar_images import read_tar_table
@@ -27,8 +27,7 @@ from tests.helpers.table_sources import sample_rows, write_csv
 def survey_of(patterns: str | dict[str | None, str], **options: Any) -> TableSurvey:
     locations = find_tars({None: patterns} if isinstance(patterns, str) else patterns)
     columns = ColumnNames(**{kind: options.pop(kind) for kind in ("label", "id", "split", "ra", "dec") if kind in options})
-    samples = read_tar_table(scan_tars(locations, ScanOptions()), locations, columns, "the tars")
-    return open_table(samples.table, samples.images, "the tars", TableOptions("t", samples.columns, **options), samples.has_image)
+    return read_tar_table(scan_tars(locations, ScanOptions()), locations, columns).survey(TableOptions("t", columns, **options))
 
 
 def sample_tar(path: Path, count: int = 8, **texts: Any) -> Path:
@@ -103,7 +102,7 @@ def test_labels_are_class_numbers_or_names_in_cls_or_json(tmp_path: Path) -> Non
         survey_of(path, label="smooth")
     with pytest.raises(UserError, match=r"c.tar has no text or JSON key 'clas' \(--label\). It has kind, smooth, smooth"):
         survey_of(path, label="clas")
-    with pytest.raises(UserError, match="no label column: name it with --label"):
+    with pytest.raises(UserError, match=r"d.tar has no label with a usual name: name .* with --label.* It has smooth"):
         survey_of(str(sample_tar(tmp_path / "d.tar", json=as_json(smooth=lambda n: n))))
     with pytest.raises(UserError, match=r"json:votes \(--label\) is empty or has lists or values of several types"):
         survey_of(str(sample_tar(tmp_path / "e.tar", json=as_json(votes=lambda n: [n]))), label="votes")

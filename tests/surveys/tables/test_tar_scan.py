@@ -38,11 +38,13 @@ def test_offsets_are_right_under_long_names_folders_and_extended_headers(tmp_pat
 def test_an_image_of_several_is_chosen_by_its_extension(tmp_path: Path) -> None:
     files = [("a.jpg", IMAGE), ("a.seg.png", drawn_image(1)), ("b.seg.png", IMAGE), ("b.jpg", IMAGE), ("c.seg.png", IMAGE)]
     path = str(write_tar(tmp_path / "t.tar", files))
-    with pytest.raises(UserError, match=r"t.tar: the sample a has 2 images, jpg and seg.png: choose one with --image jpg"):
+    with pytest.raises(UserError, match=r"t.tar: the sample a has 2 images, jpg and seg.png: choose one with --image-column jpg"):
         scan_tar(path, ScanOptions(), threading.Event())
     rows = scan_tar(path, ScanOptions(".JPG"), threading.Event()).samples.to_pylist()
     assert [(row[KEY], row[FILE]) for row in rows] == [("a", "a.jpg"), ("b", "b.jpg"), ("c", "")]
-    with pytest.raises(UserError, match=r"t.tar has no image .webp: its files end with .jpg, .seg.png; choose one with --image"):
+    with pytest.raises(
+        UserError, match=r"t.tar has no image .webp: its files end with .jpg, .seg.png; choose one with --image-col"
+    ):
         scan_tar(path, ScanOptions("webp"), threading.Event())
 
 
