@@ -10,12 +10,13 @@ from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from galaxydist.api import evaluate, load_predictor, open_shards, simulate_survey, train, write_shards
-    from galaxydist.loading.loader import EvalLoader, TrainLoader
+    from galaxydist.loading.loader import EvalLoader, RankInfo, TrainLoader
     from galaxydist.models.build import build_model
     from galaxydist.recipe.resolve import load_recipe
 
 __all__ = [
     "EvalLoader",
+    "RankInfo",
     "TrainLoader",
     "__version__",
     "build_model",
@@ -30,6 +31,7 @@ __all__ = [
 
 _MODULES = {
     "EvalLoader": "galaxydist.loading.loader",
+    "RankInfo": "galaxydist.loading.loader",
     "TrainLoader": "galaxydist.loading.loader",
     "build_model": "galaxydist.models.build",
     "evaluate": "galaxydist.api",

@@ -5,6 +5,7 @@
 
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,17 +57,35 @@ def write_shards(
     variant: str = "original",
     encoding: str = "jpeg",
     image_size: int | None = None,
+    images: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    classes: str | Sequence[str] | None = None,
+    bands: Sequence[str] = (),
+    scale: tuple[float, float] | None = None,
+    stretch: str = "linear",
+    name: str | None = None,
+    labelled: bool = True,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> "Manifest":
-    """Write the galaxies of a survey file or an image folder as shards; do nothing if these shards exist already.
+    """Write the galaxies of any survey as shards; do nothing if these shards exist already.
 
     Args:
-        source: an HDF5 file in Galaxy10's schema, or a folder with one folder of images for each class.
+        source: a folder with one folder of images for each class, a table of images (CSV, Parquet, FITS), or Parquet or HDF5
+            files that hold their images, as a path or URL.
         out_dir: the folder to create.
         variant: ``original``, or ``balanced`` for the same number of galaxies of each class.
         encoding: ``jpeg``, ``png`` (lossless) or ``raw`` (uint8, fastest to read).
         image_size: side of the stored square images in pixels; None keeps the size of the source.
+        images: folder or URL that the file names of a table start from; None: the table's own folder.
+        columns: names of a table's columns by ``file``, ``label``, ``id``, ``split``, ``ra``, ``dec``, and ``image`` (Parquet
+            and HDF5 files with images); others are found by their usual names.
+        classes: ``galaxy10`` if the classes are Galaxy10's, or the names of the classes 0, 1, ...; None: the source's.
+        bands: bands of arrays, by name or number from 0, that become red, green and blue.
+        scale: pixel values that become black and white, for arrays of other than 8 bits.
+        stretch: between them: ``linear``, or ``asinh`` (Lupton et al. 2004).
+        name: the data set's name; None to take it from the source.
+        labelled: False for a table of galaxies without labels, which can be predicted, not trained on.
         overwrite: replace shards that were made from another source or with other settings.
         workers: number of processes; None: one for each core that this process may use.
 
@@ -74,12 +93,28 @@ def write_shards(
         The manifest of the shards.
 
     Raises:
-        UserError: the source is missing or damaged, other shards exist, or the disk is full.
+        UserError: the source is missing or damaged, a wrong column, other shards exist, or the disk is full.
     """
     from galaxydist.shards.writer.writer import write_shards as write
-    from galaxydist.surveys.survey_sources import open_survey
+    from galaxydist.surveys.image_arrays import ArrayOptions
+    from galaxydist.surveys.pixel_scaling import PixelScaling
+    from galaxydist.surveys.survey_sources import SourceOptions, open_survey
+    from galaxydist.surveys.table_columns import column_names
 
-    survey = open_survey(Path(source), variant)
+    cache = default_cache_dir(data_root(None, os.environ)) / "images"
+    root = None if images is None else str(images)
+    named = dict(columns or {})
+    arrays = ArrayOptions(named.pop("image", None), tuple(bands), None if scale is None else PixelScaling(*scale, stretch))
+    class_names = None if classes is None or isinstance(classes, str) else tuple(classes)
+    options = SourceOptions(
+        root,
+        column_names(named),
+        is_labelled=labelled,
+        cache_dir=cache,
+        arrays=arrays,
+        class_names=class_names,
+    )
+    survey = open_survey(source, variant, name=name, classes=classes if isinstance(classes, str) else None, source=options)
     return write(survey, Path(out_dir), encoding=encoding, image_size=image_size, overwrite=overwrite, workers=workers)
 
 

@@ -211,13 +211,13 @@ class FeaturesFile:
     info: FeaturesInfo
     num_galaxies: int
 
-    def split(self, name: str) -> FeatureRows:
-        """Return the rows of a split, in the order of its stored samples.
+    def split(self, name: str, most: int | None = None) -> FeatureRows:
+        """Return the rows of a split, or the first ``most`` of them, in the order of its stored samples.
 
         Raises:
             UserError: the file is damaged.
         """
-        table = self._read([("split", "=", name)])
+        table = self._read("split", [name], most)
         return FeatureRows(name, table.column("id").to_pylist(), table.column("label").to_numpy(), self._values(table))
 
     def find(self, ids: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -232,19 +232,26 @@ class FeaturesFile:
         Raises:
             UserError: the file is damaged.
         """
+        import pyarrow as pa
         import pyarrow.compute as pc
 
-        table = self._read([("id", "in", list(ids))]) if ids else self._read(None).slice(0, 0)
-        row_n = pc.index_in(list(ids), value_set=table.column("id").combine_chunks()).to_numpy(zero_copy_only=False)
+        table = self._read("id", ids)
+        row_n = pc.index_in(pa.array(list(ids), pa.string()), value_set=table.column("id").combine_chunks())
+        row_n = row_n.to_numpy(zero_copy_only=False)
         indices = np.flatnonzero(np.isfinite(row_n.astype(np.float64)))
         return indices, self._values(table)[row_n[indices].astype(np.int64)]
 
-    def _read(self, filters: Any) -> "pa.Table":
+    def _read(self, column: str, values: Sequence[str], most: int | None = None) -> "pa.Table":
+        """Return the rows, or the first of them, whose column has one of these values."""
         import pyarrow as pa
-        from pyarrow import parquet
+        from pyarrow import dataset
 
+        verified = dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
         try:
-            return parquet.read_table(self.path, filters=filters, page_checksum_verification=True)
+            file = dataset.dataset(self.path, format=dataset.ParquetFileFormat(default_fragment_scan_options=verified))
+            wanted = dataset.field(column).isin(pa.array(list(values), pa.string()))
+            scanner = file.scanner(filter=wanted)
+            return (scanner.to_table() if most is None else scanner.head(most)).combine_chunks()
         except (pa.ArrowException, OSError) as error:
             raise _damaged(self.path, error) from error
 

@@ -5,6 +5,7 @@ A loader starts no processes: positioned reads and the decoders release Python's
 """
 
 import math
+import socket
 import time
 import weakref
 from collections import deque
@@ -138,6 +139,20 @@ class RankInfo:
     rank: int = 0
     world_size: int = 1
     ranks_on_node: int = 1
+
+    @classmethod
+    def from_torch(cls) -> Self:
+        """Return this process among those of ``torch.distributed``'s default group; all of them must call it.
+
+        Without a group, this process is the only one.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        hosts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+        return cls(dist.get_rank(), len(hosts), hosts.count(socket.gethostname()))
 
     def node_offsets(self, batch_size: int) -> Int64:
         """Return the offsets in a global batch of all processes on this machine."""

@@ -35,6 +35,11 @@ from galaxydist.surveys.data_origin import DataOrigin, known_origin
 
 # Regimes: the sets of recipes that are compared with the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
+# Walmsley et al. 2023, JOSS 8, 5312 (Zoobot) and 2024, arXiv:2404.02973: trained on Galaxy Zoo DECaLS, among others.
+ZOOBOT_NOTE = (
+    "zoobot: its encoders were trained on the votes of Galaxy Zoo DECaLS, which define Galaxy10's labels; test galaxies and "
+    "their answers may have been among them, so its row is no fair comparison with the others"
+)
 _NUM_NAMED = 10  # notes listed in an error
 # Number of prediction files kept in memory; others are read again.
 _NUM_KEPT = 16
@@ -397,6 +402,7 @@ def collect(run_dirs: Iterable[Path], notes: Sequence[str] = ()) -> ReportData:
         texts += [text for pairs in found.pairs for text in pairs.notes]
         for facts in found.facts:
             texts += [f"{facts.run.run_dir}: {text}" for text in (*facts.notes, *_missing_predictions(facts.run))]
+        texts += [ZOOBOT_NOTE] * (found.table.is_real and any("zoobot" in facts.run.model for facts in found.facts))
     real = next((found.table for found in datasets if found.table.is_real), None)
     published = tuple(answer_claims(published_evidence(real.class_names))) if real is not None else ()
     return ReportData(datasets, published, tuple(dict.fromkeys(texts)), len(given) + len(notes))

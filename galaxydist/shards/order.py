@@ -211,6 +211,8 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     Raises:
         UserError: there are fewer samples than one batch.
     """
+    if not num_samples:
+        raise UserError("these shards have no training galaxies: all are in other splits, or have no labels; train on others")
     if num_samples < batch_size:
         raise UserError(
             f"train.batch_size={batch_size} is more than the {num_samples} training galaxies; use {num_samples} or fewer"

@@ -79,7 +79,10 @@ def spdx(licence: str) -> str:
 
 _GALAXY_ZOO = "labels: Galaxy Zoo (Lintott et al. 2008, MNRAS 389, 1179; Lintott et al. 2011, MNRAS 410, 166)"
 _GZ_DECALS = "Walmsley et al. 2022, MNRAS 509, 3966, doi:10.1093/mnras/stab2093"
-_LEGACY = "images: DESI Legacy Imaging Surveys (Dey et al. 2019, AJ 157, 168, doi:10.3847/1538-3881/ab089d)"
+_LEGACY = (
+    "images: DESI Legacy Imaging Surveys (Dey et al. 2019, AJ 157, 168, doi:10.3847/1538-3881/ab089d; acknowledgement: "
+    "https://www.legacysurvey.org/acknowledgment)"
+)
 _GALAXY10 = f"Galaxy10 DECaLS (Leung & Bovy, doi:10.5281/zenodo.10845026); {_GALAXY_ZOO}; {_GZ_DECALS}; {_LEGACY}"
 
 # Known data sets by name, without regard to capitals and separators; first the names of this package's own commands.

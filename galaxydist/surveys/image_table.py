@@ -256,10 +256,7 @@ def open_table(
     Raises:
         UserError: an empty table, wrong columns or values, ids that occur twice, or no row with an image and a label.
     """
-    if not len(table):
-        raise UserError(
-            f"{location} has no rows{f', only the header {name_some(table.column_names)}' if table.num_columns else ''}"
-        )
+    check_rows(table, location)
     check_name(options.name)
     columns = find_columns(table.column_names, options.columns, location, is_labelled=options.is_labelled)
     class_names, labels = _labels(table, columns, location, options)
@@ -302,6 +299,14 @@ def open_table(
         images=images,
         left_out=_left_out(reasons, ids, source_ids),
     )
+
+
+def check_rows(table: "pa.Table", location: str) -> None:
+    """Raise a UserError if a table has no rows."""
+    if not len(table):
+        raise UserError(
+            f"{location} has no rows{f', only the header {name_some(table.column_names)}' if table.num_columns else ''}"
+        )
 
 
 def _labels(table: "pa.Table", columns: ColumnNames, location: str, options: TableOptions) -> tuple[tuple[str, ...], Any]:

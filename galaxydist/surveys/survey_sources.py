@@ -11,7 +11,7 @@ from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_folder import TREES, FolderSurvey, open_image_folder
-from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
+from galaxydist.surveys.image_table import TableOptions, TableSurvey, check_rows, open_table
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
 from galaxydist.surveys.tables.image_data import (
@@ -81,6 +81,8 @@ def open_survey(
         UserError: the source is missing or unusable, or the options contradict each other.
     """
     check_options(variant, conflicting, name, fold)
+    if classes not in (None, "galaxy10"):
+        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     given = source or SourceOptions()
     options = TableOptions(
         name=name or "",
@@ -110,6 +112,12 @@ def open_survey(
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)
 
 
+def survey_name(path: str | Path, *, classes: str | None = None, source: SourceOptions | None = None) -> str:
+    """Return the name that a source's data set has if the user gives none; no image is read, and no split made for a table."""
+    data = _read_data(path, source or SourceOptions())
+    return open_survey(path, classes=classes).name if data is None else data.name
+
+
 def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     """Return the table of a source, None for an image folder and for a survey file."""
     if is_url(path):
@@ -133,7 +141,12 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     if kind not in (CSV, FITS):
         raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS) or a survey file (HDF5)")
     location = str(file) if hdu is None else f"{file}[{hdu}]"
-    return ImageData(location, _table_name(file), read_table(file, hdu), None, str(file.parent))
+
+    def texts(names: list[str]) -> set[str]:  # ids and file names keep leading zeros and all digits
+        columns = find_columns(names, source.columns, location, is_labelled=source.is_labelled)
+        return {name for name in (columns.id, columns.file) if name is not None}
+
+    return ImageData(location, _table_name(file), read_table(file, hdu, texts), None, str(file.parent))
 
 
 def _open_tars(patterns: TarPatterns, source: SourceOptions, options: TableOptions) -> TableSurvey:
@@ -186,6 +199,7 @@ def _table_name(file: Path) -> str:
 
 def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
     """Open a table with the images that it holds, or with those that it names."""
+    check_rows(data.table, data.location)
     options = data.options(options)
     columns = find_columns(data.table.column_names, options.columns, data.location, is_labelled=options.is_labelled)
     data = data.without_index(columns.used())

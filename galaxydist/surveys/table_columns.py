@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Usual names of the columns, in lower case, the most specific first. `file_loc` and `id_str` are Zoobot's, `file_name` is that of
-# Hugging Face, `iauname`, `dr8_id`, `dr7objid`, `asset_id` and `gz2_class` are Galaxy Zoo's, `RAJ2000` is VizieR's.
+# Hugging Face, `iauname`, `png_loc`, `dr8_id`, `dr7objid`, `asset_id`, `gz2_class` and `summary` are Galaxy Zoo's, `RAJ2000` is
+# VizieR's.
 USUAL_NAMES = {
     "file": (
         *("file", "file_name", "filename", "file_path", "filepath", "path", "file_loc", "image_path", "image_file", "image_name"),
@@ -45,7 +46,7 @@ USUAL_NAMES = {
     ),
     "label": (
         *("label", "labels", "class", "class_name", "classname", "class_label", "category", "morphology", "target", "y", "ans"),
-        *("gz10_label", "gz2_class", "gz2class"),
+        *("gz10_label", "gz2_class", "gz2class", "summary"),
     ),
     "split": ("split", "subset", "partition", "data_split"),
     "ra": ("ra", "ra_deg", "radeg", "raj2000", "ra_j2000", "right_ascension", "target_ra", "_raj2000"),
@@ -70,6 +71,13 @@ class ColumnNames:
     def used(self) -> set[str]:
         """Return the names of all columns that are found."""
         return {name for field in fields(self) if (name := getattr(self, field.name)) is not None}
+
+
+def column_names(columns: Mapping[str, str]) -> ColumnNames:
+    """Return the columns that a mapping such as ``{"label": "gz2_class"}`` names; raises a UserError for another key."""
+    if wrong := [kind for kind in columns if kind not in USUAL_NAMES]:
+        raise UserError(f"columns: there is no {wrong[0]!r}; choose from {', '.join(USUAL_NAMES)}")
+    return ColumnNames(**columns)
 
 
 def find_columns(names: Sequence[str], wanted: ColumnNames, location: object, *, is_labelled: bool = True) -> ColumnNames:

@@ -90,7 +90,7 @@ def test_keys_and_options_of_the_pages_exist(page: Path) -> None:
         if key.split(".")[0] in RECIPE.sections
     }
     assert keys <= set(RECIPE.fields) | set(RECIPE.sections)
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - OTHER_OPTIONS
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - OTHER_OPTIONS
     assert options <= set(all_options(build_parser()))
 
 

@@ -34,6 +34,7 @@ TINY = [
 ]
 NAMES = [
     "EvalLoader",
+    "RankInfo",
     "TrainLoader",
     "build_model",
     "evaluate",

@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from galaxydist.checkpoints import store
+from galaxydist.shards.tar_index import IndexOptions, index_tars
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.image_table import TableOptions
+from galaxydist.surveys.table_columns import ColumnNames
+from galaxydist.surveys.tables.tar_scan import find_tars
 from tests.helpers.blobs import BlobSurvey
+from tests.helpers.foreign_tars import evo_tars
 from tests.helpers.forked_runs import run_forked, train
 from tests.helpers.runs import count_errors, quick_settings, read_losses, read_metrics
 from tests.helpers.scripts.traced_launch import train_traced
@@ -163,3 +168,19 @@ def test_synchronised_batch_norm_gives_equal_fp64_weights_on_1_and_5_processes(u
     local = run(uneven_blobs, tmp_path / "local", 2, {**BATCH_NORM, "train__sync_batchnorm": False})
     assert largest_difference(one, local, 12) > 1e-6
     assert largest_difference(one, run(uneven_blobs, tmp_path / "five", 5, BATCH_NORM), 12) < 1e-9
+
+
+def test_foreign_tars_give_equal_fp64_losses_on_1_2_and_3_processes_without_being_rewritten(
+    real_sample: Path, tmp_path: Path
+) -> None:
+    """Tars like those of Galaxy Zoo Evo: real galaxies of mixed sizes and formats, labels in JSON, splits across tars."""
+    evo_tars(real_sample, tmp_path / "tars", per_class=9)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
+    table = TableOptions("evo", ColumnNames(label="gz10_class"), classes="galaxy10")
+    index = index_tars(find_tars({None: str(tmp_path / "tars")}), tmp_path / "index", table, IndexOptions(image_size=64))
+    assert index.encoding == "file" and index.split("train").num_samples == 50
+    changes = {**EXACT, "train__batch_size": 15, "train__epochs": 3, "eval__every": 3}
+    one, *others = (run(index.path, tmp_path / str(size), size, changes) for size in (1, 2, 3))
+    for other in others:
+        assert largest_difference(one, other, 9) < 1e-9
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before

@@ -50,13 +50,14 @@ def evo_tars(sample: Path, folder: Path, per_class: int = 6, num_tars: int = 3) 
     for number in range(num_tars):
         files: list[tuple[str, bytes]] = []
         for label in range(10):
-            for path in sorted((sample / str(label)).iterdir(), key=lambda path: int(path.stem))[number:per_class:num_tars]:
+            paths = sorted((sample / str(label)).iterdir(), key=lambda path: int(path.stem))[:per_class]
+            for of_class, path in list(enumerate(paths))[number::num_tars]:
                 place = len(rows)
                 with Image.open(path) as image:
                     resized = image.resize((120 + place % 3 * 20, 120 + place % 2 * 30))
                 stream, form = io.BytesIO(), "png" if place % 7 == 0 else "jpeg"
                 resized.save(stream, form)
-                split = ("train", "train", "train", "val", "test")[place // 3 % 5]
+                split = ("train", "train", "val", "test", "train")[of_class % 5]
                 votes = {"gz10_class": label, "smooth-or-featured_smooth": place % 30, "bars": [place, 1]}
                 meta = {"split": split, "redshift": 0.01 * place, "survey": "decals"}
                 files += [

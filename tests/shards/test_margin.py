@@ -14,9 +14,10 @@ from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.explore.checks import find_neighbours
 from galaxydist.explore.datasets import Positions, shard_population
-from galaxydist.galaxy import MARGIN, SPLITS
+from galaxydist.galaxy import MARGIN, SPLITS, EncodedImage
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.verify import check_shards, describe_equal_images
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.export import export_image_folders
@@ -81,6 +82,25 @@ def test_check_reads_the_margin(manifest: Manifest) -> None:
     (manifest.dir / "margin-000000.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"margin-000000\.tar"):
         check_shards(manifest.path)
+
+
+def test_a_damaged_image_of_the_margin_is_left_out_and_listed(tmp_path: Path) -> None:
+    galaxies = [*draw_galaxies(60)]
+    galaxies[10] = replace(galaxies[10], image=EncodedImage(b"no image", "png", "ten.png"))
+    survey = MarginSurvey(tuple(galaxies))
+    with pytest.raises(UserError, match="1 of the 60 images cannot be read"):
+        write_shards(survey, tmp_path / "shards", encoding="png", workers=1)
+    shards = write_shards(survey, tmp_path / "shards", encoding="png", workers=1, max_errors=1)
+    assert shards.splits[MARGIN].num_samples == 4
+    assert (shards.dir / "left_out.csv").read_text().splitlines()[1].startswith("margin,b,")
+
+
+def test_a_remote_margin_is_checked_with_the_other_splits(tmp_path: Path, manifest: Manifest) -> None:
+    cache = CacheConfig(tmp_path / "cache")
+    assert [*check_shards(f"file://{manifest.path}", cache).splits] == [*SPLITS, MARGIN]
+    (manifest.dir / "margin-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"margin-000000\.tar"):
+        check_shards(f"file://{manifest.path}", CacheConfig(tmp_path / "other"))
 
 
 def test_an_image_of_the_margin_that_equals_one_of_another_split_is_no_leak(tmp_path: Path) -> None:
