@@ -198,7 +198,7 @@ def is_scalar(kind: Any) -> bool:
 def read_labels(
     column: "pa.ChunkedArray", name: str, location: object, *, class_names: tuple[str, ...] | None, as_galaxy10: bool
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return class names and (N,) labels, -1 where the column is null or empty.
+    """Return class names and (N,) labels, -1 where the column is null or empty, or -1 among numbers from 0.
 
     Names of classes are sorted in natural order, so that numbers keep their numeric order.
 
@@ -216,6 +216,9 @@ def read_labels(
 
     values = text_values(column)
     found = pc.drop_null(pc.unique(values)).to_pylist()
+    if "-1" in found and all(text == "-1" or text.isdecimal() for text in found):
+        values = pc.if_else(pc.equal(values, "-1"), None, values)
+        found.remove("-1")
     where = f"{location}, column {name!r}"
     _check_label_values(found, len(values) - values.null_count, column, where)
     if class_names is not None:
