@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -233,11 +234,21 @@ class Labelling:
             threads=self.trained.recipe.data.threads or world.cores,
             pin=world.device.type == "cuda",
         )
-        with self.source.open(part, reading) as loader, DevicePrefetcher(loader, world.device) as batches:
+        # A chunk is written while the next one is labelled.
+        with (
+            self.source.open(part, reading) as loader,
+            DevicePrefetcher(loader, world.device) as batches,
+            ThreadPoolExecutor(1, thread_name_prefix="galaxydist-write") as executor,
+        ):
+            writing: Future[None] | None = None
             for number, labelled in _by_chunk(self._logits(batches, bar)):
-                self._write(chunks[number], labelled)
+                if writing is not None:
+                    writing.result()
                 if world.size > 1 and self.work.failure_path.exists():
                     return False
+                writing = executor.submit(self._write, chunks[number], labelled)
+            if writing is not None:
+                writing.result()
         return True
 
     def _logits(self, batches: Iterator[Batch], bar: Any) -> Iterator[tuple[Batch, Tensor]]:

@@ -14,6 +14,9 @@ from safetensors.torch import save
 from galaxydist.cli.main import main
 from galaxydist.models.hub_weights import fetch_weights
 from galaxydist.recipe.schema import ModelConfig
+from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.image_folder import open_image_folder
+from tests.helpers.imagenet_weights import write_lite0
 from tests.helpers.mini_hub import Repository, mini_hub
 from tests.helpers.runs import quick_settings, read_evaluation, run_here, without_figures
 
@@ -91,3 +94,39 @@ def test_repository_of_a_hub_trains_and_its_run_needs_its_files_no_more(
     capsys.readouterr()
     assert run_here(settings) == 2
     assert f"galaxydist weights fetch {HUB_NAME}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_imagenet_weights_beat_random_weights_on_few_real_galaxies(
+    tmp_path: Path, real_sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 galaxies of each of four classes to train on, 30 others to test on; the published weights are real ones."""
+    monkeypatch.setenv("GALAXYDIST_DATA", str(tmp_path / "data"))
+    write_lite0(tmp_path / "data" / "weights")
+    for label in "2457":
+        files = sorted((real_sample / label).glob("*.jpg"), key=lambda path: int(path.stem))
+        for split, chosen in (("train", files[:24]), ("test", files[60:90])):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for file in chosen:
+                (tmp_path / "images" / split / label / file.name).symlink_to(file)
+    manifest = write_shards(open_image_folder(tmp_path / "images"), tmp_path / "shards", workers=1)
+    accuracies = {}
+    for is_pretrained in ("true", "false"):
+        run_dir = tmp_path / is_pretrained
+        settings = {
+            "recipe": "efficientnet_lite0",
+            "data.manifest": manifest.path,
+            "run.dir": run_dir,
+            "data.image_size": 64,
+            "model.pretrained": is_pretrained,
+            "model.normalization": "pretrained",
+            "train.batch_size": 24,
+            "train.epochs": 8,
+            "train.ema": 0,
+            "eval.checkpoint": "last",
+            "eval.figures": "false",
+            "data.num_streams": 8,
+        }
+        assert run_here([f"{key}={value}" for key, value in settings.items()]) == 0
+        accuracies[is_pretrained] = read_evaluation(run_dir)["accuracy"]
+    assert accuracies["true"] > 0.6 and accuracies["true"] > accuracies["false"] + 0.2, accuracies

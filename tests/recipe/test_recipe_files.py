@@ -8,7 +8,7 @@ from torch import nn
 
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
-from galaxydist.models.registry import MODEL_NAMES, recipe_of
+from galaxydist.models.registry import MODEL_NAMES, ModelRecord, recipe_of
 from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.resolve import ResolvedRecipe, list_recipes, load_recipe
 from galaxydist.recipe.schema import Recipe
@@ -21,6 +21,24 @@ NAMES = [path.relative_to(FOLDER).with_suffix("").as_posix() for path in RECIPES
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24)
 
 
+# Published encoders: recipe -> model.
+ENCODERS = {
+    "convnext_nano": "timm/convnext_nano.in12k_ft_in1k",
+    "dinov2_small": "timm/vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov3_small": "timm/vit_small_patch16_dinov3.lvd1689m",
+    "efficientnet_lite0": "timm/tf_efficientnet_lite0.in1k",
+    "maxvit_tiny": "timm/maxvit_tiny_tf_224.in1k",
+    "zoobot_convnext_nano": "hf-hub:mwalmsley/zoobot-encoder-convnext_nano",
+}
+# The description that the repository of the hub states.
+RECORDS = {ENCODERS["zoobot_convnext_nano"]: ModelRecord("convnext_nano", pretrained_cfg={"classifier": "head.fc"})}
+
+
+def build_random(recipe: Recipe, image_size: int) -> nn.Module:
+    config = recipe.model.model_copy(update={"pretrained": False})
+    return build_model(config, 10, image_size, record=RECORDS.get(config.name))
+
+
 def load(path: Path, *overrides: str) -> ResolvedRecipe:
     return load_recipe([f"recipe={path}", *overrides])
 
@@ -29,6 +47,7 @@ def test_shipped_recipes_are_one_per_model_those_of_the_small_network_and_refere
     own = {recipe_of(name): name for name in NAMED_MODELS}
     others = dict.fromkeys(("demo", "simulated_start", "small"), "custom_cnn")
     others |= {f"reference/resnet{depth}": f"resnet{depth}" for depth in (18, 26, 50)}
+    others |= ENCODERS
     assert sorted(NAMES) == sorted(own | others) == sorted(list_recipes())
     for name, path in zip(NAMES, RECIPES, strict=True):
         resolved = load(path)
@@ -70,7 +89,7 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
     """The recipe's model, optimizer, rate and smoothing; small images and a batch of two make it quick for the large ones too."""
     torch.manual_seed(0)
     recipe = load(path).recipe
-    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, 32)
+    model = build_random(recipe, 32)
     groups = parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
     optimizer = build_optimizer([dict(group) for group in groups], recipe.optim, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
@@ -89,9 +108,9 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
 def test_every_recipe_runs_at_its_own_image_size(path: Path) -> None:
     recipe = load(path).recipe
     size = recipe.data.image_size
-    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, size)
+    model = build_random(recipe, size)
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
 def test_every_registered_model_has_a_recipe() -> None:
-    assert {load(path).recipe.model.name for path in RECIPES} == set(MODEL_NAMES)
+    assert {load(path).recipe.model.name for path in RECIPES} == {*MODEL_NAMES, *ENCODERS.values()}
