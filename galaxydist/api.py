@@ -5,7 +5,7 @@
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +59,10 @@ def write_shards(
     image_size: int | None = None,
     images: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
-    classes: str | None = None,
+    classes: str | Sequence[str] | None = None,
+    bands: Sequence[str] = (),
+    scale: tuple[float, float] | None = None,
+    stretch: str = "linear",
     name: str | None = None,
     labelled: bool = True,
     overwrite: bool = False,
@@ -75,9 +78,12 @@ def write_shards(
         encoding: ``jpeg``, ``png`` (lossless) or ``raw`` (uint8, fastest to read).
         image_size: side of the stored square images in pixels; None keeps the size of the source.
         images: folder or URL that the file names of a table start from; None: the table's own folder.
-        columns: names of a table's columns by ``file``, ``label``, ``id``, ``split``, ``ra``, ``dec``; others are found by their
-            usual names.
-        classes: ``galaxy10`` if the classes are Galaxy10's.
+        columns: names of a table's columns by ``file``, ``label``, ``id``, ``split``, ``ra``, ``dec``, and ``image`` (Parquet
+            and HDF5 files with images); others are found by their usual names.
+        classes: ``galaxy10`` if the classes are Galaxy10's, or the names of the classes 0, 1, ...; None: the source's.
+        bands: bands of arrays, by name or number from 0, that become red, green and blue.
+        scale: pixel values that become black and white, for arrays of other than 8 bits.
+        stretch: between them: ``linear``, or ``asinh`` (Lupton et al. 2004).
         name: the data set's name; None to take it from the source.
         labelled: False for a table of galaxies without labels, which can be predicted, not trained on.
         overwrite: replace shards that were made from another source or with other settings.
@@ -90,13 +96,25 @@ def write_shards(
         UserError: the source is missing or damaged, a wrong column, other shards exist, or the disk is full.
     """
     from galaxydist.shards.writer.writer import write_shards as write
+    from galaxydist.surveys.image_arrays import ArrayOptions
+    from galaxydist.surveys.pixel_scaling import PixelScaling
     from galaxydist.surveys.survey_sources import SourceOptions, open_survey
     from galaxydist.surveys.table_columns import column_names
 
     cache = default_cache_dir(data_root(None, os.environ)) / "images"
     root = None if images is None else str(images)
-    options = SourceOptions(root, column_names(columns or {}), is_labelled=labelled, cache_dir=cache)
-    survey = open_survey(source, variant, name=name, classes=classes, source=options)
+    named = dict(columns or {})
+    arrays = ArrayOptions(named.pop("image", None), tuple(bands), None if scale is None else PixelScaling(*scale, stretch))
+    class_names = None if classes is None or isinstance(classes, str) else tuple(classes)
+    options = SourceOptions(
+        root,
+        column_names(named),
+        is_labelled=labelled,
+        cache_dir=cache,
+        arrays=arrays,
+        class_names=class_names,
+    )
+    survey = open_survey(source, variant, name=name, classes=classes if isinstance(classes, str) else None, source=options)
     return write(survey, Path(out_dir), encoding=encoding, image_size=image_size, overwrite=overwrite, workers=workers)
 
 

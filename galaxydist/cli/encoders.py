@@ -23,6 +23,8 @@ EPILOG = """examples:
   galaxydist probe vit galaxy10_decals --random                 random weights, for comparison
   galaxydist data explore galaxy10_decals --features FILE       the features as a map
 """
+# The recipe that starts from the weights that the package brings along.
+SHIPPED_RECIPE = "small"
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
 
@@ -179,6 +181,7 @@ def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace,
 def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
     """Return the recipe to start from for a model's name, and the values that replace its own.
 
+    The network whose weights ship with the package has their width and image size, those of the recipe that starts from them.
     Models without a recipe of their own have that of fine-tuning a vision transformer, at the size of their published weights.
 
     Raises:
@@ -187,6 +190,7 @@ def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
     from galaxydist.models.hub_weights import read_record
     from galaxydist.models.registry import ARCHITECTURES, recipe_of
     from galaxydist.recipe.model_names import parse_model_name
+    from galaxydist.recipe.resolve import load_recipe
     from galaxydist.recipe.schema import ModelConfig
 
     try:
@@ -195,7 +199,9 @@ def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{model}: {error}; or give recipe=NAME, or a run folder") from None
     if kind == "named":
         known = ARCHITECTURES[model]
-        return f"recipe={recipe_of(model)}", {"model.pretrained": known.has_published_weights or known.is_shipped}
+        is_start = load_recipe([f"recipe={SHIPPED_RECIPE}"]).recipe.model.name == model
+        recipe = SHIPPED_RECIPE if is_start else recipe_of(model)
+        return f"recipe={recipe}", {"model.pretrained": known.has_published_weights or is_start}
     values: dict[str, Any] = {"model.name": model, "model.drop_path_rate": 0.0, "model.pretrained": kind != "function"}
     size = read_record(ModelConfig(name=model), weights_dir(root)).pretrained_cfg.get("input_size")
     return "recipe=vit", values | ({"data.image_size": size[-1]} if size else {})

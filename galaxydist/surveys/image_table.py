@@ -259,13 +259,14 @@ def open_table(
     check_rows(table, location)
     check_name(options.name)
     columns = find_columns(table.column_names, options.columns, location, is_labelled=options.is_labelled)
-    class_names, labels = _labels(table, columns, location, options)
     given, without_split = _given_split(table, columns, location)
     reasons = {
         "without an image": ~has_image if has_image is not None else np.zeros(len(table), np.bool_),
-        "without a label": (labels < 0) if options.is_labelled else np.zeros(len(table), np.bool_),
         "without a split": without_split,
     }
+    is_usable = ~np.any([*reasons.values()], axis=0)
+    class_names, labels = _labels(table, columns, is_usable, location, options)
+    reasons["without a label"] = is_usable & (labels < 0) & options.is_labelled
     is_kept = ~np.any([*reasons.values()], axis=0)
     kept = np.flatnonzero(is_kept)
     if not len(kept):
@@ -309,7 +310,10 @@ def check_rows(table: "pa.Table", location: str) -> None:
         )
 
 
-def _labels(table: "pa.Table", columns: ColumnNames, location: str, options: TableOptions) -> tuple[tuple[str, ...], Any]:
+def _labels(
+    table: "pa.Table", columns: ColumnNames, is_usable: NDArray[np.bool_], location: str, options: TableOptions
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return class names and (N,) labels, -1 for rows that are not usable; a class of such rows alone is no class."""
     if not options.is_labelled:
         return (), np.full(len(table), -1, np.int64)
     if columns.label is None:
@@ -317,9 +321,14 @@ def _labels(table: "pa.Table", columns: ColumnNames, location: str, options: Tab
             f"{location} has no label column: name it with --label, or give --unlabelled if the galaxies have none (they can be "
             f"predicted, not trained on). Its columns are {name_some(table.column_names, 40)}"
         )
+    if not is_usable.any():
+        return (), np.full(len(table), -1, np.int64)
     as_galaxy10 = options.classes == "galaxy10"
-    column = table.column(columns.label)
-    return read_labels(column, columns.label, location, class_names=options.class_names, as_galaxy10=as_galaxy10)
+    column = table.column(columns.label).filter(is_usable)
+    names, found = read_labels(column, columns.label, location, class_names=options.class_names, as_galaxy10=as_galaxy10)
+    labels = np.full(len(table), -1, np.int64)
+    labels[is_usable] = found
+    return names, labels
 
 
 def _given_split(table: "pa.Table", columns: ColumnNames, location: str) -> tuple[Codes | None, NDArray[np.bool_]]:

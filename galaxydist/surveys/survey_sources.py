@@ -81,6 +81,8 @@ def open_survey(
         UserError: the source is missing or unusable, or the options contradict each other.
     """
     check_options(variant, conflicting, name, fold)
+    if classes not in (None, "galaxy10"):
+        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     given = source or SourceOptions()
     options = TableOptions(
         name=name or "",
@@ -139,7 +141,12 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     if kind not in (CSV, FITS):
         raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS) or a survey file (HDF5)")
     location = str(file) if hdu is None else f"{file}[{hdu}]"
-    return ImageData(location, _table_name(file), read_table(file, hdu), None, str(file.parent))
+
+    def texts(names: list[str]) -> set[str]:  # ids and file names keep leading zeros and all digits
+        columns = find_columns(names, source.columns, location, is_labelled=source.is_labelled)
+        return {name for name in (columns.id, columns.file) if name is not None}
+
+    return ImageData(location, _table_name(file), read_table(file, hdu, texts), None, str(file.parent))
 
 
 def _open_tars(patterns: TarPatterns, source: SourceOptions, options: TableOptions) -> TableSurvey:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Usual names of the columns, in lower case, the most specific first. `file_loc` and `id_str` are Zoobot's, `file_name` is that of
-# Hugging Face, `iauname`, `dr8_id`, `dr7objid`, `asset_id` and `gz2_class` are Galaxy Zoo's, `RAJ2000` is VizieR's.
+# Hugging Face, `iauname`, `png_loc`, `dr8_id`, `dr7objid`, `asset_id`, `gz2_class` and `summary` are Galaxy Zoo's, `RAJ2000` is
+# VizieR's.
 USUAL_NAMES = {
     "file": (
         *("file", "file_name", "filename", "file_path", "filepath", "path", "file_loc", "image_path", "image_file", "image_name"),
@@ -45,7 +46,7 @@ USUAL_NAMES = {
     ),
     "label": (
         *("label", "labels", "class", "class_name", "classname", "class_label", "category", "morphology", "target", "y", "ans"),
-        *("gz10_label", "gz2_class", "gz2class"),
+        *("gz10_label", "gz2_class", "gz2class", "summary"),
     ),
     "split": ("split", "subset", "partition", "data_split"),
     "ra": ("ra", "ra_deg", "radeg", "raj2000", "ra_j2000", "right_ascension", "target_ra", "_raj2000"),
@@ -197,7 +198,7 @@ def is_scalar(kind: Any) -> bool:
 def read_labels(
     column: "pa.ChunkedArray", name: str, location: object, *, class_names: tuple[str, ...] | None, as_galaxy10: bool
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return class names and (N,) labels, -1 where the column is null or empty.
+    """Return class names and (N,) labels, -1 where the column is null or empty, or -1 among numbers from 0.
 
     Names of classes are sorted in natural order, so that numbers keep their numeric order.
 
@@ -215,6 +216,9 @@ def read_labels(
 
     values = text_values(column)
     found = pc.drop_null(pc.unique(values)).to_pylist()
+    if "-1" in found and all(text == "-1" or text.isdecimal() for text in found):
+        values = pc.if_else(pc.equal(values, "-1"), None, values)
+        found.remove("-1")
     where = f"{location}, column {name!r}"
     _check_label_values(found, len(values) - values.null_count, column, where)
     if class_names is not None:

@@ -165,7 +165,7 @@ def test_columns_keep_their_types_and_digits(images: Path, tmp_path: Path) -> No
     path = images / "types.csv"
     table(
         path,
-        Objid=[f"{n:018d}" for n in range(12)],
+        Objid=[f"{n}.50" for n in range(12)],
         plate=[f"{n:05d}" for n in range(12)],
         specobjid=[299489676444788736 + n for n in range(12)],
         huge=[10**20 + n for n in range(12)],
@@ -178,8 +178,8 @@ def test_columns_keep_their_types_and_digits(images: Path, tmp_path: Path) -> No
         dec=[""] * 12,
     )
     assert main(["data", "shard", "--from", str(path), "--out", str(tmp_path / "s"), "--id", "objid", "--workers", "1"]) == 0
-    rows = {row["id"]: row for row in read_catalogue(read_manifest(tmp_path / "s"), "train").to_pylist()}
-    row = rows["000000000000000001"]
+    rows = {row["source_id"]: row for row in read_catalogue(read_manifest(tmp_path / "s"), "train").to_pylist()}
+    row = rows["1.50"]
     assert row["plate"] == "00001" and row["specobjid"] == 299489676444788737 and row["huge"] == "100000000000000000001"
     assert (row["z"], row["is_edge"], row["date"], row["odd"], row["id_"]) == (None, False, "2020-01-02", "7", 1)
 

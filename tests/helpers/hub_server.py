@@ -12,8 +12,17 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Print nothing about a client that closed its connection."""
+
+
 class HubServer:
     """Serves a folder as the data set ``zoo/galaxies`` at the revisions ``main`` and ``v1``; use as a context manager.
+
+    Its files can also be read as those of any web server, at ``<address>/datasets/zoo/galaxies/resolve/main/``.
 
     Args:
         folder: its files.
@@ -31,8 +40,7 @@ class HubServer:
         self.ranges: Counter[str] = Counter()
         self.failing = 0
         self.commit = COMMIT
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
     @property

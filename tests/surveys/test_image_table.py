@@ -100,9 +100,10 @@ def test_rows_without_image_label_or_split_are_left_out_counted_and_listed(
 ) -> None:
     rows = rows_of(12, split=["train"] * 8 + ["val"] * 2 + ["test"] * 2)
     rows[3]["file"], rows[5]["label"], rows[6]["label"], rows[8]["split"], rows[11]["file"] = "gone.png", "", None, " ", None
-    rows[5]["file"] = "gone too.png"
+    rows[5] |= {"file": "gone too.png", "label": "a class of this row alone"}
     survey = survey_of(tmp_path, rows)
-    assert "5 of 12 rows are left out: 3 without an image, 2 without a label, 1 without a split" in caplog.text
+    assert survey.class_names == ("a", "b")
+    assert "5 of 12 rows are left out: 3 without an image, 1 without a split, 1 without a label" in caplog.text
     assert {name: found.tolist() for name, found in survey.splits.items()} == {
         "train": [0, 1, 2, 4, 7],
         "val": [9],
@@ -112,7 +113,7 @@ def test_rows_without_image_label_or_split_are_left_out_counted_and_listed(
     assert [line[-1] for line in csv.reader((manifest.dir / "left_out.csv").open())] == [
         "reason",
         "row 4 (gone): without an image",
-        "row 6 (gone too): without an image and without a label",
+        "row 6 (gone too): without an image",
         "row 7 (6): without a label",
         "row 9 (8): without a split",
         "row 12 (mine-0000011): without an image",
@@ -176,6 +177,7 @@ def test_labels_are_numbers_in_order_names_in_natural_order_or_the_names_of_numb
     for values, names in (
         ([10, 2, 2, 10], ("2", "10")),
         ([1.0, 0.0, None, 1.0], ("0", "1")),
+        ([1, 0, -1, 1], ("0", "1")),
         (["class10", "class2", "nan", "class2"], ("class2", "class10")),
         ([True, False, True, True], ("false", "true")),
         (["007", "7", "007", "7"], ("007", "7")),
@@ -183,7 +185,7 @@ def test_labels_are_numbers_in_order_names_in_natural_order_or_the_names_of_numb
         rows = [{"file": f"{n}.png", "label": value, "split": "train"} for n, value in enumerate([*values, *values])]
         survey = survey_of(tmp_path, rows)
         assert survey.class_names == names
-        wanted = [-1 if v in (None, "nan") else names.index(str(v).lower().removesuffix(".0")) for v in values]
+        wanted = [-1 if v in (None, "nan", -1) else names.index(str(v).lower().removesuffix(".0")) for v in values]
         assert survey.labels.tolist() == [*wanted, *wanted]
     rows = [{"file": f"{n}.png", "label": n % 3} for n in range(9)]
     named = survey_of(tmp_path, rows, class_names=("spiral", "bar", "ring", "none"))

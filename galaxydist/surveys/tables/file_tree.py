@@ -46,9 +46,9 @@ class FileTree:
 
     def path(self, file: str) -> str:
         """Return a file's address for messages."""
-        if not self.inside:
-            return f"{self.location}/{file}"
-        return self.location.removesuffix(self.inside) + file
+        if file == self.inside:
+            return self.location
+        return f"{self.location.removesuffix(self.inside).rstrip('/')}/{file}"
 
     @cached_property
     def files(self) -> tuple[str, ...]:
@@ -152,10 +152,11 @@ def _remote_tree(url: str) -> FileTree:
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(f"{url} needs {package}, which is not installed: pip install 'galaxydist[remote]'")
     root = path if protocol not in ("http", "https") else url
-    if Path(path).suffix:
-        root, _, name = root.rpartition("/")
-        return FileTree(url, protocol, root, name)
-    return FileTree(url, protocol, root)
+    shown = url.partition("?")[0]  # a query may hold a secret
+    if Path(shown).suffix:
+        root, _, name = root.partition("?")[0].rpartition("/")
+        return FileTree(shown, protocol, root, name + url.removeprefix(shown))
+    return FileTree(shown, protocol, root)
 
 
 def _hub_tree(url: str, path: str) -> FileTree:

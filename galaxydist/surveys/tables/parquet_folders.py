@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from galaxydist.errors import UserError, name_some
+from galaxydist.object_store import MissingError
 from galaxydist.surveys.folder_scan import known_split, natural_key
 from galaxydist.surveys.tables.file_tree import FileTree
 
@@ -28,6 +29,7 @@ _PARTITION = re.compile(r"Norder=(\d+)/Dir=\d+/Npix=(\d+)(?:\.parquet|/[^/]+\.pa
 _HATS_COLUMNS = ("_healpix_29", "_hipscat_index", "Norder", "Dir", "Npix")
 # Folders that stand for no configuration of a data set.
 _PLAIN_FOLDERS = {"data", "default", "parquet"}
+_NO_REMOTE_FILES = (".h5", ".hdf5", ".csv", ".fits", ".fit", ".zip", ".tar", ".arrow")
 _ARROW_FILES = ("dataset_dict.json", "state.json")
 
 
@@ -65,9 +67,16 @@ def find_parquet(tree: FileTree) -> ParquetFolder | None:
         return hats
     if tree.protocol in ("http", "https") and not tree.inside:
         raise UserError(
-            f"{tree.location}: files of a web server cannot be listed; give the address of a file or of a HATS catalogue"
+            f"{tree.location}: a web server's files cannot be listed; give the address of a file or of a HATS catalogue"
         )
+    if not tree.files:
+        raise MissingError(f"there is nothing at {tree.location}")
     if tree.files == (tree.inside,):  # a single file, whatever its suffix
+        suffix = PurePosixPath(tree.inside).suffix.lower()
+        if not tree.is_local and suffix in _NO_REMOTE_FILES:
+            raise UserError(
+                f"{tree.location}: files of the kind {suffix} are not read from URLs, Parquet is; copy it to this machine"
+            )
         return ParquetFolder(tree, tree.files, card=_read_card(tree))
     files = [file for file in tree.files if file.endswith(".parquet") and not PurePosixPath(file).name.startswith("_")]
     if not files:

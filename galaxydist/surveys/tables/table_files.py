@@ -4,6 +4,7 @@ import csv
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +33,26 @@ def split_hdu(path: Path) -> tuple[Path, str | None]:
     return Path(match["file"]), match["hdu"]
 
 
-def read_table(path: Path, hdu: str | None = None) -> "pa.Table":
+def read_table(path: Path, hdu: str | None = None, texts: Callable[[list[str]], set[str]] = lambda _: set()) -> "pa.Table":
     """Return the rows of a CSV or FITS table, known by its content; columns of arrays are left out.
 
     Args:
         path: the file; CSV and FITS may be compressed with gzip.
         hdu: number or name of a FITS extension; None: the first table with rows.
+        texts: returns those of a CSV table's columns that stay text, even if all their cells are numbers.
 
     Raises:
         UserError: another kind of file, or one that is damaged.
     """
     kind = file_kind(path)
     if kind == CSV:
-        return _read_csv(path)
+        return _read_csv(path, texts)
     if kind == FITS:
         return _read_fits(path, hdu)
     raise refuse_kind(path, kind, _EXPECTED)
 
 
-def _read_csv(path: Path) -> "pa.Table":
+def _read_csv(path: Path, texts: Callable[[list[str]], set[str]]) -> "pa.Table":
     """Read text with ``,``, ``;`` or tabs between the cells; the types of columns are found from all their values."""
     import pyarrow as pa
     import pyarrow.csv as arrow_csv
@@ -78,7 +80,11 @@ def _read_csv(path: Path) -> "pa.Table":
         if "UTF8" in str(error):
             raise UserError(f'{path} is not UTF-8 text ({error}); save it as "CSV UTF-8"') from error
         raise UserError(f"{path} is not a table of comma-, semicolon- or tab-separated cells ({error}); save it again") from error
-    columns = [_typed(column, decimal_comma=delimiter == ";") for column in table.columns]
+    is_text = texts(names)
+    columns = [
+        column if name in is_text else _typed(column, decimal_comma=delimiter == ";")
+        for name, column in zip(names, table.columns, strict=True)
+    ]
     return pa.Table.from_arrays(columns, names=names)
 
 

@@ -24,6 +24,7 @@ from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.parquet_images import ParquetImages
 from tests.helpers.hub_server import COMMIT, HubServer
 from tests.helpers.image_data import write_hats
+from tests.helpers.servers import s3_server
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 12, 12, 3), dtype=np.uint8)
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -232,10 +233,7 @@ def test_two_columns_of_images_and_arrow_files_of_save_to_disk_are_refused_with_
 
 
 def test_hats_catalogue_that_lacks_a_partition_or_is_a_margin_is_refused(tmp_path: Path) -> None:
-    rows = [{"file": f"{n}.png", "label": n % 3, "ra": n * 6.0, "dec": n % 40 - 20.0, "size": n} for n in range(60)]
-    for n, pixels in enumerate(PIXELS):
-        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
-    folder = write_hats(tmp_path / "hats", rows, tmp_path)
+    folder = write_hats(tmp_path / "hats", galaxies_with_positions(tmp_path), tmp_path)
     survey = opened(folder)
     assert survey.ids[0] == "10" and "_healpix_29" not in survey.extras.column_names, "the index is the id of last resort"
     np.testing.assert_array_equal(survey.ra, np.arange(60) * 6.0)
@@ -248,6 +246,52 @@ def test_hats_catalogue_that_lacks_a_partition_or_is_a_margin_is_refused(tmp_pat
     shutil.rmtree(folder / "galaxies" / "dataset")
     with pytest.raises(UserError, match="a HATS catalogue without partitions"):
         opened(folder)
+
+
+def galaxies_with_positions(folder: Path) -> list[dict[str, Any]]:
+    """Rows of sixty galaxies, whose image files are written."""
+    for n, pixels in enumerate(PIXELS):
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    return [{"file": f"{n}.png", "label": n % 3, "ra": n * 6.0, "dec": n % 40 - 20.0, "size": n} for n in range(60)]
+
+
+def assert_same(one: TableSurvey, other: TableSurvey) -> None:
+    assert one.ids == other.ids and [*map(list, one.splits.values())] == [*map(list, other.splits.values())]
+    np.testing.assert_array_equal(pixels_of(one, 0, 60), pixels_of(other, 0, 60))
+
+
+def test_hats_catalogue_on_a_web_server_equals_the_local_one(tmp_path: Path) -> None:
+    folder = write_hats(tmp_path / "hats", galaxies_with_positions(tmp_path), tmp_path)
+    (folder / "galaxies" / "partition_info.csv").write_text("Norder,Npix,num_rows\n2,5,30\n1,9,20\n1,40,10\n")
+    with HubServer(folder) as server:
+        url = f"{server.address}/datasets/zoo/galaxies/resolve/main"
+        assert_same(opened(url), opened(folder))
+        assert len(opened(f"{url}/galaxies/dataset/Norder=1/Dir=0/Npix=9.parquet?token=secret").labels) == 20
+        for name, message in (
+            ("nothing", "a web server's files cannot be listed"),
+            ("nothing.parquet?token=secret", f"nothing at {url}/nothing.parquet$"),
+            ("zoo.h5", "files of the kind .h5 are not read from URLs"),
+        ):
+            (folder / "zoo.h5").touch()
+            with pytest.raises(UserError, match=message):
+                opened(f"{url}/{name}")
+
+
+@pytest.mark.slow
+def test_parquet_in_an_object_store_equals_the_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "store"
+    write_hats(folder / "hats", galaxies_with_positions(tmp_path), tmp_path)
+    write(folder / "zoo" / "data" / "train-0.parquet", range(40))
+    write(folder / "zoo" / "data" / "test-0.parquet", range(40, 60))
+    for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_EC2_METADATA_DISABLED", "true")):
+        monkeypatch.setenv(name, value)
+    with s3_server(folder, tmp_path / "log") as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        assert_same(opened("s3://galaxies/shards/hats"), opened(folder / "hats"))
+        assert_same(opened("s3://galaxies/shards/zoo"), opened(folder / "zoo"))
+        for url, message in (("s3://galaxies/shards/gone", "there is nothing at"), ("s3://gone/a.parquet", "does not exist")):
+            with pytest.raises(UserError, match=message):
+                opened(url)
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""CSV and FITS tables as other programs write them."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from galaxydist.errors import UserError
+from galaxydist.surveys.table_columns import ColumnNames, find_columns
+from galaxydist.surveys.tables.table_files import read_table, split_hdu
+
+
+def test_fits_table_is_read_in_native_order_without_padding_or_masked_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from astropy.io import fits
+
+    columns = [
+        fits.Column("OBJID", "K", array=np.array([587739505552785605, 2, -1]), null=-1),
+        fits.Column("FLUX", "E", array=np.array([1.5, np.nan, 2.5], np.float32)),
+        fits.Column("FILE", "12A", array=np.array(["a.jpg", "b c.jpg   ", ""])),
+        fits.Column("IS_EDGE", "L", array=np.array([True, False, True])),
+        fits.Column("COUNT", "I", bzero=32768, array=np.array([65535, 0, 7], np.uint16)),
+        fits.Column("MAGS", "5E", array=np.zeros((3, 5), np.float32)),
+    ]
+    empty = fits.BinTableHDU.from_columns([fits.Column("X", "E", array=np.zeros(0))], name="EMPTY")
+    full = fits.BinTableHDU.from_columns(columns, name="GALAXIES")
+    other = fits.BinTableHDU.from_columns([fits.Column("Y", "J", array=np.arange(4))])
+    fits.HDUList([fits.PrimaryHDU(), empty, full, other]).writeto(tmp_path / "t.fits")
+    table = read_table(tmp_path / "t.fits")
+    assert table.schema == pa.schema(
+        {"OBJID": pa.int64(), "FLUX": pa.float32(), "FILE": pa.string(), "IS_EDGE": pa.bool_(), "COUNT": pa.uint16()}
+    )
+    assert table.column("OBJID").to_pylist() == [587739505552785605, 2, None]
+    assert table.column("FILE").to_pylist() == ["a.jpg", "b c.jpg", ""] and table.column("COUNT").to_pylist() == [65535, 0, 7]
+    assert "are not in the catalogue: MAGS" in caplog.text
+    (tmp_path / "t.fits.gz").write_bytes(gzip.compress((tmp_path / "t.fits").read_bytes()))
+    assert read_table(tmp_path / "t.fits.gz").equals(table)
+    for hdu, names in (("3", ["Y"]), ("galaxies", table.column_names), ("EMPTY", ["X"])):
+        path, found = split_hdu(tmp_path / f"t.fits[{hdu}]")
+        assert read_table(path, found).column_names == names
+    with pytest.raises(
+        UserError, match=r"no table extension \[4\]; its tables are 1 \(EMPTY, 0 rows\), 2 \(GALAXIES, 3 rows\), 3 \("
+    ):
+        read_table(tmp_path / "t.fits", "4")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("a;b\n1,5;x\n-2,5e1;y,z\n", {"a": [1.5, -25.0], "b": ["x", "y,z"]}),
+        ("#Table1\nobjID,ra\n1237,10.5\n", {"objID": [1237], "ra": [10.5]}),
+        ("# ra,dec\n1,2\n", {"ra": [1], "dec": [2]}),
+        ('a\tb\n"two\nlines"\t1\n', {"a": ["two\nlines"], "b": [1]}),
+        ("a,b\r\n+5,TRUE\r\n,false\r\n", {"a": [5, None], "b": [True, False]}),
+        ("a,b\n1_000,0x1F\n1,1\n", {"a": ["1_000", "1"], "b": ["0x1F", "1"]}),
+        ("a, b\n NA , x \n 2.5 , NA \n", {"a": [None, 2.5], "b": ["x", "NA"]}),
+        ("a,b\n,\n,\n", {"a": [None, None], "b": [None, None]}),
+        ("\ufeffa,b\n1e400,007\n", {"a": [float("inf")], "b": ["007"]}),
+        ("a,b\n", {"a": [], "b": []}),
+    ],
+)
+def test_csv_cells_become_numbers_only_if_the_whole_column_does(
+    tmp_path: Path, text: str, columns: dict[str, list[object]]
+) -> None:
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    assert read_table(tmp_path / "t.csv").to_pydict() == columns
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_table(tmp_path / "t.csv.gz").to_pydict() == columns
+
+
+def test_columns_are_found_by_usual_names_in_an_order_and_by_the_users_choice() -> None:
+    zoobot = ["id_str", "iauname", "file_loc", "ra", "dec", "smooth", "GZ2_CLASS"]
+    assert find_columns(zoobot, ColumnNames(), "t") == ColumnNames("file_loc", "GZ2_CLASS", "id_str", None, "ra", "dec")
+    chosen = find_columns(zoobot, ColumnNames(id="IAUNAME", label="smooth", ra="none", dec="none"), "t")
+    assert chosen == ColumnNames("file_loc", "smooth", "iauname")
+    assert find_columns(["file", "class", "label", "ra"], ColumnNames(), "t", is_labelled=False) == ColumnNames("file")
+    assert find_columns(["id", "file"], ColumnNames(file="id"), "t") == ColumnNames("id")
+    with pytest.raises(UserError, match="two columns are named 'a'"):
+        find_columns(["a", "b", "a"], ColumnNames(), "t")
