@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path, positive_number
+from galaxydist.cli.options import (
+    Commands,
+    add_command,
+    add_data_dir,
+    add_trust_code,
+    chosen_root,
+    find_manifests,
+    local_path,
+    positive_number,
+)
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, folder_name, weights_dir
@@ -71,6 +80,7 @@ def add_probe(commands: Commands) -> None:
     parser.add_argument(
         "--trained-on", metavar="FILE", help="path or URL of the manifest of a run's training data, if it has moved since"
     )
+    add_trust_code(parser)
     add_data_dir(parser)
 
 

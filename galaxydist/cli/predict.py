@@ -12,6 +12,7 @@ from galaxydist.cli.options import (
     add_command,
     add_data_dir,
     add_table,
+    add_trust_code,
     chosen_root,
     find_manifests,
     local_path,
@@ -86,6 +87,7 @@ def add_predict(commands: Commands) -> None:
     columns.add_argument("--top", type=positive_int, default=0, metavar="K", help="add the K most probable classes, in order")
     add_table(parser, ("file", "id", "ra", "dec"))
     add_arrays(parser)
+    add_trust_code(parser)
     add_data_dir(parser)
 
 
