@@ -176,6 +176,7 @@ def load_predictor(
     tta: Literal["none", "d4"] | None = None,
     checkpoint: Literal["best", "last"] | None = None,
     trained_on: str | Path | None = None,
+    trust_code: bool = False,
 ) -> "Predictor":
     """Open a run's model for predictions: ``load_predictor(run)(images)`` returns probabilities with class names.
 
@@ -187,6 +188,7 @@ def load_predictor(
         tta: ``d4`` averages the probabilities over the eight flips and quarter turns, ``none`` does not; None: as in the recipe.
         checkpoint: ``best`` or ``last``; None: as in the recipe.
         trained_on: shards that a run of an earlier version was trained on, if they were moved.
+        trust_code: import the module that the run's ``model.name`` names (``package.module:function``) and run its code.
 
     Returns:
         The predictor; its call is described in docs/api.md.
@@ -198,7 +200,7 @@ def load_predictor(
     from galaxydist.prediction.predictor import load_predictor as load
     from galaxydist.prediction.trained_model import ModelChoice
 
-    return load(run, os.environ, device=device, choice=ModelChoice(checkpoint, tta, trained_on))
+    return load(run, os.environ, device=device, choice=ModelChoice(checkpoint, tta, trained_on, trust_code))
 
 
 def evaluate(

@@ -3,7 +3,8 @@
 ``simulator``: classification of simulated galaxies without their shapes. ``transfer``: training on simulated galaxies, test on
 real ones. ``loader``: speed of the data loader. ``order``: quality and speed of shuffling. ``remote``: an epoch from a slow and
 unreliable server. ``saving``: waiting for checkpoints. ``trainer``: the training loop against a bare one. ``scaling``: one and
-several processes. ``startup``: time to the first step. ``folds``: networks on real galaxies with equal compute.
+several processes. ``predict``: predictions against the bare forward pass. ``startup``: time to the first step.
+``folds``: networks on real galaxies with equal compute.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def add_parser(commands: Commands) -> None:
         _add_scaling,
         _add_startup,
         _add_folds,
+        _add_predict,
     ):
         add(inner)
 
@@ -314,6 +316,39 @@ def run_scaling(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         rounds=arguments.rounds,
     )
+
+
+def _add_predict(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "predict",
+        run_predict,
+        "speed of predictions, against the bare forward pass",
+        description="Label shards and a folder with the same images, and run the loader and the forward pass alone, in turn in "
+        "one process, with a model of random weights. Compares the logits. Prints a line and, at the end, a line of JSON for "
+        "each source.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data", type=local_path, metavar="MANIFEST", help="shards with JPEG images (default: simulated galaxies)"
+    )
+    source.add_argument("--real", type=local_path, metavar="DIR", help="folder with JPEG images: <class>/<name>.jpg")
+    parser.add_argument("--recipe", default="resnet18", metavar="NAME", help="recipe of the model (default: %(default)s)")
+    add_int(parser, "--images", 4000, "N", "images to label")
+    add_int(parser, "--rounds", 5, "N", "measurements of each way")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="width that the model sees (default: 64, on a GPU 224)"
+    )
+    add_data_dir(parser)
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.prediction_speed import PredictionConditions, measure_prediction
+
+    conditions = PredictionConditions(
+        arguments.recipe, arguments.images, arguments.rounds, arguments.image_size, arguments.data, arguments.real
+    )
+    measure_prediction(bench_root(arguments, "predict"), os.environ, conditions)
 
 
 def _add_startup(commands: Commands) -> None:

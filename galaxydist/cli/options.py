@@ -119,9 +119,13 @@ def add_group(commands: Commands, name: str, help: str) -> Commands:
 
 
 def _suggestion(names: Sequence[str], known: Sequence[str]) -> str:
-    """Return ``; did you mean ...?`` with the nearest known names, or an empty text; the last word of a known name counts too."""
+    """Return ``; did you mean ...?`` with the nearest known names, or an empty text.
+
+    The last word of a known name counts too, and a name that begins with the text is nearer than any other.
+    """
     by_word = {word: text for text in known for word in (text.split()[-1], text)}
-    close = [by_word[word] for name in names for word in get_close_matches(name, list(by_word), n=1)]
+    found = {name: [word for word in by_word if len(name) > 3 and word.startswith(name)] for name in names}
+    close = [by_word[word] for name in names for word in (found[name] or get_close_matches(name, list(by_word), n=1))[:1]]
     return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
 
 

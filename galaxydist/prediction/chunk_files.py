@@ -33,7 +33,7 @@ METADATA_KEY = b"galaxydist"
 # Columns of a chunk's file that are not the user's.
 ROW, LOGITS = "__row", "__logits"
 # Chunks of a source, if their size allows it, and most rows of one: a chunk is what a kill may lose on each process.
-NUM_CHUNKS, MOST_ROWS = 64, 8192
+NUM_CHUNKS, MOST_ROWS = 16, 8192
 CSV, PARQUET = ".csv", ".parquet"
 # Rows of a row group of the merged Parquet file.
 ROW_GROUP = 65_536

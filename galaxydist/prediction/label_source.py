@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -175,6 +176,10 @@ class Labelling:
                 if world.is_main and len(self.work.unfinished(self.plan)) == len(self.plan.chunks):
                     self.work.remove()  # nothing to continue from
                 raise
+            except KeyboardInterrupt:
+                if world.is_main:
+                    logger.warning("interrupted: %s holds what is labelled; the same command continues", self.work.path)
+                raise
             seconds = time.perf_counter() - started
             counts = world.run_on_main(lambda: self.output.merge(self.work, self.plan, self.source, self._record()))
         return Labelled(counts["galaxies"], counts["damaged"], rows_here, seconds, is_main=world.is_main)
@@ -233,11 +238,21 @@ class Labelling:
             threads=self.trained.recipe.data.threads or world.cores,
             pin=world.device.type == "cuda",
         )
-        with self.source.open(part, reading) as loader, DevicePrefetcher(loader, world.device) as batches:
+        # A chunk is written while the next one is labelled.
+        with (
+            self.source.open(part, reading) as loader,
+            DevicePrefetcher(loader, world.device) as batches,
+            ThreadPoolExecutor(1, thread_name_prefix="galaxydist-write") as executor,
+        ):
+            writing: Future[None] | None = None
             for number, labelled in _by_chunk(self._logits(batches, bar)):
-                self._write(chunks[number], labelled)
+                if writing is not None:
+                    writing.result()
                 if world.size > 1 and self.work.failure_path.exists():
                     return False
+                writing = executor.submit(self._write, chunks[number], labelled)
+            if writing is not None:
+                writing.result()
         return True
 
     def _logits(self, batches: Iterator[Batch], bar: Any) -> Iterator[tuple[Batch, Tensor]]:

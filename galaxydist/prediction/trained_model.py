@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.loading.training_data import StoredImages, TrainingData, build_augment, find_cache, find_manifest
 from galaxydist.models.own_function import trusts_code
 from galaxydist.models.performance import set_tf32
+from galaxydist.models.registry import ModelRecord
 from galaxydist.paths import data_root
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
@@ -41,11 +42,13 @@ class ModelChoice:
         tta: test-time augmentation; None: the recipe's (``eval.tta``).
         trained_on: path or URL of the shards that the run was trained on; needed only for runs of earlier versions whose shards
             were moved.
+        trust_code: run the function of a module that the run's ``model.name`` names.
     """
 
     checkpoint: WhichCheckpoint | None = None
     tta: TTA | None = None
     trained_on: str | Path | None = None
+    trust_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class TrainedModel:
         trained_on: classes and normalisation.
         stored: form of the stored images.
         temperature: by which logits are divided, fitted on the run's validation split; None: not calibrated.
+        started_from: source and licence of the published weights that the run started from, if any.
         notes: sentences for the user, for example that the run has not finished.
     """
 
@@ -71,6 +75,7 @@ class TrainedModel:
     trained_on: TrainingData
     stored: StoredImages
     temperature: float | None
+    started_from: ModelRecord = field(default_factory=ModelRecord)
     notes: tuple[str, ...] = ()
 
     @property
@@ -90,6 +95,7 @@ class TrainedModel:
             "tta": self.recipe.eval.tta,
             "temperature": self.temperature,
             "classes": list(self.class_names),
+            "weights": {"source": self.started_from.source, "licence": self.started_from.licence},
             "trained_on": {
                 "dataset": self.stored.dataset,
                 "manifest_hash": self.trained_on.manifest_hash,
@@ -138,11 +144,11 @@ def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoic
 
     Args:
         run: the run folder.
-        environ: names the data root of the run's shards, for runs of earlier versions.
+        environ: names the data root of the run's shards, for runs of earlier versions, and whether code is trusted.
         choice: checkpoint and test-time augmentation; None: the recipe's.
 
     Raises:
-        UserError: there is no run or no sound checkpoint; an earlier version's run without its shards.
+        UserError: there is no run or no sound checkpoint; an earlier version's run without its shards; code that is not trusted.
     """
     choice = choice or ModelChoice()
     folder = RunFolder(run)
@@ -165,7 +171,8 @@ def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoic
     return TrainedModel(
         path=run,
         recipe=recipe,
-        model=load_model(recipe, checkpoint, trust_code=trusts_code(environ)),
+        model=load_model(recipe, checkpoint, trust_code=choice.trust_code or trusts_code(environ)),
+        started_from=ModelRecord.from_dict(checkpoint.state.get("model")),
         checkpoint=checkpoint.path.name,
         step=checkpoint.step,
         trained_on=trained_on,

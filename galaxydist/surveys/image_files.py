@@ -8,7 +8,7 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -240,6 +240,40 @@ def group_equal_images(
             _names(names, two_labels),
         )
     return groups
+
+
+def group_equal_rows(
+    location: str, read: Callable[[int, int], Iterator[NDArray[np.uint8] | EncodedImage]], labels: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Group equal images of a source that is read by row numbers, as :func:`group_equal_images` does; all images are read.
+
+    Args:
+        location: the source, for messages.
+        read: yields the images of rows ``start`` ... ``stop - 1``; raises DamagedImageError at one that cannot be read.
+        labels: (N,) class numbers.
+    """
+    from tqdm import tqdm
+
+    digests: list[str] = []
+    with tqdm(total=len(labels), desc=f"hash {location}", unit="image", disable=None, delay=2.0) as bar:
+        while len(digests) < len(labels):
+            try:
+                for image in read(len(digests), len(labels)):
+                    data = image.data if isinstance(image, EncodedImage) else np.ascontiguousarray(image).data
+                    digests.append(hashlib.sha256(data).hexdigest())
+                    bar.update()
+            except DamagedImageError:
+                digests.append(f"{UNREADABLE} {len(digests)}")
+                bar.update()
+
+    def is_blank_row(row: int) -> bool:
+        (image,) = read(row, row + 1)
+        if isinstance(image, EncodedImage):
+            return is_blank(image.data, row)
+        return bool((image == image[:1, :1]).all())
+
+    names = [f"row {row + 1}" for row in range(len(labels))]
+    return group_equal_images(location, names, digests, labels, is_blank_row)
 
 
 def is_blank(data: bytes, name: object) -> bool:

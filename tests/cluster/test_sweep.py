@@ -62,6 +62,15 @@ def test_reference_sweep_has_the_cells_of_galaxy10_with_reference_recipes() -> N
     assert all(label.startswith("recipe=reference/") for label in cells("reference"))
 
 
+def test_encoders_sweep_has_five_pretrained_encoders_with_3_seeds_on_galaxy10() -> None:
+    recipes = [run.resolved.recipe for run in resolve(read_sweep(find_sweep("encoders")))]
+    assert len(recipes) == 15 == len({(recipe.model.name, recipe.seed) for recipe in recipes})
+    assert all(recipe.model.pretrained and recipe.data.dataset == "galaxy10_decals" for recipe in recipes)
+    names = {recipe.model.name for recipe in recipes}
+    for encoder in ("dinov2", "dinov3", "convnext", "maxvit", "zoobot"):
+        assert any(encoder in name for name in names), encoder
+
+
 def test_smoke_and_simulated_sweeps_are_local_small_and_without_pretrained_weights() -> None:
     for name, parallel in (("smoke", 1), ("simulated", 2)):
         sweep = read_sweep(find_sweep(name))

@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_installed_wheel_contains_recipes_cluster_profiles_sweeps_and_split(installed: Path, tmp_path: Path) -> None:
+def test_installed_wheel_contains_recipes_cluster_profiles_sweeps_split_and_weights(installed: Path, tmp_path: Path) -> None:
     code = f"""
 import json, sys
 sys.path.insert(0, {str(installed)!r})
@@ -56,6 +56,8 @@ print(json.dumps(found))
         paths = [path.relative_to(ROOT / folder).with_suffix("").as_posix() for path in (ROOT / folder).rglob("*.yaml")]
         assert set(found[kind]) == set(paths), kind
         assert all(Path(path).is_relative_to(installed) for path in found[kind].values()), kind
+    for path in (PACKAGE / "models" / "shipped").glob("*.*"):
+        assert (installed / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "the weights and their card"
     assert (installed / "galaxydist" / "py.typed").is_file()
     assert not list(installed.glob("tests")) and list(tmp_path.iterdir()) == []
 

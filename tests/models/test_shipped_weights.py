@@ -22,7 +22,7 @@ from tests.helpers.blobs import BlobSurvey
 from tests.helpers.runs import quick_settings, run_here
 
 CARD = SHIPPED_DIR / "README.md"
-NETWORKS = {"custom_cnn": ("model.width=18",)}
+NETWORKS = {"custom_cnn": ("model.width=18",), "d4_cnn": ("model.width=32",)}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
-from galaxydist.report.collect import ReportData, collect, cost_of, read_facts
+from galaxydist.report.collect import ZOOBOT_NOTE, ReportData, collect, cost_of, read_facts
 from galaxydist.report.finished_runs import read_finished_runs
 from galaxydist.report.page import render_report
 from galaxydist.report.tables import escape_latex, hours_text, p_text, settings_of, signed
@@ -284,6 +284,13 @@ def test_report_ranking_uses_validation_not_test_accuracy(tmp_path: Path) -> Non
     ]
     ((ranked, unranked),) = collect([run.path for run in runs]).datasets[0].rankings
     assert [run.run_dir.name for run in ranked] == ["good-val", "good-test"] and unranked == []
+
+
+@pytest.mark.parametrize(("dataset", "is_flagged"), [("galaxy10_decals", True), ("simulated", False)])
+def test_zoobot_is_flagged_where_its_votes_made_the_labels(dataset: str, is_flagged: bool, tmp_path: Path) -> None:
+    name = "hf-hub:mwalmsley/zoobot-encoder-convnext_nano"
+    run = write_trial(tmp_path / "run", ["recipe=resnet18", f"model.name={name}"], dataset=dataset, accuracy={"original": 0.5})
+    assert (ZOOBOT_NOTE in collect([run.path]).notes) == is_flagged
 
 
 def test_rows_of_one_recipe_are_labelled_with_the_settings_that_differ(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGES, LABELS, describe_damage, open_hdf5
 from galaxydist.surveys.image_arrays import ArrayLayout, ArrayOptions, array_layout, is_image_shape
-from galaxydist.surveys.image_files import hash_files
+from galaxydist.surveys.image_files import group_equal_rows, hash_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,6 +82,10 @@ class Hdf5Images:
                 raise DamagedImageError(describe_damage(self.sources[number], OSError(error), part)) from error
             yield from self.layout.to_rgb(images)
             start = end
+
+    def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (N,) group numbers, equal for equal images, -1 for the others."""
+        return group_equal_rows(str(self.sources[0]), self.read, labels)
 
     def digest(self) -> str:
         """Return the SHA-256 of the files' bytes, and of how images are read."""

@@ -15,7 +15,7 @@ from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.object_store import MissingError, TransientError
 from galaxydist.surveys.image_arrays import ArrayLayout
-from galaxydist.surveys.image_files import parse_image
+from galaxydist.surveys.image_files import group_equal_rows, parse_image
 from galaxydist.surveys.tables.file_tree import FileTree
 
 if TYPE_CHECKING:
@@ -108,6 +108,12 @@ class ParquetImages:
     def digest(self) -> str:
         """Return ``FileTree.digest`` of the files, with how images are read."""
         return hashlib.sha256(f"{self.column} {self.tree.digest(self.sources)}".encode()).hexdigest()
+
+    def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (N,) group numbers, equal for equal images, -1 for the others; for files on this machine only."""
+        if not self.tree.is_local:
+            return np.full(len(labels), -1, np.int64)
+        return group_equal_rows(self.tree.location, self.read, labels)
 
     def _images(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage | DamagedImageError]:
         group = bisect_right(self.starts, start) - 1

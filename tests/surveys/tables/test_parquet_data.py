@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -163,6 +164,23 @@ def test_arrays_become_colours_by_bands_and_scale(tmp_path: Path, kind: str) -> 
     with pytest.raises(UserError, match="has the bands des-g.*--bands" if kind != "arrays" else "--scale LOW HIGH"):
         opened(path)
     np.testing.assert_array_equal(pixels_of(opened(path, arrays=wanted), 15, 45), PIXELS[15:45])
+
+
+@pytest.mark.parametrize("form", ["Parquet", "HDF5"])
+def test_equal_images_stay_in_one_split_when_it_is_cut(tmp_path: Path, form: str) -> None:
+    pixels = np.concatenate([PIXELS[:30], PIXELS[29::-1]])
+    pixels[12] = pixels[13] = 7  # of one colour: they show nothing
+    if form == "Parquet":
+        images = [{"bytes": png(image), "path": None} for image in pixels]
+        images[3] = {"bytes": b"damaged", "path": None}
+        path = write(tmp_path / "zoo.parquet", image=pa.array(images, STRUCT), label=[min(n, 59 - n) % 3 for n in range(60)])
+    else:
+        path = tmp_path / "zoo.h5"
+        with h5py.File(path, "w") as h5:
+            h5["images"], h5["label"] = pixels, [min(n, 59 - n) % 3 for n in range(60)]
+    survey = opened(path)
+    split = {row: name for name, rows in survey.splits.items() for row in rows.tolist()}
+    assert all(split[row] == split[59 - row] for row in range(30) if row not in (3, 12, 13)) and len(set(split.values())) == 3
 
 
 def damage(path: Path) -> None:
