@@ -27,7 +27,6 @@ SHORT = {
     "errors.py": "ground floor",
     "log.py": "ground floor",
     "models/features.py": "a subject of its own",
-    "models/param_groups.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
     "training/health/guard_process.py": "a script that imports nothing of the package",
     "version.py": "read by the build",

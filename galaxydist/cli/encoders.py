@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galaxydist.cli.options import Commands, add_command, add_data_dir, chosen_root, find_manifests, local_path, positive_number
+from galaxydist.cli.options import (
+    Commands,
+    add_command,
+    add_data_dir,
+    add_trust_code,
+    chosen_root,
+    find_manifests,
+    local_path,
+    positive_number,
+)
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, folder_name, weights_dir
@@ -71,6 +80,7 @@ def add_probe(commands: Commands) -> None:
     parser.add_argument(
         "--trained-on", metavar="FILE", help="path or URL of the manifest of a run's training data, if it has moved since"
     )
+    add_trust_code(parser)
     add_data_dir(parser)
 
 
@@ -164,13 +174,11 @@ def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace,
     is_file = model.endswith(".safetensors")
     if options and (given := [*sorted(keys & {"model.weights", "model.pretrained"}), *([model] if is_file else [])]):
         raise UserError(f"{options[0]} and {' and '.join(given)} both choose the weights: leave one out")
-    values: dict[str, Any] = {}
-    if is_file:
-        model, values = _of_weights(Path(model), arguments.data)
-    named = model if model.startswith("recipe=") else None
-    if named is None:
-        named, found = _defaults(model, root)
-        values = found | values
+    stored = _of_weights(Path(model), arguments.data) if is_file else {}
+    named, values = model, stored
+    if not model.startswith("recipe="):
+        named, found = _defaults(stored.get("model.name", model), root)
+        values = found | stored
     if options:
         values["model.pretrained"] = arguments.pretrained
     elif "model.weights" in {*keys, *values}:
@@ -207,13 +215,13 @@ def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
     return "recipe=vit", values | ({"data.image_size": size[-1]} if size else {})
 
 
-def _of_weights(path: Path, data: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the settings of the model that a file of weights belongs to.
+def _of_weights(path: Path, data: str) -> dict[str, Any]:
+    """Return the settings of the model that a file of weights belongs to, and of its images.
 
     Raises:
         UserError: the file cannot be read or does not say.
     """
-    from galaxydist.models.weights import read_settings
+    from galaxydist.models.weights import DATA_SETTINGS, read_settings
 
     stored = read_settings(path)
     if "name" not in stored:
@@ -221,5 +229,5 @@ def _of_weights(path: Path, data: str) -> tuple[str, dict[str, Any]]:
             f"{path} does not say which model it belongs to: give the recipe that trained it, like `galaxydist probe "
             f"recipe=d4_cnn {data} model.weights={path}`"
         )
-    settings = {f"model.{key}": value for key, value in stored.items() if key != "name"}
-    return stored["name"], {**settings, "model.weights": str(path)}
+    sections = {key: "data" if key in DATA_SETTINGS else "model" for key in stored}
+    return {**{f"{sections[key]}.{key}": value for key, value in stored.items()}, "model.weights": str(path)}

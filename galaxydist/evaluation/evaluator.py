@@ -466,7 +466,8 @@ def save_weights(run_dir: Path, target: Path) -> int:
     checkpoint = store.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=MODEL_GROUPS)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics, recipe.model)
+    weights = evaluation_weights(checkpoint.tensors, checkpoint.state)
+    write_weights(target, weights, trained_on.statistics, recipe.model, recipe.data)
     return checkpoint.step
 
 

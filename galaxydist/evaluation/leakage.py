@@ -34,6 +34,11 @@ NAMED = 5
 # The split that must not share a galaxy with a model's training split.
 TEST_SPLIT = "test"
 FLAG = "--trained-on"
+# Walmsley et al. 2023, JOSS 8, 5312 (Zoobot) and 2024, arXiv:2404.02973: trained on Galaxy Zoo DECaLS, among others.
+ZOOBOT_NOTE = (
+    "zoobot: its encoders were trained on the votes of Galaxy Zoo DECaLS, which define Galaxy10's labels; test galaxies and "
+    "their answers may have been among them, so that no comparison with other models is fair"
+)
 
 Mask = NDArray[np.bool_]
 # Opens the shards that a checkpoint's training data describe.

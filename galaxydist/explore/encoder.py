@@ -27,7 +27,7 @@ from galaxydist.loading.loader import DecodeOptions, EvalLoader
 from galaxydist.loading.training_data import TrainingData, has_split
 from galaxydist.models.build import build_model, describe_model
 from galaxydist.models.features import extract_features
-from galaxydist.models.registry import ModelRecord, architecture_of
+from galaxydist.models.registry import ARCHITECTURES, ModelRecord, architecture_of
 from galaxydist.models.weights import Statistics
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
@@ -121,7 +121,9 @@ def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) 
     if config.weights is not None:
         weights = config.weights.name
     else:
-        weights = "published weights" if config.pretrained else f"random weights, seed {recipe.seed}"
+        known = ARCHITECTURES.get(config.name)
+        kind = "shipped weights" if known is not None and known.is_shipped else "published weights"
+        weights = kind if config.pretrained else f"random weights, seed {recipe.seed}"
     statistics = TrainingData.of(manifest, recipe, model).statistics
     return _encoder(recipe, model, Origin(weights, describe_model(config, weights_dir), statistics), tta)
 

@@ -18,6 +18,7 @@ from galaxydist.atomic_files import write_json
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.evaluation.bootstrap import LEVEL, count_intervals
+from galaxydist.evaluation.leakage import ZOOBOT_NOTE
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.explore.encoder import PIXELS, Encoder, open_pixels, pixels_info
 from galaxydist.explore.features_file import (
@@ -29,6 +30,7 @@ from galaxydist.explore.features_file import (
     read_features,
     write_features,
 )
+from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.manifest import Manifest
 
 Floats = NDArray[np.float64]
@@ -339,6 +341,8 @@ def render_result(result: Mapping[str, Any]) -> str:
         part = "" if row.get("num_train", result["num_train"]) == result["num_train"] else f" (N = {row['num_train']:,})"
         labels.append(f"{names[row['features']]}{METHODS[row['method']]}{setting}{part}")
     width = max(map(len, labels))
+    is_galaxy10 = tuple(result["class_names"]) == GALAXY10_CLASSES and not result["dataset"].startswith("simulated")
+    notes = [f"note: {ZOOBOT_NOTE}"] if is_galaxy10 and "zoobot" in encoder.model else []
     lines = [f"{'':{width}}   " + "   ".join(f"{METRICS[name]:24}" for name in METRICS)]
     for label, row in zip(labels, result["results"], strict=True):
         ends = [(row[name], *row["intervals"][name]) for name in METRICS]
@@ -351,5 +355,6 @@ def render_result(result: Mapping[str, Any]) -> str:
             *(line.rstrip() for line in lines),
             "",
             f"{result['level']:.0%} intervals; C and k chosen on {result['chosen_on']}",
+            *notes,
         ]
     )

@@ -5,6 +5,8 @@ from typing import Any, NotRequired, TypedDict
 
 from torch import nn
 
+from galaxydist.errors import UserError
+
 
 class ParameterGroup(TypedDict):
     """A parameter group of the optimizer; ``lr_scale`` is the group's factor of the learning rate (layer decay)."""
@@ -34,12 +36,23 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
     Layers follow timm's ``group_matcher`` if the model has one. A layer that has only vectors is a normalisation and joins the
     convolution before it: timm counts the two as separate layers in a VGG, which would decay each convolution twice.
+
+    Raises:
+        UserError: the layers have no numbers.
     """
     from timm.models import group_parameters
 
     architecture: Any = model
     matcher = architecture.group_matcher(coarse=False) if hasattr(model, "group_matcher") else _OWN_LAYERS
-    layers: Mapping[int, list[str]] = group_parameters(model, matcher)
+    try:
+        layers: Mapping[int, list[str]] = group_parameters(model, matcher)
+    except TypeError as error:  # some patterns of timm match no number
+        raise UserError(f"optim.layer_decay: timm does not number the layers of {type(model).__name__}; set it to 1") from error
+    if len(layers) < 2:
+        raise UserError(
+            f"optim.layer_decay: the layers of {type(model).__name__} have no numbers, which a method group_matcher gives as in "
+            "timm's models; set it to 1"
+        )
     parameters = dict(model.named_parameters())
     joined: list[list[str]] = []
     for _, names in sorted(layers.items()):

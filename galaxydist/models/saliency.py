@@ -104,7 +104,10 @@ def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B:
     with evaluation_mode(model), ExitStack() as stack:
         stack.callback(layer.register_forward_hook(through_map).remove)
         images = images_BCHW.detach().requires_grad_()  # if all parameters before the layer are frozen, gradients need this input
-        maps_B1hw: Tensor = LayerGradCam(model, feature_map).attribute(images, targets_B, relu_attributions=True)
+        try:
+            maps_B1hw: Tensor = LayerGradCam(model, feature_map).attribute(images, targets_B, relu_attributions=True)
+        except AssertionError as error:
+            raise NoMapError("its last layer is not used") from error
     return maps_B1hw.detach()[:, 0].float()
 
 
@@ -122,12 +125,13 @@ class _FeatureLayout:
             raise NoMapError("its last layer has no map as output")
         if output.ndim == 4:
             return cls("channels_last" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "channels_first")
-        num_prefix = int(getattr(model, "num_prefix_tokens", 0))
-        num_patches, (height, width) = output.shape[1] - num_prefix, images_BCHW.shape[2:]
-        rows = round((num_patches * height / width) ** 0.5)
-        if rows < 1 or num_patches % rows or rows * width != num_patches // rows * height:
-            raise NoMapError(f"{num_patches} tokens are no grid of the image")
-        return cls("tokens", num_prefix, (rows, num_patches // rows))
+        height, width = images_BCHW.shape[2:]
+        for num_prefix in (int(getattr(model, "num_prefix_tokens", 0)), 0):  # some models add theirs after the last block
+            num_patches = output.shape[1] - num_prefix
+            rows = round((num_patches * height / width) ** 0.5)
+            if rows >= 1 and num_patches % rows == 0 and rows * width == num_patches // rows * height:
+                return cls("tokens", num_prefix, (rows, num_patches // rows))
+        raise NoMapError(f"{output.shape[1]} tokens are no grid of the image")
 
     def to_map(self, output: Tensor) -> Tensor:
         if self.kind == "channels_first":
@@ -195,7 +199,8 @@ def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
 def patch_size(model: nn.Module) -> tuple[int, int]:
     """Return the height and width of a ViT's patches in pixels."""
     vit: Any = model
-    height, width = vit.patch_embed.patch_size
+    size = vit.patch_embed.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError, first_line, name_some
-from galaxydist.recipe.schema import ModelConfig
+from galaxydist.recipe.schema import DataConfig, ModelConfig
 
 if TYPE_CHECKING:  # a submission checks for weights without importing torch
     from torch import Tensor, nn
@@ -22,6 +22,7 @@ WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # Metadata keys in files that we write: the image normalisation, and the settings of the model.
 STATISTICS_KEY, MODEL_KEY = "input_statistics", "model"
 MODEL_SETTINGS = ("name", "size", "width", "norm")
+DATA_SETTINGS = ("image_size", "crop")
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -31,19 +32,22 @@ def write_weights(
     tensors: Mapping[str, "Tensor"],
     statistics: Statistics | None = None,
     config: ModelConfig | None = None,
+    data: DataConfig | None = None,
 ) -> None:
     """Write a model's ``state_dict`` as safetensors, atomically and without the name prefixes of wrappers.
 
     Args:
         statistics: channel mean and standard deviation (0..1, RGB) of the image normalisation, for ``read_statistics``.
         config: the model's settings, for ``check_settings``.
+        data: settings of the images that the model was trained on, for ``read_settings``.
     """
     from safetensors.torch import save
 
     bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
     if config is not None:
-        metadata[MODEL_KEY] = json.dumps({name: getattr(config, name) for name in MODEL_SETTINGS})
+        settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
+        metadata[MODEL_KEY] = json.dumps(settings | ({name: getattr(data, name) for name in DATA_SETTINGS} if data else {}))
     replace_bytes(path, save(bare, metadata))
 
 
@@ -66,7 +70,7 @@ def check_settings(path: Path, config: ModelConfig) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the model that ``write_weights`` stored, by name; empty for other files.
+    """Return the settings of model and images that ``write_weights`` stored, by name; empty for other files.
 
     Raises:
         UserError: the file cannot be read.

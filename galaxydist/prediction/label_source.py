@@ -176,6 +176,10 @@ class Labelling:
                 if world.is_main and len(self.work.unfinished(self.plan)) == len(self.plan.chunks):
                     self.work.remove()  # nothing to continue from
                 raise
+            except KeyboardInterrupt:
+                if world.is_main:
+                    logger.warning("interrupted: %s holds what is labelled; the same command continues", self.work.path)
+                raise
             seconds = time.perf_counter() - started
             counts = world.run_on_main(lambda: self.output.merge(self.work, self.plan, self.source, self._record()))
         return Labelled(counts["galaxies"], counts["damaged"], rows_here, seconds, is_main=world.is_main)

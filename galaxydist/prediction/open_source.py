@@ -21,6 +21,7 @@ from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.image_data import folder_kind
 from galaxydist.surveys.tables.listed_images import ListedImages
+from galaxydist.surveys.tables.tar_scan import names_tars
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def open_source(choice: SourceChoice) -> PredictionSource:
     path = Path(location)
     if location.endswith(MANIFEST_NAME) or (path / MANIFEST_NAME).is_file():
         return _open_shards(choice, location)
+    if names_tars(location) and choice.split is None:
+        return _open_survey(choice, location)
     if is_url(location):
         return _open_url(choice, location)
     if choice.split is not None:
@@ -92,7 +95,9 @@ def _open_url(choice: SourceChoice, url: str) -> PredictionSource:
 
 def _open_shards(choice: SourceChoice, location: str) -> ShardsToLabel:
     if choice.has_options:
-        raise UserError(f"{location}: --images and names of columns are for tables, not for shards: remove them")
+        raise UserError(
+            f"{location}: --images, --scale, names of columns and the like are for tables, not for shards: remove them"
+        )
     manifest = open_shards(location, choice.cache)
     names = [name for name, split in manifest.splits.items() if split.num_samples]
     if choice.split is None:
@@ -106,7 +111,7 @@ def _refuse_options(choice: SourceChoice, kind: str) -> None:
     if choice.split is not None:
         raise UserError(f"--split {choice.split} is for shards, and this is {kind}: remove it")
     if choice.has_options:
-        raise UserError(f"--images and names of columns are for tables, and this is {kind}: remove them")
+        raise UserError(f"--images, --scale and names of columns are for tables, and this is {kind}: remove them")
 
 
 def _is_images(path: Path) -> bool:

@@ -76,14 +76,14 @@ def parse_model_name(text: str) -> ModelReference:
             return ModelReference(kind, **match.groupdict())
     close = get_close_matches(text, NAMED_MODELS, n=1)
     if close:
-        hint = f"did you mean {close[0]}? "
+        hint = f"; did you mean {close[0]}?"
     elif re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", text):
-        hint = f"timm's models are written timm/{text}. "
+        hint = f"; timm's models are written timm/{text}."
     elif re.fullmatch(r"[^/:\s]+/[^/:\s]+", text):
-        hint = f"repositories of the Hugging Face hub are written hf-hub:{text}. "
+        hint = f"; repositories of the Hugging Face hub are written hf-hub:{text}."
     else:
-        hint = ""
-    raise ValueError(f"there is no such model; {hint}A model is one of {', '.join(NAMED_MODELS)}; {FORMS}")
+        hint = "."
+    raise ValueError(f"there is no such model{hint} A model is one of {', '.join(NAMED_MODELS)}; {FORMS}")
 
 
 def check_model_name(text: str) -> str:

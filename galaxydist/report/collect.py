@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from galaxydist.errors import UserError
+from galaxydist.evaluation.leakage import ZOOBOT_NOTE
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
@@ -35,11 +36,6 @@ from galaxydist.surveys.data_origin import DataOrigin, known_origin
 
 # Regimes: the sets of recipes that are compared with the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
-# Walmsley et al. 2023, JOSS 8, 5312 (Zoobot) and 2024, arXiv:2404.02973: trained on Galaxy Zoo DECaLS, among others.
-ZOOBOT_NOTE = (
-    "zoobot: its encoders were trained on the votes of Galaxy Zoo DECaLS, which define Galaxy10's labels; test galaxies and "
-    "their answers may have been among them, so its row is no fair comparison with the others"
-)
 _NUM_NAMED = 10  # notes listed in an error
 # Number of prediction files kept in memory; others are read again.
 _NUM_KEPT = 16

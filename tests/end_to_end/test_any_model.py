@@ -22,40 +22,35 @@ from tests.helpers.runs import quick_settings, read_evaluation, run_here, withou
 
 HUB_NAME = "hf-hub:me/encoder"
 # Settings of recipe=custom_cnn that belong to its model.
-KEPT: dict[str, object] = {"model__width": None, "model__drop_rate": 0}
-SOURCE = """
-from torch import nn
-
-def tiny(num_classes, image_size):
-    \"\"\"Return a classifier of images B x 3 x image_size x image_size.\"\"\"
-    layers = [nn.Conv2d(3, 16, 5, 2, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, num_classes))
-"""
+KEPT: dict[str, object] = {"model__width": None}
+# The example of the documentation.
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+SOURCE = PAGE.read_text(encoding="utf-8").split("```python\n", 1)[1].split("```", 1)[0]
 
 
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GALAXYDIST_TRUST_CODE", "0")
-    path = tmp_path / "own_tiny.py"
+    path = tmp_path / "my_nets.py"
     path.write_text(SOURCE)
     yield path
-    sys.modules.pop("own_tiny", None)
+    sys.modules.pop("my_nets", None)
 
 
 def test_own_function_trains_and_its_code_runs_elsewhere_only_if_trusted(
     blobs: Path, tmp_path: Path, own_module: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = quick_settings(blobs, run_dir, model__name="own_tiny:tiny", **KEPT, train__epochs=6)
+    settings = quick_settings(blobs, run_dir, model__name="my_nets:small_net", **KEPT, train__epochs=6)
     assert run_here(settings) == 0
-    assert read_evaluation(run_dir)["model"] == "own_tiny:tiny"
+    assert read_evaluation(run_dir)["model"] == "my_nets:small_net"
     capsys.readouterr()
     for command in (["evaluate", str(run_dir), "--tta", "d4"], ["gallery", str(run_dir)]):
-        sys.modules.pop("own_tiny", None)
+        sys.modules.pop("my_nets", None)
         assert main(command) == 2
         assert "--trust-code" in capsys.readouterr().err
-        assert "own_tiny" not in sys.modules
+        assert "my_nets" not in sys.modules
         with without_figures():
             assert main([*command, "--trust-code"]) == 0, capsys.readouterr().err
     own_module.write_text(f"{SOURCE}\n# another line\n")

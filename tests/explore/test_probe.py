@@ -18,7 +18,7 @@ from PIL import Image
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.explore.features_file import FeatureRows, FeaturesFile, read_features, write_features
-from galaxydist.explore.probe import LabelledFeatures, choose, classify, nearest, regressions, training_parts
+from galaxydist.explore.probe import LabelledFeatures, choose, classify, nearest, regressions, render_result, training_parts
 from galaxydist.galaxy import Galaxy
 from galaxydist.models.build import build_model
 from galaxydist.models.weights import write_weights
@@ -26,6 +26,8 @@ from galaxydist.recipe.schema import ModelConfig
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.simulate.survey import simulate_survey
+from galaxydist.surveys.survey_sources import open_survey
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.damage import break_image
 from tests.helpers.runs import quick_settings, run_here
@@ -160,11 +162,26 @@ def test_trained_run_tells_classes_apart_better_than_the_largest_class_and_rando
         assert np.trace(row["confusion"]) / 24 == row["accuracy"]
     file = tmp_path / "weights.safetensors"
     assert main(["weights", "save", str(run_dir), str(file)]) == 0
-    assert probe(file, blobs, "data.image_size=32", "--out", tmp_path / "file.parquet") == 0
+    assert probe(file, blobs, "--out", tmp_path / "file.parquet") == 0
     of_file, of_run = (read_features(path).split("val").features_BD for path in (tmp_path / "file.parquet", features))
     np.testing.assert_allclose(of_file, of_run, atol=1e-6)
     encoder = read_features(features).info.encoder
     assert encoder.weights.startswith("run run, step ") and encoder.model == "custom_cnn" and encoder.num_features == 32
+
+
+def test_shipped_network_by_its_name_knows_simulated_galaxies_that_it_has_not_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate_survey(tmp_path / "sim.h5", 150, 77, balanced=True)
+    manifest = write_shards(open_survey(tmp_path / "sim.h5"), tmp_path / "shards")
+    assert probe("custom_cnn", manifest.path, "--out", tmp_path / "f.parquet") == 0
+    result = read_result(tmp_path / "f.parquet")
+    assert result["encoder"]["weights"] == "shipped weights" and result["encoder"]["image_size"] == 80
+    ours, pixels = (score(result, kind, "logistic_regression") for kind in ("encoder", "pixels"))
+    assert ours["intervals"]["accuracy"][0] > max(0.4, pixels["accuracy"])
+    assert "zoobot" not in capsys.readouterr().out
+    result["encoder"]["model"], result["dataset"] = "hf-hub:mwalmsley/zoobot-encoder-convnext_nano", "galaxy10_decals"
+    assert "note: zoobot" in render_result(result)
 
 
 def test_models_of_timm_and_functions_of_ones_own_can_be_probed(

@@ -30,7 +30,7 @@ def config_of(name: str, **settings: object) -> ModelConfig:
     return ModelConfig.model_validate({"name": f"timm/{name}", **settings})
 
 
-def check_all(name: str, image_size: int, method: str | None) -> None:
+def check_all(name: str, image_size: int, method: str | None, *, has_layers: bool = True) -> None:
     """Build, train, freeze, explain and take features of a model."""
     torch.manual_seed(0)
     config = config_of(name)
@@ -42,8 +42,12 @@ def check_all(name: str, image_size: int, method: str | None) -> None:
     classifier = timm.get_pretrained_cfg(name).classifier
     named = (classifier,) if isinstance(classifier, str) else classifier
     assert heads == {key for key, _ in model.named_parameters() if key.startswith(tuple(f"{one}." for one in named))}
-    depths = layer_depths(model)
-    assert max(depths.values()) >= 3 and all(depths[key] == 0 for key in heads)
+    if has_layers:
+        depths = layer_depths(model)
+        assert max(depths.values()) >= 2 and all(depths[key] == 0 for key in heads)
+    else:
+        with pytest.raises(UserError, match="layer_decay"):
+            layer_depths(model)
     features_BD = extract_features(model, images_BCHW)
     assert features_BD.ndim == 2 and features_BD.shape[0] == 2 and torch.isfinite(features_BD).all()
     found = explain(model, architecture_of(config, model), images_BCHW, torch.tensor([1, 2]))
@@ -123,3 +127,129 @@ def test_gradient_checkpointing_of_timm_models_is_bit_equal(name: str) -> None:
 
     for plain, checkpointed in zip(gradients(is_checkpointed=False), gradients(is_checkpointed=True), strict=True):
         assert plain is not None and checkpointed is not None and torch.equal(plain, checkpointed)
+
+
+# The smallest model of each of timm's families with at most 30 million parameters.
+FAMILIES = {
+    "byoanet": "halonet_h1",
+    "byobnet": "mobileone_s1",
+    "cait": "cait_xxs24_224",
+    "coat": "coat_tiny",
+    "convit": "convit_tiny",
+    "convmixer": "convmixer_768_32",
+    "convnext": "convnext_zepto_rms",
+    "cpubone": "cpubone_nano",
+    "crossvit": "crossvit_tiny_240",
+    "csatv2": "csatv2",
+    "cspnet": "cs3darknet_focus_s",
+    "cspnext": "cspnext_tiny",
+    "davit": "davit_tiny",
+    "deit": "deit_tiny_patch16_224",
+    "densenet": "densenet121",
+    "dla": "dla46x_c",
+    "dpn": "dpn48b",
+    "edgenext": "edgenext_xx_small",
+    "efficientformer": "efficientformer_l1",
+    "efficientformer_v2": "efficientformerv2_s0",
+    "efficientnet": "mnasnet_small",
+    "efficientvim": "efficientvim_m1",
+    "efficientvit_mit": "efficientvit_b0",
+    "efficientvit_msra": "efficientvit_m0",
+    "eva": "eva02_tiny_patch14_224",
+    "fasternet": "fasternet_t0",
+    "fastvit": "fastvit_t8",
+    "focalnet": "focalnet_tiny_srf",
+    "gcvit": "gcvit_xxtiny",
+    "ghostnet": "ghostnet_050",
+    "hardcorenas": "hardcorenas_b",
+    "hgnet": "hgnetv2_b0",
+    "hiera": "hiera_tiny_224",
+    "hieradet_sam2": "sam2_hiera_tiny",
+    "hrnet": "hrnet_w18_small",
+    "iformer": "iformer_t",
+    "inception_next": "inception_next_atto",
+    "inception_v3": "inception_v3",
+    "lcnetv2": "lcnetv2_small",
+    "levit": "levit_128s",
+    "lowformer": "lowformer_b0",
+    "mambaout": "mambaout_femto",
+    "maxxvit": "maxvit_pico_rw_256",
+    "metaformer": "poolformerv2_s12",
+    "mlp_mixer": "gmlp_ti16_224",
+    "mobilenetv3": "mobilenetv3_small_050",
+    "mobilevit": "mobilevit_xxs",
+    "mvitv2": "mvitv2_tiny",
+    "nest": "nest_tiny",
+    "nfnet": "nf_regnet_b0",
+    "pit": "pit_ti_224",
+    "pvt_v2": "pvt_v2_b0",
+    "rdnet": "rdnet_tiny",
+    "regnet": "regnetx_002",
+    "repghost": "repghostnet_050",
+    "repvit": "repvit_m1",
+    "res2net": "res2next50",
+    "resnest": "resnest14d",
+    "resnet": "resnet10t",
+    "resnetv2": "resnetv2_18",
+    "rexnet": "rexnet_100",
+    "senet": "legacy_seresnet18",
+    "sequencer": "sequencer2d_s",
+    "shvit": "shvit_s1",
+    "sknet": "skresnet18",
+    "starnet": "starnet_s050",
+    "swiftformer": "swiftformer_xs",
+    "swin_transformer": "swin_tiny_patch4_window7_224",
+    "swin_transformer_v2": "swinv2_tiny_window16_256",
+    "swin_transformer_v2_cr": "swinv2_cr_tiny_224",
+    "tiny_vit": "tiny_vit_5m_224",
+    "tnt": "tnt_s_legacy_patch16_224",
+    "twins": "twins_svt_small",
+    "visformer": "visformer_tiny",
+    "vision_transformer": "flexivit_small",
+    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "vision_transformer_relpos": "vit_srelpos_small_patch16_224",
+    "vitamin": "vitamin_small_224",
+    "volo": "volo_d1_224",
+    "vovnet": "ese_vovnet19b_slim_dw",
+    "xception": "legacy_xception",
+    "xception_aligned": "xception41p",
+    "xcit": "xcit_nano_12_p8_224",
+}
+# Families whose smallest model is larger.
+LARGE = {
+    "beit",
+    "deepseek_vit",
+    "gemma4_vit",
+    "inception_resnet_v2",
+    "inception_v4",
+    "mobilenetv5",
+    "naflexvit",
+    "nasnet",
+    "nextvit",
+    "pnasnet",
+    "qwen3_vit",
+    "selecsls",
+    "tresnet",
+    "vgg",
+    "vision_transformer_sam",
+}
+# At 64 pixels, but for those whose layers allow no such size.
+SIZES = {"byoanet": 256, "efficientformer": 224, "inception_v3": 96}
+# timm's patterns give the layers no numbers: optim.layer_decay is refused.
+WITHOUT_LAYERS = ("metaformer", "pit")
+# Without a last feature in timm's list, or with one that is no map of the image.
+WITHOUT_MAP = ("coat", "crossvit", "efficientvim", "hrnet", "mvitv2", "pit", "tnt", "twins")
+ROLLED_OUT = ("deit", "eva", "vision_transformer", "vision_transformer_relpos")
+
+
+@pytest.mark.nightly
+def test_every_family_of_timm_is_known() -> None:
+    """A family of a newer timm belongs into one of the lists above."""
+    assert {name for name in timm.list_modules() if timm.list_models(module=name)} == {*FAMILIES, *LARGE}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smallest_model_of_every_family_trains_and_has_head_layers_features_and_saliency(family: str) -> None:
+    method = None if family in WITHOUT_MAP else ROLLOUT if family in ROLLED_OUT else GRAD_CAM
+    check_all(FAMILIES[family], SIZES.get(family, 64), method, has_layers=family not in WITHOUT_LAYERS)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_shards_get_the_predictions_of_the_evaluation_bit_for_bit(blob_run: Blob
     assert run_predict(blob_run.run_dir, blob_run.manifest, "-o", whole) == 0
     by_split = {split: [row["id"] for row in read_csv(whole) if row["split"] == split] for split in ("train", "val", "test")}
     assert [len(ids) for ids in by_split.values()] == [72, 24, 24] and by_split["test"] == table.column("id").to_pylist()
+
+
+def test_tars_of_others_are_labelled_without_shards(blob_run: BlobRun, tmp_path: Path) -> None:
+    known = read_predictions(blob_run.run_dir / "evaluation" / "test-predictions.parquet")
+    (tmp_path / "tars").mkdir()
+    for tar in blob_run.manifest.parent.glob("test-*.tar"):
+        shutil.copy(tar, tmp_path / "tars" / f"others-{tar.name}")
+    out = tmp_path / "out.parquet"
+    pattern = "others-test-{000000..000001}.tar"
+    for source in (tmp_path / "tars", tmp_path / "tars" / pattern):
+        assert run_predict(blob_run.run_dir, source, "-o", out, "--overwrite", "--logits") == 0
+        table = pq.read_table(out)
+        rows = {name: row for row, name in enumerate(known.column("id"))}
+        order = [rows[name] for name in table.column("id").to_pylist()]
+        found = np.stack([table.column(f"logit_{name}").to_numpy() for name in known.info.class_names], axis=1)
+        np.testing.assert_allclose(found, known.column("logits")[order], atol=1e-6)
+        assert len({*order}) == 24
 
 
 def test_folder_gets_a_row_for_each_file_in_natural_order(blob_run: BlobRun, labelled: Path, images: Path) -> None:

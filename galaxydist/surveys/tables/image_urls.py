@@ -42,11 +42,11 @@ def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
     wanted = [url for url in dict.fromkeys(urls) if url]
     paths = {url: folder / _file_name(url) for url in wanted}
     missing = [url for url in wanted if not paths[url].is_file()]
-    stop, stores = threading.Event(), {place: Store(place) for place in dict.fromkeys(_split(url)[0] for url in missing)}
+    stop, stores = threading.Event(), {place: Store(place) for place in dict.fromkeys(split_url(url)[0] for url in missing)}
     reasons: dict[str, str] = {}
 
     def fetch(url: str) -> tuple[str, str]:
-        place, file = _split(url)
+        place, file = split_url(url)
         return url, _fetch(stores[place], file, paths[url], stop)
 
     with (
@@ -84,7 +84,7 @@ def _fetch(store: Store, name: str, path: Path, stop: threading.Event) -> str:
     return ""
 
 
-def _split(url: str) -> tuple[str, str]:
+def split_url(url: str) -> tuple[str, str]:
     """Return the URL of a store (a server, a bucket, a repository) and the file's name in it."""
     protocol = url.partition("://")[0].lower()
     if protocol not in PROTOCOLS:

@@ -89,7 +89,7 @@ def open_listed_images(
     Raises:
         UserError: no image exists, URLs without a folder for their images, or as ``fetch_images``.
     """
-    cells = [text.strip() if text else "" for text in texts.to_pylist()]
+    cells = [text.strip().removeprefix("file://") if text else "" for text in texts.to_pylist()]
     if not any(cells):
         raise UserError(f"{location}, column {column!r} is empty, so that no row has an image; name another one with --file")
     urls = [_url(text, root) for text in cells]

@@ -10,8 +10,9 @@ from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
-from galaxydist.surveys.tables.image_urls import fetch_images
+from galaxydist.surveys.tables.image_urls import fetch_images, split_url
 from galaxydist.surveys.tables.listed_images import find_files
+from tests.helpers.servers import s3_server
 from tests.helpers.survey_files import write_image
 from tests.helpers.table_sources import write_csv
 
@@ -54,6 +55,9 @@ def test_images_at_urls_are_fetched_once_with_retries_and_missing_ones_left_out(
         assert "token=secret" in server.asked["sky/5 é.png"][0]
         again = open_survey(table, source=source)
         assert sum(server.gets.values()) == 33 + 2, "what is not there is asked for again"
+    rows[0]["url"] = f"file://{folder}/sky/5 é.png"
+    local = open_survey(write_csv(tmp_path / "galaxies.csv", rows[:1] + rows[5:9]), source=SourceOptions(images=str(folder)))
+    assert not local.left_out and next(local.read(0, 1)).image.data == next(local.read(1, 2)).image.data
     assert [row.row for row in survey.left_out] == [3, 4] and again.source_hash == survey.source_hash
     assert "2 of 30 images cannot be had" in caplog.text and "secret" not in caplog.text
     galaxy = next(pickle.loads(pickle.dumps(survey)).read(7, 8))
@@ -80,3 +84,34 @@ def test_server_that_denies_access_is_an_error_and_the_next_call_continues(tmp_p
     assert [Path(file).read_bytes() for file in files] == [(tmp_path / "server" / f"{n}.png").read_bytes() for n in range(40)]
     with pytest.raises(UserError, match=r"ftp://x/1\.png: images cannot be read through ftp://; use s3://"):
         fetch_images(["ftp://x/1.png"], tmp_path / "cache", "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("url", "place", "name"),
+    [
+        ("https://host:80/a%20b/c+d.jpg?ra=1&dec=2", "https://host:80?ra=1&dec=2", "a b/c+d.jpg"),
+        ("s3://bucket/sky/a.png", "s3://bucket", "sky/a.png"),
+        ("hf://datasets/me/cutouts@v1/sky/a.png", "hf://datasets/me/cutouts@v1", "sky/a.png"),
+        ("hf://me/model/a.png", "hf://me/model", "a.png"),
+    ],
+)
+def test_url_is_split_into_its_store_and_name(url: str, place: str, name: str) -> None:
+    assert split_url(url) == (place, name)
+
+
+@pytest.mark.slow
+def test_images_in_a_bucket_and_on_the_hub_are_those_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [f"sky/{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        write_image(tmp_path / "images" / file, number)
+    expected = [(tmp_path / "images" / file).read_bytes() for file in files]
+    for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_EC2_METADATA_DISABLED", "true")):
+        monkeypatch.setenv(name, value)
+    with s3_server(tmp_path / "images", tmp_path / "log") as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        found = fetch_images([f"s3://galaxies/shards/{file}" for file in [*files, "gone.png"]], tmp_path / "cache", "t.csv")
+    assert found[3] == "" and [Path(file).read_bytes() for file in found[:3]] == expected
+    with FileServer(tmp_path / "images", prefix="/datasets/me/cutouts/resolve/v1/") as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        found = fetch_images([f"hf://datasets/me/cutouts@v1/{file}" for file in files], tmp_path / "cache", "t.csv")
+    assert [Path(file).read_bytes() for file in found] == expected
