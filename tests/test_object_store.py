@@ -24,7 +24,11 @@ from galaxydist.object_store import StoppedError, Store, download
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
+from galaxydist.shards.tar_index import IndexOptions, index_tars
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.image_table import TableOptions
+from galaxydist.surveys.table_columns import ColumnNames
+from galaxydist.surveys.tables.tar_scan import find_tars
 from tests.helpers.servers import s3_server
 from tests.helpers.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
@@ -126,6 +130,29 @@ def test_s3_errors_are_explained_after_at_most_one_request(  # noqa: PLR0917
     with pytest.raises(UserError, match=message):
         opened(url, tmp_path)
     assert len(log.read_text().splitlines()) - before <= 1
+
+
+@pytest.mark.usefixtures("no_aws")
+def test_foreign_tars_in_s3_are_listed_indexed_and_read(
+    s3: tuple[str, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = "s3://galaxies/shards/*-00000[0-2].tar"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3[0])
+    with pytest.raises(UserError, match=r"no credentials for s3://galaxies/shards .*set AWS_PROFILE"):
+        find_tars({None: pattern})
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    local, remote = ({None: f"{folder}/*-00000[0-2].tar"}, {None: pattern})
+    options = TableOptions("mine", ColumnNames(id="id"))
+    expected = index_tars(find_tars(local), tmp_path / "local", options, IndexOptions())
+    index_tars(find_tars(remote), tmp_path / "remote", options, IndexOptions(is_hashed=True))
+    found = opened(str(tmp_path / "remote"), tmp_path)
+    assert (
+        found.tars == "s3://galaxies/shards"
+        and found.columns["columns/train.shards.npy"] == expected.columns["columns/train.shards.npy"]
+    )
+    for here, there in zip(epoch(expected), epoch(found), strict=True):
+        assert torch.equal(here.images_BHWC, there.images_BHWC)
 
 
 def test_epoch_from_google_storage_equals_the_local_one_with_one_get_per_attempt(

@@ -25,12 +25,25 @@ from galaxydist.bench.loader_processes import GALAXYDIST, OURS, PEERS, Loader, P
 from galaxydist.bench.loader_worker import BATCH_SIZE, NUM_PROBED, TASKS, LoaderJob, StoredJPEG, stored_jpegs
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
-from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest, shard_name
+from galaxydist.shards.manifest import (
+    ANY_FILE,
+    COLUMNS,
+    SHARD_ROW,
+    Manifest,
+    Split,
+    column_name,
+    manifest_json,
+    read_manifest,
+    shard_name,
+)
 from galaxydist.shards.order import steps_per_epoch
+from galaxydist.shards.tar_index import IndexOptions, index_tars
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import open_image_folder
+from galaxydist.surveys.image_table import TableOptions
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
+from galaxydist.surveys.tables.tar_scan import find_tars
 
 # Images on which the loaders are compared: as our shards, repeated under distinct keys, and as one long epoch.
 
@@ -172,6 +185,7 @@ AHEAD, LEAST_TIMED = 2, 12
 OURS_TIMED, TRAIN_TIMED = 100, 8
 TRAIN_SIZE = 224
 RESUMES = 5
+IN_PLACE = "tars in place"
 QUICK_EPOCH = 100_000
 # Tolerance of mean and deviation between normalised batches of different galaxies with different augmentation.
 PIXEL_TOLERANCE = 0.15
@@ -187,6 +201,7 @@ class Bench:
     peers: tuple[Loader, ...]
     rounds: int = 1
     quick: bool = False
+    in_place: bool = False
 
     @property
     def steps(self) -> int:
@@ -209,6 +224,7 @@ class LoaderOptions:
         tasks: of ``TASKS``.
         peers: names; None: all that are installed.
         quick: few images and one round, as a test of the benchmark; the figures are not representative.
+        in_place: measure our loader also on the tars indexed as foreign ones, as images of one size and of any size.
     """
 
     environments: Path
@@ -220,6 +236,7 @@ class LoaderOptions:
     tasks: Sequence[str] = TASKS
     peers: Sequence[str] | None = None
     quick: bool = False
+    in_place: bool = False
 
 
 def measure_loader(root: Path, environ: Mapping[str, str], options: LoaderOptions) -> list[dict[str, Any]]:
@@ -289,7 +306,7 @@ def _open_bench(root: Path, environ: Mapping[str, str], options: LoaderOptions) 
         shard_size=shard_size,
     )
     peers = tuple(peer for peer in wanted if peer not in missing)
-    return Bench(manifest, job, processes, peers, 1 if options.quick else options.rounds, options.quick)
+    return Bench(manifest, job, processes, peers, 1 if options.quick else options.rounds, options.quick, options.in_place)
 
 
 def _prepare_and_check(bench: Bench) -> None:
@@ -317,6 +334,8 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
         timed = min(timed, TRAIN_TIMED * bench.job.workers)
     else:
         jobs["limit"] = GALAXYDIST, replace(job, action="limit"), "limit: the decoder over bytes in memory"
+    for name, index in (_index_in_place(bench.manifest) if bench.in_place else {}).items():
+        jobs[name] = GALAXYDIST, replace(job, shards_dir=str(index.dir)), f"galaxydist, {name}"
     for peer in bench.peers:
         job = bench.job_of(peer, task=task, warmup=ahead, batches=timed)
         jobs[peer.name] = peer, job, peer.title
@@ -331,10 +350,23 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
     peers = {peer.name: medians[peer.name] for peer in bench.peers}
     result = {"ours": medians[OURS], "peers": peers}
     result["ratio_best_peer"] = medians[OURS] / max(peers.values()) if peers else None
+    result["in_place"] = {name: value for name, value in medians.items() if name.startswith(IN_PLACE)}
     if task == "decode":
         result |= {"limit": medians["limit"], "ratio_limit": medians[OURS] / medians["limit"]}
         result["peers_with_our_decoder"] = {name: medians[f"{name}+decoder"] for name in peers}
     return result
+
+
+def _index_in_place(manifest: Manifest) -> dict[str, Manifest]:
+    """Return indexes of the benchmark's own tars as foreign ones: of one size, and of files of any format and size."""
+    locations = find_tars({"train": str(manifest.dir)})
+    options = IndexOptions(overwrite=True)
+    one_size = index_tars(locations, manifest.dir.parent / "index", TableOptions(manifest.dataset), options)
+    any_size = dataclasses.replace(one_size, dir=manifest.dir.parent / "index-any-size", encoding=ANY_FILE)
+    shutil.rmtree(any_size.dir, ignore_errors=True)
+    shutil.copytree(one_size.dir, any_size.dir)
+    any_size.path.write_bytes(manifest_json(any_size))
+    return {f"{IN_PLACE}, one size": one_size, f"{IN_PLACE}, any size": any_size}
 
 
 def _in_turn(bench: Bench, jobs: Mapping[str, tuple[Loader, LoaderJob, str]]) -> dict[str, list[dict[str, Any]]]:

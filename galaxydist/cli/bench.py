@@ -131,6 +131,7 @@ def _add_loader(commands: Commands) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (default: all)"
     )
+    parser.add_argument("--in-place", action="store_true", help="measure the same tars indexed in place, as foreign ones, too")
     parser.add_argument("--peers", nargs="*", choices=peers, metavar="PEER", help=f"of {', '.join(peers)} (default: all)")
     parser.add_argument(
         "--environments",
@@ -156,6 +157,7 @@ def run_loader(arguments: argparse.Namespace) -> None:
         tasks=arguments.tasks,
         peers=arguments.peers,
         quick=arguments.quick,
+        in_place=arguments.in_place,
     )
     measure_loader(bench_root(arguments, "loader"), os.environ, options)
 

@@ -109,7 +109,7 @@ class ImageDecoder:
             if len(data) != image.length:
                 raise ValueError("the shard is truncated")
             if self._encoding == ANY_FILE:
-                pixels[...] = decode_any_file(data, self.size)
+                decode_any_file(data, self.size, pixels)
                 return
             shape = self._decode_jpeg(data, pixels) if self._encoding == "jpeg" else _decode_png(data, pixels)
             if shape != pixels.shape:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from galaxydist.cli.main import main
 from galaxydist.cli.options import fold
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.surveys.survey_sources import open_survey
+from tests.helpers.foreign_tars import drawn_tars
 
 GALAXIES = 150
 
@@ -215,3 +217,49 @@ def test_data_fetch_refuses_a_file_that_is_not_galaxy10(tmp_path: Path, capsys: 
     assert command(tmp_path / "root", "data", "fetch", "--from", str(wrong)) == 2
     assert "not the official Galaxy10 file" in capsys.readouterr().err
     assert not (tmp_path / "root" / "hdf5" / "Galaxy10_DECals.h5").exists()
+
+
+def test_data_shard_indexes_tars_in_place_or_writes_them_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, tars = tmp_path / "root", tmp_path / "galaxies"
+    drawn_tars(tars, 60, 20)
+    pattern = f"{tars}/part-{{000..002}}.tar"
+    for note in ("", " (there already)"):
+        assert command(root, "data", "shard", "--from", pattern, "--in-place") == 0
+        path = root / "shards" / "galaxies" / "original" / "manifest.json"
+        assert f"index of tars of galaxies, original (train 43, val 10, test 7): {path}{note}\n" in capsys.readouterr().out
+    index = read_manifest(path)
+    assert command(root, "data", "shard", "--from", str(tars), "--name", "anew", "--encoding", "png") == 0
+    anew = read_manifest(root / "shards" / "anew" / "original")
+    assert index.splits["train"].class_counts == anew.splits["train"].class_counts and index.tars == str(tars)
+    splits = [f"--{split}={tars}/part-00{number}.tar" for number, split in enumerate(("train", "val", "test"))]
+    assert command(root, "data", "shard", *splits, "--in-place", "--fold", "1/2") == 2
+    assert "has a split of its own" in capsys.readouterr().err
+    assert command(root, "data", "shard", *splits, "--in-place", "--out", str(tmp_path / "index")) == 0
+    assert "(train 20, val 20, test 20)" in capsys.readouterr().out
+    assert command(root, "data", "check", str(tmp_path / "index"), "galaxies") == 0
+    assert capsys.readouterr().out.count("in order: galaxies") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from", "{tars}", "--in-place", "--encoding", "png"], "--encoding, --quality and --shard-size are for shards that"),
+        (["--from", "{tars}", "--sha256"], "--sha256 is for tars that are indexed: add --in-place"),
+        (["--from", "{tars}", "--images", "x"], "--images, --file, --bands, --scale and --stretch are not for tars"),
+        (["--from", "{images}", "--in-place"], "--in-place is for tars, and .* is something else"),
+        (["--val", "{tars}"], "--val without --train: give the tars of each split"),
+        (["--from", "{tars}", "--train", "{tars}"], "--from .* and --train .*: give one of them"),
+        (["--from", "{tars}/part-{{7..9}}.tar"], "there is no tar .*part-7.tar"),
+        (["--from", "{tars}", "--in-place", "--label", "clas"], r"part-000.tar has no text or JSON key 'clas' \(--label\)"),
+    ],
+)
+def test_data_shard_refuses_options_that_do_not_fit_tars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    drawn_tars(tmp_path / "tars", 6, 6)
+    image_folder(tmp_path / "images", 3)
+    given = [option.format(tars=tmp_path / "tars", images=tmp_path / "images") for option in options]
+    assert main(["data", "shard", *given, "--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "root")]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors) and errors.count("error:") == 1
+    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("tars", "images", "root")]

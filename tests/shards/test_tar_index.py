@@ -1,6 +1,8 @@
 """Foreign tars indexed in place: read as shards of our own, wherever they lie, and refused once they have changed."""
 
+import contextlib
 import csv
+import io
 import os
 import re
 import shutil
@@ -12,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from galaxydist import object_store as transfers
 from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.errors import UserError
+from galaxydist.galaxy import Galaxy
 from galaxydist.loading.decode import read_samples
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards import tar_index
@@ -25,7 +29,9 @@ from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.tar_index import IndexOptions, index_tars
 from galaxydist.shards.verify import check_shards, describe_equal_images
+from galaxydist.shards.writer.encode import decode_any_file, resize_square, to_pixels
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.image_files import parse_image
 from galaxydist.surveys.image_table import TableOptions
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.tar_images import read_tar_table
@@ -236,6 +242,8 @@ def test_remote_tars_are_indexed_by_ranges_and_read_as_local_ones(tmp_path: Path
         assert manifest.tars == server.address
         assert_same(epoch(manifest), expected)
         assert check_shards(tmp_path / "remote", cache) == manifest
+        problem = "; ".join(describe_equal_images(manifest))
+        assert ("are in more than one split" if is_hashed else "the tars were indexed without --sha256") in problem
         by_url = open_shards(f"{server.address}/remote/manifest.json", cache)  # the index lies beside the tars
         assert_same(epoch(by_url), expected)
         gets = {name: count - server.failures[name] for name, count in server.gets.items() if name.startswith("train")}
@@ -275,3 +283,39 @@ def test_names_that_a_cache_cannot_hold_and_ustar_tars_are_read(tmp_path: Path) 
         manifest = open_shards(tmp_path / "index", CacheConfig(tmp_path / "cache"))
         labels = {int(label) for batch in epoch(manifest) for label in batch.labels_B}
         assert labels == {0, 1} and manifest.shard_path("train", 0).name == "a%2Fsame%20name.tar"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_files_of_every_kind_are_decoded_as_the_writer_of_shards_does() -> None:
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)).resize((90, 120))
+    turned = [Image.Exif() for _ in range(9)]
+    for orientation, exif in enumerate(turned):
+        exif[ExifTags.Base.Orientation] = orientation
+    alpha = rgb.copy()
+    alpha.putalpha(rgb.convert("L"))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    files = [
+        *(saved(rgb, "jpeg", exif=exif) for exif in turned),
+        saved(rgb, "jpeg", progressive=True, icc_profile=b"\xff\xda" * 40),
+        saved(rgb, "jpeg", xmp=xmp),
+        saved(rgb, "jpeg", keep_rgb=True),
+        saved(rgb, "mpo", save_all=True, append_images=[rgb.rotate(90)]),
+        *(saved(rgb.convert(mode), "jpeg") for mode in ("L", "CMYK")),
+        *(saved(image, "png") for image in (rgb, alpha, rgb.convert("P"), rgb.convert("L"))),
+        *(saved(image, form) for image in (rgb, alpha) for form in ("webp", "gif", "tiff")),
+    ]
+    for number, data in enumerate(files):
+        for size in (64, 90):
+            expected = resize_square(to_pixels(Galaxy("g", parse_image(data, "f"), 0)), size)
+            memory = np.empty((size, size, 3), np.uint8)
+            assert np.array_equal(decode_any_file(data, size), expected), number
+            assert decode_any_file(data, size, memory) is memory and np.array_equal(memory, expected), number
+        for length in (*range(0, 40, 3), len(data) // 2):
+            with contextlib.suppress(ValueError):  # and no other error
+                decode_any_file(data[:length], 64)
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()

@@ -342,11 +342,17 @@ def test_invalid_image_folder_is_refused_with_its_problem(tmp_path: Path) -> Non
         (tmp_path / folder).mkdir(parents=True)
     for file in ("one/a/1.png", "splits/val/a/1.png", "empty/a/1.png", "few/a/1.png", "few/b/1.png", "few/b/2.png"):
         write_image(tmp_path / file)
+    write_image(tmp_path / "table" / "images" / "1.png")
+    (tmp_path / "table" / "list.csv").touch()
     for file in ("gone/train/a/1.png", "gone/train/a/2.png", "gone/train/a/3.png", "gone/test/a/1.png", "gone/test/b/1.png"):
         write_image(tmp_path / file)
     for folder, message in (
         ("nothing", "has no class folder; expected one folder of images for each class"),
         ("one", "has only the class 'a'"),
+        (
+            "table",
+            r"has only the class 'images'; .*If list\.csv lists the images with their classes, give --from .*table/list\.csv",
+        ),
         ("splits", "has val but no train folder"),
         ("empty", "an empty class: .*empty/b has no images"),
         ("few", "'a' has 1, 'b' has 2"),

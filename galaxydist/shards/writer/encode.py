@@ -122,30 +122,49 @@ def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
     return pixels
 
 
-# Marks of JPEG files that may be turned (EXIF, XMP) or hold several images (MPF): ``parse_image`` decides about these.
-_MARKS = (b"Exif", b"tiff:Orientation", b"MPF\0")
-
-
-def decode_any_file(data: bytes, size: int) -> Pixels:
+def decode_any_file(data: bytes, size: int, pixels: Pixels | None = None) -> Pixels:
     """Decode an image file of any format and size to size x size x 3 uint8 RGB pixels, as the writer of shards does.
+
+    Args:
+        data: the file's bytes.
+        size: of the image, in pixels.
+        pixels: memory for the result; None: new memory.
 
     Raises:
         ValueError: it does not decode.
     """
     try:
-        if _is_plain_jpeg(data):  # most files: the same result without Pillow
-            pixels = np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+        shape = _plain_jpeg_shape(data)
+        if shape is not None:  # most files: the same result without Pillow
+            decoded = np.asarray(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels if shape == (size, size) else None))
         else:
             image = parse_image(data, "its image")
-            pixels = decode_image(image) if isinstance(image, EncodedImage) else image
+            decoded = decode_image(image) if isinstance(image, EncodedImage) else image
     except DamagedImageError as error:
         raise ValueError(error.reason) from None
-    return pixels if pixels.shape == (size, size, 3) else resize_square(pixels, size)
+    if decoded.shape != (size, size, 3):
+        decoded = resize_square(decoded, size)
+    if pixels is None:
+        return decoded
+    if not np.may_share_memory(decoded, pixels):
+        pixels[...] = decoded
+    return pixels
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    is_jpeg = bool(simplejpeg.is_jpeg(data)) and not any(mark in data for mark in _MARKS)
-    return is_jpeg and simplejpeg.decode_jpeg_header(data)[2] == "YCbCr"
+def _plain_jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Return height and width of a JPEG file in YCbCr; None for others, and if Pillow has to decide how the image is shown.
+
+    That is so with a segment APP1 (EXIF or XMP, which may turn the image) or an APP2 with several images (MPF).
+    """
+    if not simplejpeg.is_jpeg(data):
+        return None
+    place = 2
+    while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) not in (b"\xda", b""):
+        if marker == b"\xe1" or (marker == b"\xe2" and data[place + 4 : place + 8] == b"MPF\0"):
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    return (height, width) if colours == "YCbCr" else None
 
 
 @lru_cache

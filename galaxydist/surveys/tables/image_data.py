@@ -16,6 +16,7 @@ from galaxydist.surveys.data_origin import DataOrigin, spdx
 from galaxydist.surveys.file_kinds import HDF5, PARQUET
 from galaxydist.surveys.folder_scan import natural_key, safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
+from galaxydist.surveys.image_files import EXTENSIONS
 from galaxydist.surveys.image_table import ImageSource, TableOptions
 from galaxydist.surveys.table_columns import USUAL_NAMES, find_columns
 from galaxydist.surveys.tables.file_tree import FileTree, open_tree
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Folders of a folder that are looked into to know its kind.
-_NUM_LOOKED_INTO = 50
+# Files that only a HATS catalogue, and a folder of `datasets.save_to_disk`, have.
+_DATA_MARKS = {"hats.properties", "collection.properties", "dataset_dict.json", "dataset_info.json"}
+# Folders of a folder that are looked into to know its kind, and images that may lie beside data.
+_NUM_LOOKED_INTO, _FEW_IMAGES = 50, 20
 
 
 @dataclass(frozen=True)
@@ -82,22 +85,22 @@ class ImageData:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """Return ``Parquet`` or ``HDF5`` for a folder of such data, None for a folder of images; a few folders are looked into."""
+    """Return ``Parquet`` or ``HDF5`` for a folder of such data, None for a folder of images; a few folders are looked into.
+
+    Some images beside the data do not make it a folder of images, and neither does a table beside many images make it data.
+    """
+    has_parquet, num_images = False, 0
     for number, (_, folders, files) in enumerate(os.walk(folder)):
         folders.sort(key=natural_key)
-        names = {*files}
-        if (
-            names & {"hats.properties", "collection.properties", "dataset_dict.json"}
-            or {"state.json", "dataset_info.json"} <= names
-        ):
-            return PARQUET
-        if any(name.endswith(".parquet") for name in files):
+        if {*files} & _DATA_MARKS:
             return PARQUET
         if any(name.startswith("healpix=") for name in folders):
             return HDF5
-        if number == _NUM_LOOKED_INTO:
+        has_parquet = has_parquet or any(name.endswith(".parquet") for name in files)
+        num_images += sum(f".{name.rpartition('.')[2].lower()}" in EXTENSIONS for name in files)
+        if num_images > _FEW_IMAGES or number == _NUM_LOOKED_INTO:
             break
-    return None
+    return PARQUET if has_parquet and num_images <= _FEW_IMAGES else None
 
 
 def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:

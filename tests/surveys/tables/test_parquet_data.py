@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from galaxydist.cli.main import main
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_arrays import ArrayOptions
+from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.pixel_scaling import PixelScaling
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
@@ -26,6 +28,7 @@ from galaxydist.surveys.tables.parquet_images import ParquetImages
 from tests.helpers.hub_server import COMMIT, HubServer
 from tests.helpers.image_data import write_hats
 from tests.helpers.servers import s3_server
+from tests.helpers.survey_files import write_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 12, 12, 3), dtype=np.uint8)
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -164,6 +167,39 @@ def test_arrays_become_colours_by_bands_and_scale(tmp_path: Path, kind: str) -> 
     with pytest.raises(UserError, match="has the bands des-g.*--bands" if kind != "arrays" else "--scale LOW HIGH"):
         opened(path)
     np.testing.assert_array_equal(pixels_of(opened(path, arrays=wanted), 15, 45), PIXELS[15:45])
+
+
+def test_few_images_beside_parquet_files_are_no_image_folder_and_a_table_beside_many_is_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "zoo" / "data" / "all.parquet")
+    write_image(tmp_path / "zoo" / "assets" / "figure.png")
+    assert len(opened(tmp_path / "zoo").labels) == 60
+    for n in range(24):
+        write_image(tmp_path / "images" / "ab"[n % 2] / f"{n}.png", n)
+    write(tmp_path / "images" / "metadata.parquet")
+    assert isinstance(open_survey(tmp_path / "images"), FolderSurvey)
+
+
+def test_command_refuses_unfit_data_in_one_message_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = write(tmp_path / "cut.parquet")
+    damage(cut)
+    mixed = write(tmp_path / "mixed.parquet", image=[{"bytes": png(PIXELS[n][n % 2 :]), "path": None} for n in range(60)])
+    text = write(tmp_path / "text.parquet", image=["none.jpg"] * 60)
+    with HubServer(tmp_path, (403, "GatedRepo")) as hub:
+        use(monkeypatch, hub)
+        for source, message in (
+            (cut, "is truncated or damaged"),
+            (mixed, "give an image size (--image-size 12)"),
+            (text, "none of the 60 images exists"),
+            ("hf://datasets/zoo/galaxies", "is gated: accept its terms at"),
+            (tmp_path / "gone.parquet", "there is no such file or folder"),
+        ):
+            words = ["--from", str(source), "--out", str(tmp_path / "shards" / "new"), "--data-dir", str(tmp_path / "root")]
+            assert main(["data", "shard", *words]) == 2
+            captured = capsys.readouterr()
+            assert message in captured.err and captured.err.count("galaxydist: error:") == 1 and not captured.out
+            assert not (tmp_path / "root").exists() and not list(tmp_path.glob("shards/*"))
 
 
 @pytest.mark.parametrize("form", ["Parquet", "HDF5"])
