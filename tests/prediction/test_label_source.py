@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import galaxydist
+from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.surveys.simulate.survey import simulate_survey
@@ -85,6 +86,17 @@ def test_shards_get_the_predictions_of_the_evaluation_bit_for_bit(blob_run: Blob
     assert run_predict(blob_run.run_dir, blob_run.manifest, "-o", whole) == 0
     by_split = {split: [row["id"] for row in read_csv(whole) if row["split"] == split] for split in ("train", "val", "test")}
     assert [len(ids) for ids in by_split.values()] == [72, 24, 24] and by_split["test"] == table.column("id").to_pylist()
+
+
+def test_shards_of_a_web_server_are_fetched_once(blob_run: BlobRun, tmp_path: Path) -> None:
+    local, remote = tmp_path / "local.csv", tmp_path / "remote.csv"
+    assert run_predict(blob_run.run_dir, blob_run.manifest, "-o", local) == 0
+    with FileServer(blob_run.manifest.parent, Behaviour()) as server:
+        words = ["-o", remote, "--data-dir", tmp_path / "data"]
+        assert run_predict(blob_run.run_dir, server.url, *words) == 0
+        shards = [path.name for path in blob_run.manifest.parent.glob("*.tar")]
+        assert len(shards) >= 6 and {server.gets[name] for name in shards} == {1}
+    assert remote.read_bytes() == local.read_bytes()
 
 
 def test_tars_of_others_are_labelled_without_shards(blob_run: BlobRun, tmp_path: Path) -> None:
