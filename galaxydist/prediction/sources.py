@@ -147,7 +147,13 @@ class SurveyToLabel:
         return [f"row {left_out.row + 1} ({left_out.id}): {left_out.reason}" for left_out in rows_left_out(self.survey)]
 
     def describe(self) -> dict[str, Any]:
-        """Return the name, the number of rows, and sizes and times of the files: their bytes would have to be read twice."""
+        """Return the name, the number of rows, and a digest of the files."""
+        counted = {"rows": len(self.rows), "options": self.options, "digest": self._digest}
+        return {"location": self.location, "dataset": self.survey.name, **counted}
+
+    @cached_property
+    def _digest(self) -> str:
+        """SHA-256 (hex) of sizes and times of the files: their bytes would have to be read twice."""
         images: Any = getattr(self.survey, "images", self.survey)
         tree = getattr(images, "tree", None)
         paths = [Path(self.location)]
@@ -163,8 +169,7 @@ class SurveyToLabel:
             if path.is_file():
                 status = path.stat()
                 digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
-        counted = {"rows": len(self.rows), "options": self.options, "digest": digest.hexdigest()}
-        return {"location": self.location, "dataset": self.survey.name, **counted}
+        return digest.hexdigest()
 
     def open(self, part: str, reading: ReadSettings) -> ChunkReader:
         del part

@@ -122,8 +122,8 @@ def find_columns(names: Sequence[str], wanted: ColumnNames, location: object, *,
             if getattr(wanted, other) is not None:
                 raise UserError(f"{location}: --{other} {found[other]} names one coordinate; name the other with --{missing}")
         found["ra"] = found["dec"] = None
-    if guessed:
-        _report_guess(location, ", ".join(f"{kind}={name}" for kind, name in guessed.items() if found[kind] is not None))
+    if named := ", ".join(f"{kind}={name}" for kind, name in guessed.items() if found[kind] is not None):
+        _report_guess(location, named)
     return replace(ColumnNames(), **found)
 
 

@@ -96,7 +96,7 @@ def test_bench_loader_measures_all_tasks_against_imagefolder_and_webdataset(
     if peers == {"imagefolder"}:
         monkeypatch.setattr("galaxydist.bench.loader_speed.Processes", Forked)
     named = (*sorted(peers), "litdata")
-    arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path))
+    arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path), "--in-place")
     text, results = run_quick(tmp_path, capsys, *arguments)
     assert f"not measured, since not installed in {tmp_path} (`make bench` does): LitData" in text
     assert "limit: the decoder over bytes in memory" in text
@@ -104,6 +104,7 @@ def test_bench_loader_measures_all_tasks_against_imagefolder_and_webdataset(
     for task in ("decode", "train"):
         speeds = results[task]
         assert speeds["peers"].keys() == peers and min(speeds["peers"].values()) > 0
+        assert speeds["in_place"].keys() == {"tars in place, one size", "tars in place, any size"}
         assert speeds["ratio_best_peer"] == pytest.approx(speeds["ours"] / max(speeds["peers"].values()), rel=2e-3)
     decode = results["decode"]
     assert decode["ours"] > 0 and decode["ratio_limit"] == pytest.approx(decode["ours"] / decode["limit"], rel=2e-3)

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 # Properties of a remote file that change with its contents, of all file systems; those on the Hub hash the contents.
 _FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 _LARGEST_TEXT = 1 << 22
+# Largest size of all files on this machine of which every byte is hashed; samples of the bytes of each larger one.
+MOST_HASHED_BYTES = 16 << 30
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,11 @@ class FileTree:
     def digest(self, files: Sequence[str]) -> str:
         """Return a SHA-256 (hex) that changes when a file changes.
 
-        It is that of the bytes on this machine, of sizes and hashes on the Hub, and of sizes, etags and times in other stores.
+        It is that of :func:`hash_data` on this machine, of sizes and hashes on the Hub, and of sizes, etags and times in other
+        stores.
         """
         if self.is_local:
-            return hashlib.sha256(repr(hash_files(Path(self.root), files, self.location)).encode()).hexdigest()
+            return hash_data([Path(self.root, file) for file in files], self.location)
         digest = hashlib.sha256()
         system = self._system()
         for file in files:
@@ -123,6 +127,31 @@ class FileTree:
 
             return HfFileSystem()
         return fsspec.filesystem(self.protocol)
+
+
+def is_hashed_whole(paths: Sequence[Path]) -> bool:
+    """Return True if files are small enough in all to read every byte before the work begins."""
+    return sum(path.stat().st_size for path in paths if path.is_file()) <= MOST_HASHED_BYTES
+
+
+def hash_data(paths: Sequence[Path], name: str) -> str:
+    """Return a SHA-256 (hex) of the bytes of files, or of their sizes and evenly spread samples of large ones.
+
+    Args:
+        paths: the files.
+        name: of the progress bar.
+    """
+    if is_hashed_whole(paths):
+        return hashlib.sha256(repr(hash_files(Path(), [str(path) for path in paths], name)).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with path.open("rb") as stream:
+            for number in range(_NUM_SAMPLES):
+                stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def open_tree(location: str | Path) -> FileTree:

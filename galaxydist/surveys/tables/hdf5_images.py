@@ -21,7 +21,8 @@ from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGES, LABELS, describe_damage, open_hdf5
 from galaxydist.surveys.image_arrays import ArrayLayout, ArrayOptions, array_layout, is_image_shape
-from galaxydist.surveys.image_files import group_equal_rows, hash_files
+from galaxydist.surveys.image_files import group_equal_rows
+from galaxydist.surveys.tables.file_tree import hash_data, is_hashed_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -84,13 +85,15 @@ class Hdf5Images:
             start = end
 
     def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return (N,) group numbers, equal for equal images, -1 for the others."""
+        """Return (N,) group numbers, equal for equal images; -1 for the others, and for very large files."""
+        if not is_hashed_whole(self.sources):
+            return np.full(len(labels), -1, np.int64)
         return group_equal_rows(str(self.sources[0]), self.read, labels)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the files' bytes, and of how images are read."""
-        digests = hash_files(Path(), [str(path) for path in self.sources], self.column)
-        return hashlib.sha256(f"{self.column} {self.layout} {digests}".encode()).hexdigest()
+        """Return the hash of the files (see ``hash_data``), and of how images are read."""
+        digest = hash_data(self.sources, self.column)
+        return hashlib.sha256(f"{self.column} {self.layout} {digest}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from galaxydist.galaxy import EncodedImage
 from galaxydist.object_store import MissingError, TransientError
 from galaxydist.surveys.image_arrays import ArrayLayout
 from galaxydist.surveys.image_files import group_equal_rows, parse_image
-from galaxydist.surveys.tables.file_tree import FileTree
+from galaxydist.surveys.tables.file_tree import FileTree, is_hashed_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,8 +110,8 @@ class ParquetImages:
         return hashlib.sha256(f"{self.column} {self.tree.digest(self.sources)}".encode()).hexdigest()
 
     def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return (N,) group numbers, equal for equal images, -1 for the others; for files on this machine only."""
-        if not self.tree.is_local:
+        """Return (N,) group numbers, equal for equal images; -1 for the others, and for remote or very large files."""
+        if not self.tree.is_local or not is_hashed_whole([Path(self.tree.root, file) for file in self.sources]):
             return np.full(len(labels), -1, np.int64)
         return group_equal_rows(self.tree.location, self.read, labels)
 

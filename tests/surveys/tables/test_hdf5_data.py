@@ -153,6 +153,23 @@ def test_folders_of_the_multimodal_universe_are_read_in_the_order_of_their_pixel
         opened(tmp_path, arrays=arrays)
 
 
+def test_very_large_files_are_known_by_sizes_and_samples_of_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [
+        write(tmp_path / name, images=np.concatenate([PIXELS, PIXELS]), labels=np.r_[LABELS, LABELS]) for name in ("a.h5", "b.h5")
+    ]
+    whole = opened(paths[0]).images.digest()
+    assert whole == opened(paths[1]).images.digest()
+    monkeypatch.setattr("galaxydist.surveys.tables.file_tree.MOST_HASHED_BYTES", 10_000)
+    sampled = opened(paths[0])
+    assert whole != sampled.images.digest() == opened(paths[1]).images.digest()
+    with h5py.File(paths[1], "r+") as h5:
+        h5["images"][70, 3, 3, 0] ^= 1
+    assert opened(paths[1]).images.digest() != sampled.images.digest()
+    assert not np.array_equal(
+        np.isin(np.arange(60), sampled.splits["train"]), np.isin(np.arange(60, 120), sampled.splits["train"])
+    )
+
+
 @pytest.mark.parametrize(
     ("columns", "source", "message"),
     [
