@@ -258,7 +258,11 @@ def test_ids_and_columns_of_a_table_survive(blob_run: BlobRun, images: Path, tmp
     path.write_text(text.getvalue().replace("0.262", "0.5"), encoding="utf-8")
     assert run_predict(blob_run.run_dir, path, "--images", images, "-o", out, "--overwrite") == 2
     assert len(read_csv(out)) == 2  # as before
-    assert run_predict(blob_run.run_dir, path, "--images", images, "-o", out, "--overwrite", "--resize") == 0
+    for option in ("--resize", "--rescale"):
+        assert run_predict(blob_run.run_dir, path, "--images", images, "-o", out, "--overwrite", option) == 0
+    assert (
+        run_predict(blob_run.run_dir, path, "-o", path, "--overwrite") == 2 and path.read_text(encoding="utf-8").count("\n") == 4
+    )
 
 
 def test_survey_file_of_another_size_is_resampled_if_asked(
@@ -283,6 +287,8 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
         folder.mkdir()
     (broken / "a.jpg").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("no table")
+    (tmp_path / "mine.csv.partial").mkdir()
+    (tmp_path / "mine.csv.partial" / "thesis.tex").touch()
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def refused(*arguments: object) -> str:
@@ -294,6 +300,7 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
     for arguments, message in (
         ((run, images, "-o", tmp_path / "out.txt"), "written as .csv or .parquet; name it like"),
         ((run, images, "-o", tmp_path), "is a folder; give the name of a file"),
+        ((run, images, "-o", tmp_path / "mine.csv", "--overwrite"), "is in the way: it holds thesis.tex"),
         ((run, images, "-o", tmp_path / "no" / "out.csv"), "there is no folder"),
         ((tmp_path / "norun", images, "-o", out), "there is no such folder"),
         ((tmp_path, images, "-o", out), "is not a run folder"),
