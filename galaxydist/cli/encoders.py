@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ EPILOG = """examples:
   galaxydist probe vit galaxy10_decals --random                 random weights, for comparison
   galaxydist data explore galaxy10_decals --features FILE       the features as a map
 """
-# The recipe that starts from the weights that the package brings along.
+# The recipe that starts from weights that the package brings along: its image size and crop are theirs.
 SHIPPED_RECIPE = "small"
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
@@ -189,16 +190,16 @@ def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace,
 def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
     """Return the recipe to start from for a model's name, and the values that replace its own.
 
-    The network whose weights ship with the package has their width and image size, those of the recipe that starts from them.
+    Networks whose weights ship with the package have the width of these, and the images of the recipe that starts from them.
     Models without a recipe of their own have that of fine-tuning a vision transformer, at the size of their published weights.
 
     Raises:
         UserError: there is no such model.
     """
-    from galaxydist.models.hub_weights import read_record
+    from galaxydist.models.hub_weights import read_record, shipped_path
     from galaxydist.models.registry import ARCHITECTURES, recipe_of
+    from galaxydist.models.weights import read_settings
     from galaxydist.recipe.model_names import parse_model_name
-    from galaxydist.recipe.resolve import load_recipe
     from galaxydist.recipe.schema import ModelConfig
 
     try:
@@ -207,9 +208,9 @@ def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{model}: {error}; or give recipe=NAME, or a run folder") from None
     if kind == "named":
         known = ARCHITECTURES[model]
-        is_start = load_recipe([f"recipe={SHIPPED_RECIPE}"]).recipe.model.name == model
-        recipe = SHIPPED_RECIPE if is_start else recipe_of(model)
-        return f"recipe={recipe}", {"model.pretrained": known.has_published_weights or is_start}
+        if known.is_shipped:
+            return f"recipe={SHIPPED_RECIPE}", {**_settings(read_settings(shipped_path(model))), "model.pretrained": True}
+        return f"recipe={recipe_of(model)}", {"model.pretrained": known.has_published_weights}
     values: dict[str, Any] = {"model.name": model, "model.drop_path_rate": 0.0, "model.pretrained": kind != "function"}
     size = read_record(ModelConfig(name=model), weights_dir(root)).pretrained_cfg.get("input_size")
     return "recipe=vit", values | ({"data.image_size": size[-1]} if size else {})
@@ -221,7 +222,7 @@ def _of_weights(path: Path, data: str) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read or does not say.
     """
-    from galaxydist.models.weights import DATA_SETTINGS, read_settings
+    from galaxydist.models.weights import read_settings
 
     stored = read_settings(path)
     if "name" not in stored:
@@ -229,5 +230,11 @@ def _of_weights(path: Path, data: str) -> dict[str, Any]:
             f"{path} does not say which model it belongs to: give the recipe that trained it, like `galaxydist probe "
             f"recipe=d4_cnn {data} model.weights={path}`"
         )
-    sections = {key: "data" if key in DATA_SETTINGS else "model" for key in stored}
-    return {**{f"{sections[key]}.{key}": value for key, value in stored.items()}, "model.weights": str(path)}
+    return {**_settings(stored), "model.weights": str(path)}
+
+
+def _settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a file of weights states as values of a recipe."""
+    from galaxydist.models.weights import DATA_SETTINGS
+
+    return {f"{'data' if key in DATA_SETTINGS else 'model'}.{key}": value for key, value in stored.items()}

@@ -95,15 +95,18 @@ def run_predict(arguments: argparse.Namespace) -> int:
     """Label the source, on this process or on several, and return the exit code."""
     if arguments.resize and arguments.rescale:
         raise UserError("--resize takes images of any scale, and --rescale brings them to one: give one of them")
+    out: Path = arguments.out
     arguments.run_folder = find_folder(arguments.run_folder)
     arguments.sources = _locations(arguments)
+    if same := [source for source in arguments.sources if Path(source).exists() and Path(source).absolute() == out.absolute()]:
+        raise UserError(f"-o {out} is a source, which would be lost: {same[0]}. Give another -o")
     if arguments.processes == 1:
         return launch(arguments, os.environ, work=predict_rank)
 
     from galaxydist.prediction.label_source import check_output
     from galaxydist.training.local_launcher import run_processes
 
-    check_output(arguments.out, overwrite=arguments.overwrite)  # a mistake is reported once, before processes are started
+    check_output(out, overwrite=arguments.overwrite)  # a mistake is reported once, before processes are started
     return run_processes(arguments, arguments.processes, os.environ, work=predict_rank)
 
 

@@ -111,7 +111,8 @@ def build_model(
     else:
         from galaxydist.models.timm_models import build_timm_model
 
-        record = record or read_record(config, weights_dir)
+        if record is None or record.architecture is None:
+            record = read_record(config, weights_dir)
         model = build_timm_model(config, record, num_classes, image_size, tensors=tensors, source=str(path))
     architecture = architecture_of(config, model)
     if tensors is not None and kind in ("named", "function"):

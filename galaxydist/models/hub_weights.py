@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galaxydist.atomic_files import disk_error, read_json, write_json
+from galaxydist.atomic_files import disk_error, read_json, remove_stale, write_json
 from galaxydist.errors import UserError, first_line, name_some
 from galaxydist.models.own_function import check_source
 from galaxydist.models.registry import ARCHITECTURES, ModelRecord, recipe_of, timm_name
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HUB_FILE, PICKLED_FILE, CONFIG_FILE, SOURCE_FILE = "model.safetensors", "pytorch_model.bin", "config.json", "source.json"
-SHIPPED_DIR = Path(__file__).parent / "shipped"
+SHIPPED_DIR, SHIPPED_LICENCE = Path(__file__).parent / "shipped", "MIT"
 
 
 def shipped_path(name: str) -> Path:
@@ -69,7 +69,8 @@ def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
         names = (HUB_FILE, PICKLED_FILE)
         if (found := next((folder / name for name in names if (folder / name).is_file()), None)) is not None:
             return found
-        raise UserError(f"model.name={config.name}: there is neither {names[0]} nor {names[1]} in {folder}")
+        remedy = f": run `{fetch_command(config)}` again" if reference.kind == "hf-hub" else ""
+        raise UserError(f"model.name={config.name}: there is neither {names[0]} nor {names[1]} in {folder}{remedy}")
     stored = None if weights_dir is None else weights_file(config, weights_dir)
     if stored is not None and stored.is_file():
         return stored
@@ -201,6 +202,8 @@ def _read_source(config: ModelConfig, weights_dir: Path | None, found: Mapping[s
     if not config.pretrained:
         return {}
     path = find_weights(config, weights_dir)
+    if path.parent == SHIPPED_DIR:
+        return {"source": f"galaxydist/models/shipped/{path.name}", "licence": SHIPPED_LICENCE}
     beside = path.with_name(SOURCE_FILE) if path.name in (HUB_FILE, PICKLED_FILE) else path.with_suffix(".json")
     stored = read_json(beside) if beside.is_file() else {}
     licence = stored.get("licence") or found.get("pretrained_cfg", {}).get("license")
@@ -208,7 +211,7 @@ def _read_source(config: ModelConfig, weights_dir: Path | None, found: Mapping[s
         from galaxydist.models.timm_models import pretrained_config
 
         licence = pretrained_config(*name.split(".", 1)).get("license")
-    return {"source": stored.get("source", path.name if path.parent == SHIPPED_DIR else config.name), "licence": licence}
+    return {"source": stored.get("source", config.name), "licence": licence}
 
 
 def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10.0, endpoint: str | None = None) -> Path:
@@ -244,6 +247,7 @@ def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10
         check_timm_name(reference.name, reference.version)
     repo = reference.name if reference.kind == "hf-hub" else f"timm/{reference.file_name}"
     weights_dir.mkdir(parents=True, exist_ok=True)
+    remove_stale(weights_dir, ".fetch-*")
     with _explain_download(config, repo, path, endpoint):
         from huggingface_hub import HfApi
 

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import explain_full_disk, read_json, replace_bytes, to_json, whole_file, write_json
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, name_some
 from galaxydist.prediction.predictor import Predictions
 from galaxydist.prediction.sources import PredictionSource
 from galaxydist.shards.catalogue import rechunk
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "settings.json"
 WORK_VERSION = 1
 METADATA_KEY = b"galaxydist"
+_OWN_NAMES = re.compile(r"settings\.json|\.settings\.json\.\d+\.tmp|failed|chunk-\d+\.(parquet|tmp)")
 # Columns of a chunk's file that are not the user's.
 ROW, LOGITS = "__row", "__logits"
 # Chunks of a source, if their size allows it, and most rows of one: a chunk is what a kill may lose on each process.
@@ -106,6 +108,8 @@ class WorkFolder:
         wanted = json.loads(to_json({"version": WORK_VERSION, **settings}))
         path = self.path / SETTINGS_FILE
         if self.path.exists():
+            if foreign := [entry.name for entry in self.path.iterdir() if not _OWN_NAMES.fullmatch(entry.name)]:
+                raise UserError(f"{self.path} is in the way: it holds {name_some(foreign)}. Move it, or give another -o")
             found = read_json(path) if path.exists() else {}
             first_threads = found.pop("threads", threads)
             if found == wanted:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 SOURCE_ID = "source_id"
 # Rows that a thread reads together where each has a file of its own.
 SINGLE_FILES = 32
+# Most bytes of pixels that are decoded ahead, if that is more than two slabs.
+MOST_BYTES_AHEAD = 2**30
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,13 @@ class SurveyToLabel:
         return [f"row {left_out.row + 1} ({left_out.id}): {left_out.reason}" for left_out in rows_left_out(self.survey)]
 
     def describe(self) -> dict[str, Any]:
-        """Return the name, the number of rows, and sizes and times of the files: their bytes would have to be read twice."""
+        """Return the name, the number of rows, and a digest of the files."""
+        counted = {"rows": len(self.rows), "options": self.options, "digest": self._digest}
+        return {"location": self.location, "dataset": self.survey.name, **counted}
+
+    @cached_property
+    def _digest(self) -> str:
+        """SHA-256 (hex) of sizes and times of the files: their bytes would have to be read twice."""
         images: Any = getattr(self.survey, "images", self.survey)
         tree = getattr(images, "tree", None)
         paths = [Path(self.location)]
@@ -163,8 +171,7 @@ class SurveyToLabel:
             if path.is_file():
                 status = path.stat()
                 digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
-        counted = {"rows": len(self.rows), "options": self.options, "digest": digest.hexdigest()}
-        return {"location": self.location, "dataset": self.survey.name, **counted}
+        return digest.hexdigest()
 
     def open(self, part: str, reading: ReadSettings) -> ChunkReader:
         del part
@@ -208,7 +215,8 @@ class SurveyReader:
         self._survey, self._rows, self._slab_length = source.survey, source.rows, source.slab_length
         self._reading, self._columns = reading, columns
         self._pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="galaxydist-decode")
-        self._pieces = bounded_map(self._pool, self._read, self._tasks(), 2 * reading.threads + 1)
+        ahead = MOST_BYTES_AHEAD // (self._slab_length * reading.form.size**2 * 3)
+        self._pieces = bounded_map(self._pool, self._read, self._tasks(), max(2, min(ahead, 2 * reading.threads + 1)))
         self._batches = self._assemble()
 
     def __enter__(self) -> Self:

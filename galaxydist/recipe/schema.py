@@ -117,8 +117,8 @@ class ModelConfig(Section):
     size: Literal["small", "base"] = Field("small", description="vit and vit_scratch: ViT-S/16 or ViT-B/16")
     pretrained: bool = Field(
         False,
-        description="start from published weights, which `galaxydist weights fetch` downloads; custom_cnn and d4_cnn: from "
-        "those in the package",
+        description="start from published weights, which `galaxydist weights fetch` downloads; custom_cnn: from those "
+        "in the package",
     )
     weights: Path | None = Field(
         None, description="start from this local safetensors file (`galaxydist weights save` writes one)"

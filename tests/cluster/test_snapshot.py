@@ -56,3 +56,13 @@ def test_snapshot_contains_every_module_of_the_package(tmp_path: Path) -> None:
     code = take_snapshot(tmp_path / "code", {})
     sources = {path.relative_to(PACKAGE_DIR) for path in PACKAGE_DIR.rglob("*.py")}
     assert {path.relative_to(code / "galaxydist") for path in (code / "galaxydist").rglob("*.py")} == sources
+
+
+def test_snapshot_copies_the_users_modules_beside_the_package(tmp_path: Path) -> None:
+    source = tmp_path / "own_nets.py"
+    source.write_text("x = 1\n")
+    first = take_snapshot(tmp_path / "code", {}, {"own_nets.py": source})
+    source.write_text("x = 2\n")
+    second = take_snapshot(tmp_path / "code", {}, {"own_nets.py": source})
+    texts = [(code / "own_nets.py").read_text() for code in (first, second)]
+    assert first != second and texts == ["x = 1\n", "x = 2\n"]

@@ -15,7 +15,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.loading.decode import ImageDecoder, ImageError, reduction
-from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo, TrainLoader
+from galaxydist.loading.loader import Batch, Chunks, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.writer.writer import write_shards
@@ -300,3 +300,18 @@ def test_loader_threads_are_a_share_of_the_available_cores(manifest: Manifest) -
         ranks, decode = RankInfo(ranks_on_node=ranks_on_node), DecodeOptions(threads=threads)
         with EvalLoader(manifest, "test", batch_size=16, ranks=ranks, decode=decode) as reader:
             assert reader._executor._max_workers == expected
+
+
+def test_chosen_chunks_have_the_batches_of_the_whole_evaluation_and_report_damage(copy: Manifest) -> None:
+    with EvalLoader(copy, "train", batch_size=8) as loader:
+        whole = list(loader)
+    with EvalLoader(copy, "train", batch_size=8, chunks=Chunks(2, np.array([0, 3]))) as loader:
+        chosen = list(loader)
+    assert [batch.step for batch in chosen] == [0, 0, 3, 3] and len(whole) > 8
+    for batch, known in zip(chosen, [*whole[:2], *whole[6:8]], strict=True):
+        assert torch.equal(batch.images_BHWC, known.images_BHWC) and torch.equal(batch.samples_B, known.samples_B)
+    sample = 9
+    break_image(copy, "train", sample)
+    chunks = Chunks(2, np.array([0]))
+    with EvalLoader(read_manifest(copy.dir), "train", batch_size=8, chunks=chunks, on_error="report") as loader:
+        assert [[*batch.errors] for batch in loader] == [[], [sample]]

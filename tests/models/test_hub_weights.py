@@ -96,6 +96,18 @@ def test_cached_timm_weights_load_into_every_pretrained_model(tmp_path: Path, co
     assert left_out <= {"pos_embed"}  # resampled to 64 pixels
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["convnext_nano", "dinov2_small", "dinov3_small", "maxvit_tiny", "efficientnet_lite0"])
+def test_files_as_timm_publishes_them_load_into_the_encoders_of_recipes(tmp_path: Path, recipe: str) -> None:
+    """The file has timm's own size and number of classes: 518 pixels and no head for DINOv2."""
+    found = load_recipe([f"recipe={recipe}"]).recipe
+    published = timm.create_model(found.model.name.removeprefix("timm/")).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in published.items()}, weights_file(found.model, tmp_path))
+    own = build_model(found.model, 10, found.data.image_size, weights_dir=tmp_path).state_dict()
+    changed = {name for name in own if name not in published or not torch.equal(own[name], published[name])}
+    assert all(own[name].shape[0] == 10 or "pos_embed" in name for name in changed), changed
+
+
 def test_missing_pretrained_weights_name_the_fetch_command_and_pretrained_false(tmp_path: Path) -> None:
     for config, command in (
         (ModelConfig(name="vit", pretrained=True), "galaxydist weights fetch recipe=vit\n"),
@@ -262,6 +274,7 @@ def test_weights_in_the_package_are_used_with_their_normalisation_and_settings(
     assert all(torch.equal(own[name], tensor.float()) for name, tensor in half.items() if tensor.is_floating_point())
     assert input_statistics(config) == statistics
     assert input_statistics(config.model_copy(update={"normalization": "data"})) is None
+    assert read_record(config, None).licence == "MIT"
     assert fetch_weights(config, tmp_path / "none") == shipped_path("d4_cnn")
     with pytest.raises(UserError, match=r"of d4_cnn with model\.width=16"):
         build_model(config.model_copy(update={"width": 32}), 10, 32)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import galaxydist
+from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.surveys.simulate.survey import simulate_survey
@@ -85,6 +86,17 @@ def test_shards_get_the_predictions_of_the_evaluation_bit_for_bit(blob_run: Blob
     assert run_predict(blob_run.run_dir, blob_run.manifest, "-o", whole) == 0
     by_split = {split: [row["id"] for row in read_csv(whole) if row["split"] == split] for split in ("train", "val", "test")}
     assert [len(ids) for ids in by_split.values()] == [72, 24, 24] and by_split["test"] == table.column("id").to_pylist()
+
+
+def test_shards_of_a_web_server_are_fetched_once(blob_run: BlobRun, tmp_path: Path) -> None:
+    local, remote = tmp_path / "local.csv", tmp_path / "remote.csv"
+    assert run_predict(blob_run.run_dir, blob_run.manifest, "-o", local) == 0
+    with FileServer(blob_run.manifest.parent, Behaviour()) as server:
+        words = ["-o", remote, "--data-dir", tmp_path / "data"]
+        assert run_predict(blob_run.run_dir, server.url, *words) == 0
+        shards = [path.name for path in blob_run.manifest.parent.glob("*.tar")]
+        assert len(shards) >= 6 and {server.gets[name] for name in shards} == {1}
+    assert remote.read_bytes() == local.read_bytes()
 
 
 def test_tars_of_others_are_labelled_without_shards(blob_run: BlobRun, tmp_path: Path) -> None:
@@ -246,7 +258,11 @@ def test_ids_and_columns_of_a_table_survive(blob_run: BlobRun, images: Path, tmp
     path.write_text(text.getvalue().replace("0.262", "0.5"), encoding="utf-8")
     assert run_predict(blob_run.run_dir, path, "--images", images, "-o", out, "--overwrite") == 2
     assert len(read_csv(out)) == 2  # as before
-    assert run_predict(blob_run.run_dir, path, "--images", images, "-o", out, "--overwrite", "--resize") == 0
+    for option in ("--resize", "--rescale"):
+        assert run_predict(blob_run.run_dir, path, "--images", images, "-o", out, "--overwrite", option) == 0
+    assert (
+        run_predict(blob_run.run_dir, path, "-o", path, "--overwrite") == 2 and path.read_text(encoding="utf-8").count("\n") == 4
+    )
 
 
 def test_survey_file_of_another_size_is_resampled_if_asked(
@@ -271,6 +287,8 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
         folder.mkdir()
     (broken / "a.jpg").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("no table")
+    (tmp_path / "mine.csv.partial").mkdir()
+    (tmp_path / "mine.csv.partial" / "thesis.tex").touch()
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def refused(*arguments: object) -> str:
@@ -282,6 +300,7 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
     for arguments, message in (
         ((run, images, "-o", tmp_path / "out.txt"), "written as .csv or .parquet; name it like"),
         ((run, images, "-o", tmp_path), "is a folder; give the name of a file"),
+        ((run, images, "-o", tmp_path / "mine.csv", "--overwrite"), "is in the way: it holds thesis.tex"),
         ((run, images, "-o", tmp_path / "no" / "out.csv"), "there is no folder"),
         ((tmp_path / "norun", images, "-o", out), "there is no such folder"),
         ((tmp_path, images, "-o", out), "is not a run folder"),
