@@ -104,6 +104,8 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
         check_shared(run_dir, "run folder", "run.root=FOLDER or run.dir=FOLDER")
         if manifest.remote is None:
             check_shared(manifest.dir, "folder of shards", "GALAXYDIST_DATA=FOLDER, data.dir=FOLDER or data.manifest=FILE")
+        if manifest.tars is not None and not manifest.has_remote_shards:
+            check_shared(Path(manifest.shard_folder), "folder of tars", "data.manifest=FILE, an index of tars elsewhere")
     return is_due
 
 

@@ -2,7 +2,7 @@
 
 Logistic regression on standardised features, and k nearest neighbours by their cosine (Caron et al. 2021, arXiv:2104.14294,
 section 4.1, has both as the usual measures of an encoder). The strength of the regularisation and k are chosen by balanced
-accuracy on the validation split, or inside the training split; the test split is only counted.
+accuracy on the validation split, or, if it is small, inside the training split; the test split is only counted.
 """
 
 import warnings
@@ -40,7 +40,9 @@ STRENGTHS = tuple(10.0**power for power in range(-6, 2))
 NEIGHBOURS = (100, 50, 20, 10, 5, 3, 1)
 # Strengths after the best one that are still tried: weak regularisation takes longest to fit, and is rarely better.
 PATIENCE = 2
-# Without a validation split, five parts of the training split take turns; of a large one, one part is held out.
+# Settings chosen on fewer validation galaxies would be chosen by chance.
+LEAST_VALIDATION = 500
+# Without such a validation split, five parts of the training split take turns; of a large one, one part is held out.
 NUM_PARTS, LARGE = 5, 5000
 LEAST_GALAXIES = 10
 # Galaxies of a split that are classified: of 1,280 features, some GB of memory.
@@ -305,12 +307,13 @@ def _evaluate(manifest: Manifest, files: Mapping[str, FeaturesFile], fractions: 
         if not rows:
             largest = np.full(len(test), np.bincount(train.labels_N).argmax())
             rows.append({"features": None, "method": "largest_class", **_numbers(test.labels_N, largest, manifest)})
+        chosen_on = val if len(val) >= LEAST_VALIDATION else None
         for fraction in fractions:
             part = train.first(fraction)
-            for method, (setting, predicted) in classify(part, val if len(val) else None, test).items():
+            for method, (setting, predicted) in classify(part, chosen_on, test).items():
                 kept = {"features": kind, "method": method, "num_train": len(part), "setting": setting}
                 rows.append({**kept, **_numbers(test.labels_N, predicted, manifest)})
-    chosen = "the validation split" if len(val) else "parts of the training split"
+    chosen = "parts of the training split" if chosen_on is None else "the validation split"
     return {"count": len(test), "num_train": len(train), "chosen_on": chosen, "results": rows}
 
 

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 SOURCE_ID = "source_id"
 # Rows that a thread reads together where each has a file of its own.
 SINGLE_FILES = 32
+# Most bytes of pixels that are decoded ahead, if that is more than two slabs.
+MOST_BYTES_AHEAD = 2**30
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ class SurveyReader:
         self._survey, self._rows, self._slab_length = source.survey, source.rows, source.slab_length
         self._reading, self._columns = reading, columns
         self._pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="galaxydist-decode")
-        self._pieces = bounded_map(self._pool, self._read, self._tasks(), 2 * reading.threads + 1)
+        ahead = MOST_BYTES_AHEAD // (self._slab_length * reading.form.size**2 * 3)
+        self._pieces = bounded_map(self._pool, self._read, self._tasks(), max(2, min(ahead, 2 * reading.threads + 1)))
         self._batches = self._assemble()
 
     def __enter__(self) -> Self:

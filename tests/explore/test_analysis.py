@@ -319,7 +319,7 @@ def test_explore_refuses_wrong_sources_with_one_message(
     before = sorted(tmp_path.rglob("*"))
     for words, expected in (
         (["nowhere.h5"], "give a manifest.json of shards"),
-        ([str(tmp_path / "notes.txt")], "has no column with the names of image files"),
+        ([str(tmp_path / "notes.txt")], "has no rows, only the header"),
         ([str(tmp_path / "other.h5")], "has no data set with images; it has spectra (3 float64)"),
         ([str(tmp_path / "empty")], "one folder of images for each class"),
         ([str(tmp_path / "manifest.json")], "is not a manifest of shards"),

@@ -273,7 +273,9 @@ def test_strongest_regularisation_comes_first_and_the_weakest_fits_the_training_
     assert list(right) == [1e-6, 1e-2, 10.0] and right[10.0] >= right[1e-2] >= right[1e-6] and right[10.0] > 0.95
 
 
-def test_learning_curve_fits_a_fraction_of_each_class(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_learning_curve_fits_a_fraction_of_each_class(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = made([0] * 50 + [1] * 10 + [2])
     part = train.first(0.1)
     np.testing.assert_array_equal(part.labels_N, [0] * 5 + [1, 2])
@@ -281,7 +283,11 @@ def test_learning_curve_fits_a_fraction_of_each_class(blobs: Path, tmp_path: Pat
     assert probe("recipe=custom_cnn", blobs, *TINY, "--fractions", "0.25,1", "--out", tmp_path / "f.parquet") == 0
     rows = read_result(tmp_path / "f.parquet")["results"]
     assert [row["num_train"] for row in rows[1:]] == [18, 18, 72, 72] * 2
-    assert "(N = 18)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(N = 18)" in printed and "chosen on parts of the training split" in printed  # 24 validation galaxies are too few
+    monkeypatch.setattr("galaxydist.explore.probe.LEAST_VALIDATION", 24)
+    assert probe("recipe=custom_cnn", blobs, *TINY, "--out", tmp_path / "f.parquet") == 0
+    assert "chosen on the validation split" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         probe("recipe=custom_cnn", blobs, "--fractions", "0.5,2")
 

@@ -44,6 +44,8 @@ _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
 # Folders of a folder that are looked into to know its kind.
 _NUM_LOOKED_INTO = 50
+# Names of folders that say nothing about the data set in them.
+_PLAIN_NAMES = {"data", "images", "shards", "tars", "wds", "webdataset"}
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"__[^/]*__($|[./])")
 _COMPRESSED = {
@@ -149,9 +151,9 @@ def _has_images(names: Iterable[str]) -> bool:
 
 
 def tars_name(locations: Sequence[TarLocation]) -> str:
-    """Return the name of the data set of some tars: that of their folder, or the one above a folder that names a split."""
+    """Return the name of the data set of some tars: that of their folder, or of one above it if it says nothing about them."""
     folder = common_folder([location.path for location in locations])
-    parts = [part for part in folder.rstrip("/").split("/") if part and known_split(part) is None]
+    parts = [part for part in folder.split("/") if part and part.lower() not in _PLAIN_NAMES and known_split(part) is None]
     return safe_name(parts[-1].partition("@")[0]) if parts else "tars"
 
 
