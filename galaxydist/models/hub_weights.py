@@ -207,11 +207,12 @@ def _read_source(config: ModelConfig, weights_dir: Path | None, found: Mapping[s
     beside = path.with_name(SOURCE_FILE) if path.name in (HUB_FILE, PICKLED_FILE) else path.with_suffix(".json")
     stored = read_json(beside) if beside.is_file() else {}
     licence = stored.get("licence") or found.get("pretrained_cfg", {}).get("license")
-    if licence is None and (name := timm_name(config)) is not None:
+    name = timm_name(config)
+    if licence is None and name is not None:
         from galaxydist.models.timm_models import pretrained_config
 
         licence = pretrained_config(*name.split(".", 1)).get("license")
-    return {"source": stored.get("source", config.name), "licence": licence}
+    return {"source": stored.get("source", config.name if name is None else f"timm/{name}"), "licence": licence}
 
 
 def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10.0, endpoint: str | None = None) -> Path:

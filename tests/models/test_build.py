@@ -1,6 +1,9 @@
 """Every architecture is built, takes its images, and refuses what it has no use for."""
 
+from pathlib import Path
+
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -9,6 +12,7 @@ from galaxydist.models.build import build_model, input_statistics
 from galaxydist.models.custom_cnn import CustomCNN, num_groups
 from galaxydist.models.param_groups import no_decay_names, parameter_groups
 from galaxydist.models.registry import MODEL_NAMES
+from galaxydist.models.weights import write_weights
 from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.schema import ModelConfig, ModelName
 from tests.helpers.model_names import DEEPER
@@ -117,6 +121,22 @@ def test_published_weights_bring_their_normalisation() -> None:
     assert input_statistics(ModelConfig(name="custom_cnn")) is None
     assert input_statistics(ModelConfig(name="vgg16", pretrained=True)) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert input_statistics(ModelConfig(name="vit", pretrained=True)) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_normalisation_of_the_data_or_of_published_weights_can_be_forced(tmp_path: Path) -> None:
+    own = tmp_path / "w.safetensors"
+    write_weights(own, {"head.bias": torch.zeros(2)})
+    assert input_statistics(ModelConfig(name="vit", pretrained=True, normalization="data")) is None
+    assert input_statistics(ModelConfig(name="vit", normalization="pretrained")) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    timm_model = ModelConfig(name="timm/test_vit", normalization="pretrained")
+    found = input_statistics(timm_model, build_model(timm_model, 2, 32))
+    assert found == (timm.get_pretrained_cfg("test_vit").mean, timm.get_pretrained_cfg("test_vit").std)
+    for config in (
+        ModelConfig(name="reference_cnn", normalization="pretrained"),
+        ModelConfig(name="reference_cnn", normalization="pretrained", weights=own),
+    ):
+        with pytest.raises(UserError, match=r"normalization=pretrained: no normalisation is known for .*; use auto or data"):
+            input_statistics(config)
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)

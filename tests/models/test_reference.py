@@ -159,7 +159,9 @@ def test_reference_recipes_are_listed_shown_and_fetched_by_name(
     file.parent.mkdir()
     file.touch()  # what is there is not fetched again
     assert main(["weights", "fetch", "recipe=reference/vgg16", "--data-dir", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"weights of reference_vgg16: {file}\n" and file.name == "vgg16.tv_in1k.safetensors"
+    source = "source: timm/vgg16.tv_in1k; licence: bsd-3-clause"
+    assert capsys.readouterr().out == f"weights of reference_vgg16: {file}\n{source}\n"
+    assert file.name == "vgg16.tv_in1k.safetensors"
     assert main(["weights", "fetch", "recipe=reference/vit", "--data-dir", str(tmp_path)]) == 2
     assert "reference_vit has no published weights" in capsys.readouterr().err
 
