@@ -30,6 +30,8 @@ def test_explore_page_in_a_browser_shows_all_sections_and_tooltips(page: Path, t
         tip = ["none"]
         for _ in range(50):  # a busy machine may be late with what the pointer brings about
             browser.point_at("h1")
+            browser.point_at("#points circle")  # scrolls, and the event of that hides the tip, sometimes after the pointer
+            time.sleep(0.1)
             browser.point_at("#points circle")
             tip = browser.evaluate(
                 "(t => [t.style.display, t.textContent, t.firstElementChild.style.backgroundImage.slice(0, 10)])(tip)"
