@@ -216,6 +216,7 @@ class ShardImages:
         names = [(split, number) for split, table in zip(splits, tables, strict=True) for number in range(len(table))]
         ends = self._ends.tolist()
         sizes = [manifest.split(split).num_samples for split in splits]
+        self._places = {split: (manifest.offsets(split), manifest.lengths(split)) for split in splits}
         self._split_starts = dict(zip(splits, np.cumsum([0, *sizes]).tolist(), strict=False))
         self._shards = [_Shard(*name, start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)]
 
@@ -285,7 +286,7 @@ class ShardImages:
     def _image(self, shard: _Shard, row: int, fetch: _Fetch) -> ExploredImage:
         """Return the image of a row of the data set, which the shard holds."""
         manifest, sample = self._manifest, row - self._split_starts[shard.split]
-        offset, size = int(manifest.offsets(shard.split)[sample]), int(manifest.lengths(shard.split)[sample])
+        offset, size = (int(column[sample]) for column in self._places[shard.split])
         key = f"number {row - shard.start}"
         try:
             key = header_key(fetch(offset - BLOCK, BLOCK))

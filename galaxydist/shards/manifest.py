@@ -171,7 +171,8 @@ class Manifest:
 
     def shards(self, split: str) -> NDArray[np.void]:
         """Return the shard table (``samples``, ``bytes``, ``sha256``); memory-mapped."""
-        return _map_column(self.dir / column_name(split, "shards"), SHARD_ROW, self.split(split).num_shards)
+        self.split(split)
+        return self._shard_tables[split][0]
 
     def shard_name(self, split: str, number: int) -> str:
         """Return the name of a shard in ``shard_folder``; that of a foreign tar may have folders."""
@@ -227,13 +228,20 @@ class Manifest:
 
     def _tars(self, split: str) -> NDArray[np.void]:
         self.split(split)
-        return self._tar_columns[split]
+        return self._shard_tables[split][1]
 
     @cached_property
-    def _tar_columns(self) -> dict[str, NDArray[np.void]]:
-        return {
-            name: _map_column(self.dir / column_name(name, TARS), None, split.num_shards) for name, split in self.splits.items()
-        }
+    def _shard_tables(self) -> dict[str, tuple[NDArray[np.void], NDArray[np.void]]]:
+        """Shard table and tars of each split, opened together: np.load parses headers with ``ast``.
+
+        In several threads at once that fails on Python 3.11, and the threads of a loader look shards up.
+        """
+        tables = {}
+        for name, split in self.splits.items():
+            table = _map_column(self.dir / column_name(name, "shards"), SHARD_ROW, split.num_shards)
+            tars = None if self.tars is None else _map_column(self.dir / column_name(name, TARS), None, split.num_shards)
+            tables[name] = table, table if tars is None else tars
+        return tables
 
     def check_lengths(self) -> None:
         """Check that every column exists and is as long as the manifest says.
@@ -245,8 +253,6 @@ class Manifest:
             self.shards(split)
             for column in COLUMNS:
                 self._column(split, column)
-            if self.tars is not None:
-                self._tars(split)
 
     def _column(self, split: str, column: str) -> NDArray[Any]:
         return _map_column(self.dir / column_name(split, column), COLUMNS[column], self.split(split).num_samples)
