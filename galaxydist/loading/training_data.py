@@ -120,7 +120,7 @@ class StoredImages:
         encoding: ``jpeg``, ``png``, ``raw`` or ``file``.
         source_sides: smallest and largest shorter side of the images that they were resampled from, in pixels; None: not
             resampled.
-        pxscale: 1st, 50th and 99th percentile of the training galaxies' pixel scale before resampling, in arcsec/pixel; None:
+        pxscale: smallest, median and largest pixel scale of the training galaxies before resampling, in arcsec/pixel; None:
             unknown.
         origin: licence, citation and source of the data, if known.
     """
@@ -150,7 +150,7 @@ class StoredImages:
 
 
 def _pixel_scales(manifest: Manifest) -> tuple[float, float, float] | None:
-    """Return percentiles of the training galaxies' pixel scales; None if they are unknown or there is no catalogue."""
+    """Return smallest, median and largest pixel scale of the training galaxies; None if unknown, or without a catalogue."""
     import numpy as np
 
     from galaxydist.shards.catalogue import read_catalogue
@@ -164,8 +164,7 @@ def _pixel_scales(manifest: Manifest) -> tuple[float, float, float] | None:
     scales = scales[np.isfinite(scales) & (scales > 0)]
     if not scales.size:
         return None
-    low, median, high = (float(value) for value in np.percentile(scales, [1, 50, 99]))
-    return low, median, high
+    return float(scales.min()), float(np.median(scales)), float(scales.max())
 
 
 @dataclass(frozen=True)

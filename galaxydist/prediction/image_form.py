@@ -124,9 +124,9 @@ class ImageForm:
             return
         if not known[0] * (1 - SCALE_TOLERANCE) <= pxscale <= known[2] * (1 + SCALE_TOLERANCE):
             raise OtherImagesError(
-                f"{name} has {pxscale:.4g} arcsec/pixel (pxscale), and the training galaxies had {known[1]:.4g} (98 % of them "
-                f"{known[0]:.4g} to {known[2]:.4g}). Give --rescale (rescale=True) to cut and resample the images to the scale "
-                "of the training, or --resize (resize=True) to take them as they are"
+                f"{name} has {pxscale:.4g} arcsec/pixel (pxscale), and the training galaxies had {known[0]:.4g} to "
+                f"{known[2]:.4g} (median {known[1]:.4g}). Give --rescale (rescale=True) to cut and resample the images to "
+                "the scale of the training, or --resize (resize=True) to take them as they are"
             )
 
     def _field(self, side: int, name: str, pxscale: float | None) -> int:

@@ -75,7 +75,7 @@ class Labelled:
         lines = [f"{self.galaxies:,} galaxies labelled{speed}: {out}"]
         if self.damaged:
             listed = out.with_suffix(".damaged.csv")
-            lines.append(f"{self.damaged:,} images could not be read and are left out; they are listed in {listed}")
+            lines.append(f"left out as unreadable: {self.damaged:,}, listed in {listed}")
         return "\n".join(lines)
 
 
@@ -187,7 +187,7 @@ class Labelling:
     def _begin(self, stack: ExitStack) -> tuple[list[Chunk], int]:
         """On rank 0, lock the work folder and return the chunks to label, and the number of torch's threads of each process."""
         if isinstance(self.source, ShardsToLabel):
-            self.source.check(self.form)
+            self.source.check(self.form, self.trained.trained_on.manifest_hash)
         stack.enter_context(writer_lock(self.work.path))
         threads = self.work.prepare(self._settings(), threads=self.world.threads, overwrite=self.options.overwrite)
         todo = self.work.unfinished(self.plan)

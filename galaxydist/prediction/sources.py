@@ -365,8 +365,12 @@ class ShardsToLabel:
         manifest = self.manifest
         return {"location": self.location, "dataset": manifest.dataset, "splits": list(self.splits), "digest": manifest.hash}
 
-    def check(self, form: ImageForm) -> None:
-        """Refuse images of another size or pixel scale than those of the training.
+    def check(self, form: ImageForm, trained_on: str) -> None:
+        """Refuse images of another size or pixel scale than those of the training; its own shards are taken as they are.
+
+        Args:
+            form: the form of the model's images.
+            trained_on: hash of the manifest that the model was trained on.
 
         Raises:
             OtherImagesError: without ``form.resize``.
@@ -375,7 +379,7 @@ class ShardsToLabel:
         stored, size = form.stored, self.manifest.image_size
         if form.rescale:
             raise UserError("--rescale is for image files, tables and surveys; shards are labelled as they are stored")
-        if form.resize:
+        if form.resize or self.manifest.hash == trained_on:
             return
         if size != stored.image_size:
             raise OtherImagesError(

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ import galaxydist
 from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
+from galaxydist.galaxy import Galaxy
+from galaxydist.prediction.image_form import ImageForm, OtherImagesError
+from galaxydist.prediction.sources import ShardsToLabel
+from galaxydist.prediction.trained_model import open_trained_model
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.simulate.survey import simulate_survey
 from tests.helpers.forked_runs import forked, predict, run_forked
 from tests.prediction.conftest import SIZE, BlobRun, ScaledBlobs
@@ -97,6 +103,27 @@ def test_shards_of_a_web_server_are_fetched_once(blob_run: BlobRun, tmp_path: Pa
         shards = [path.name for path in blob_run.manifest.parent.glob("*.tar")]
         assert len(shards) >= 6 and {server.gets[name] for name in shards} == {1}
     assert remote.read_bytes() == local.read_bytes()
+
+
+@dataclass(frozen=True)
+class MixedScales(ScaledBlobs):
+    """The first galaxy of the validation split has a pixel scale that no training galaxy has."""
+
+    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
+        other = int(self.splits["val"][0])
+        for row, galaxy in enumerate(super().read(start, stop), start):
+            yield replace(galaxy, extras={**galaxy.extras, "pxscale": 0.524}) if row == other else galaxy
+
+
+def test_shards_with_another_pixel_scale_are_refused_unless_they_are_those_of_the_training(
+    blob_run: BlobRun, tmp_path: Path
+) -> None:
+    manifest = write_shards(MixedScales(), tmp_path / "shards", workers=1)
+    source, trained = ShardsToLabel(manifest, ("train", "val")), open_trained_model(blob_run.run_dir, os.environ)
+    form = ImageForm.of(trained.stored, trained.recipe.data)
+    with pytest.raises(OtherImagesError, match=r"1 of \d+ galaxies in the val split .* another pixel scale"):
+        source.check(form, trained.trained_on.manifest_hash)
+    source.check(form, manifest.hash)
 
 
 def test_tars_of_others_are_labelled_without_shards(blob_run: BlobRun, tmp_path: Path) -> None:
