@@ -88,6 +88,7 @@ def test_every_truncation_and_a_damaged_header_are_noticed(tmp_path: Path, is_ha
         (b"id,label\n1,a\n" * 99, "x is a CSV file, by its content, not a tar of images"),
         (b"", "x is empty"),
     ],
+    ids=("gzip", "zstd", "parquet", "csv", "empty"),
 )
 def test_files_that_are_no_tars_are_called_what_they_are(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "x").write_bytes(data)
