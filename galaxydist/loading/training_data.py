@@ -15,6 +15,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets, steps_per_epoch
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
+from galaxydist.surveys.data_origin import DataOrigin
 from galaxydist.surveys.folder_scan import mirrored_classes
 
 if TYPE_CHECKING:  # checks on a login node need no torch
@@ -130,7 +131,7 @@ class StoredImages:
     encoding: str
     source_sides: tuple[int, int] | None = None
     pxscale: tuple[float, float, float] | None = None
-    origin: Mapping[str, Any] | None = None
+    origin: DataOrigin | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -139,13 +140,14 @@ class StoredImages:
         Raises:
             UserError: the catalogue is damaged.
         """
-        origin = manifest.origin.to_dict() if manifest.origin is not None else None
         pxscale = _pixel_scales(manifest)
-        return cls(manifest.dataset, manifest.image_size, manifest.encoding, manifest.source_sides, pxscale, origin)
+        return cls(manifest.dataset, manifest.image_size, manifest.encoding, manifest.source_sides, pxscale, manifest.origin)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        if plain.get("origin") is not None:
+            values["origin"] = DataOrigin.from_dict(plain["origin"])
         return cls(**values)
 
 

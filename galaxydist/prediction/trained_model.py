@@ -100,7 +100,7 @@ class TrainedModel:
                 "dataset": self.stored.dataset,
                 "manifest_hash": self.trained_on.manifest_hash,
                 "image_size": self.stored.image_size,
-                "origin": None if self.stored.origin is None else dict(self.stored.origin),
+                "origin": None if self.stored.origin is None else self.stored.origin.to_dict(),
             },
         }
 
