@@ -173,12 +173,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _trust(is_given: bool) -> Iterator[None]:
     """Trust the code of models inside, if ``--trust-code`` is given: also in processes that the command starts."""
-    before = os.environ.get(TRUST_VARIABLE, "")
-    os.environ[TRUST_VARIABLE] = "1" if is_given else before
+    if not is_given:
+        yield
+        return
+    before = os.environ.get(TRUST_VARIABLE)
+    os.environ[TRUST_VARIABLE] = "1"
     try:
         yield
     finally:
-        os.environ[TRUST_VARIABLE] = before
+        if before is None:
+            del os.environ[TRUST_VARIABLE]
+        else:
+            os.environ[TRUST_VARIABLE] = before
 
 
 def _discard_unwritable_output() -> None:

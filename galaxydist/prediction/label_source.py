@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,4 @@ def _by_chunk(labelled: Iterator[tuple[Batch, Tensor]]) -> Iterator[tuple[int, l
 
 
 def _without_images(batch: Batch) -> Batch:
-    from dataclasses import replace
-
     return replace(batch, images_BHWC=torch.empty(0))

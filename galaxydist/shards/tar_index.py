@@ -34,7 +34,6 @@ from galaxydist.shards.manifest import (
     ANY_FILE,
     COLUMNS,
     EXTENSIONS,
-    MANIFEST_NAME,
     SHARD_ROW,
     TARS,
     Manifest,
@@ -55,7 +54,7 @@ from galaxydist.shards.writer.damaged import (
 )
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_any_file, decode_image, hash_pixels, resize_square
 from galaxydist.shards.writer.stages import channel_statistics, pixel_sums, write_array
-from galaxydist.shards.writer.writer import publish, with_origin, write_manifest, writer_lock
+from galaxydist.shards.writer.writer import publish, read_existing, with_origin, write_manifest, writer_lock
 from galaxydist.surveys.data_origin import DataOrigin, origin_of
 from galaxydist.surveys.image_files import parse_image, read_header
 from galaxydist.surveys.image_table import TableOptions, TableSurvey
@@ -204,17 +203,8 @@ def _write_columns(
 
 def _existing(out_dir: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Manifest | None:
     """Return the manifest of a finished index of these tars with these settings; None if there is nothing to keep."""
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
-        return None
-    if not (out_dir / MANIFEST_NAME).exists():
-        raise UserError(f"{out_dir} exists and holds no index: choose another folder, or remove it")
-    try:
-        manifest = read_manifest(out_dir)
-    except UserError:
-        if overwrite:
-            return None
-        raise
-    if dict(manifest.settings) == settings:
+    manifest = read_existing(out_dir, "index", overwrite=overwrite)
+    if manifest is None or dict(manifest.settings) == settings:
         return manifest
     if overwrite:
         return None

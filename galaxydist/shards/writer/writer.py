@@ -201,18 +201,34 @@ def write_shards(
     return read_manifest(out_dir)
 
 
-def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool) -> Manifest | None:
-    """Return the manifest of finished shards of this source and these settings; None if there is nothing to keep."""
+def read_existing(out_dir: Path, kind: str, *, overwrite: bool) -> Manifest | None:
+    """Return the manifest in a folder that is to be written; None if the folder is empty, or damaged and to be overwritten.
+
+    Args:
+        out_dir: the folder.
+        kind: ``shards`` or ``index``, for messages.
+        overwrite: a damaged manifest is no error.
+
+    Raises:
+        UserError: the folder holds other files, or a damaged manifest.
+    """
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     if not (out_dir / MANIFEST_NAME).exists():
-        raise UserError(f"{out_dir} exists and holds no shards: choose another folder, or remove it")
+        raise UserError(f"{out_dir} exists and holds no {kind}: choose another folder, or remove it")
     try:
-        manifest = read_manifest(out_dir)
+        return read_manifest(out_dir)
     except UserError:
         if overwrite:
             return None
         raise
+
+
+def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool) -> Manifest | None:
+    """Return the manifest of finished shards of this source and these settings; None if there is nothing to keep."""
+    manifest = read_existing(out_dir, "shards", overwrite=overwrite)
+    if manifest is None:
+        return None
     if _is_of(manifest, survey, settings):
         if _is_complete(manifest):
             return manifest
