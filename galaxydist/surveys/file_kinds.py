@@ -100,11 +100,8 @@ def _kind_of_text(head: bytes) -> str:
         "JSON file": (b"{", b"["),
     }
     kind = next((kind for kind, texts in starts.items() if start.startswith(texts)), CSV)
-    if (
-        kind == "JSON file"
-        and start.startswith(b"{")
-        and (b"\n" not in start or start.partition(b"\n")[0].rstrip().endswith(b"}"))
-    ):
+    first, newline, _ = start.partition(b"\n")
+    if first.startswith(b"{") and (first.rstrip().endswith(b"}") or not newline):
         return JSON_LINES
     return "VOTable" if kind == "XML file" and b"<votable" in start else kind
 

@@ -8,12 +8,13 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
+from galaxydist.galaxy import VARIANTS
 from galaxydist.object_store import Store, download, is_url
 from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, refuse_kind
 from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
-from galaxydist.surveys.image_folder import TREES, FolderSurvey, open_image_folder
+from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, check_rows, open_table
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.file_tree import open_tree
@@ -203,8 +204,8 @@ def _is_plain(source: SourceOptions) -> bool:
 
 def check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
     """Raise a UserError for values that no survey has, and for options that contradict each other."""
-    if variant not in TREES:
-        raise UserError(f"no variant {variant!r}; choose from {', '.join(TREES)}")
+    if variant not in VARIANTS:
+        raise UserError(f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     if conflicting not in _CONFLICTING:
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":

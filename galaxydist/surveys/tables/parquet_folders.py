@@ -75,8 +75,8 @@ def find_parquet(tree: FileTree) -> ParquetFolder | None:
         suffix = PurePosixPath(tree.inside).suffix.lower()
         if not tree.is_local and suffix in _NO_REMOTE_FILES:
             raise UserError(
-                f"{tree.location}: files of the kind {suffix} are not read from URLs, but tables and Parquet are; copy it to this "
-                "machine"
+                f"{tree.location}: files of the kind {suffix} are not read from URLs, but tables and Parquet are; copy it to "
+                "this machine"
             )
         return ParquetFolder(tree, tree.files, card=read_card(tree))
     files = [file for file in tree.files if file.endswith(".parquet") and not PurePosixPath(file).name.startswith("_")]

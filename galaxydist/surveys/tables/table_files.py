@@ -178,8 +178,9 @@ def _degrees(unit: Any) -> dict[str, str] | None:
     from astropy import units
 
     try:
-        return {"degrees": str(float(15 if unit in (units.hour, units.hourangle) else unit.to(units.deg)))}
-    except (AttributeError, TypeError, ValueError):  # no unit, another one, or one that is not known
+        known = units.Unit(str(unit))  # FITS itself has no hour angles
+        return {"degrees": str(float(15 if known in (units.hour, units.hourangle) else known.to(units.deg)))}
+    except (TypeError, ValueError):  # no unit, another one, or one that is not known
         return None
 
 
