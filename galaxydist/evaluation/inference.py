@@ -263,7 +263,7 @@ def evaluate_split(
         expected[f"{whole} without validation galaxies"] = int((~in_validation_N).sum())
 
     forward = ForwardPass(
-        model, augment.normalise, world.dtype, world.accelerator.autocast, recipe.train.channels_last, recipe.eval.tta
+        model, augment.normalise, world.dtype, world.mixed_precision.autocast, recipe.train.channels_last, recipe.eval.tta
     )
 
     def count() -> None:

@@ -288,7 +288,7 @@ class Probe:
         dtype = next(self.model.parameters()).dtype
         layout = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
         images_BCHW = torch.zeros(count, 3, size, size, dtype=dtype, device=device).to(memory_format=layout)
-        with self.world.accelerator.autocast():
+        with self.world.mixed_precision.autocast():
             logits_BK = self.model(images_BCHW)
         torch.autograd.backward(dummy_loss(logits_BK))
         if device.type == "cuda":
