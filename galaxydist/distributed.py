@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.devices import Precision, RankDevice, check_devices, find_device, gather_devices, resolve_precision
@@ -292,7 +292,7 @@ def _join_group(own: RankDevice, size: int, timeout: timedelta | None) -> list[R
         check_devices([own])
         return [own]
     options = {} if timeout is None else {"timeout": timeout}
-    store, *_ = next(dist.rendezvous("env://", own.rank, size, **options))
+    store, *_ = next(rendezvous("env://", own.rank, size, **options))
     devices = gather_devices(own, store, size)
     check_devices(devices)
     backend = "gloo" if own.device.type == "cpu" else "nccl"
