@@ -242,14 +242,22 @@ def _check_label_values(found: Sequence[str], num_labelled: int, column: "pa.Chu
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_nested(kind) or pa.types.is_binary(kind):
         raise UserError(f"{where} has values of type {kind}, which are no class names; name another column with --label")
-    if pa.types.is_floating(kind) and any("." in text or "e" in text for text in found):
-        example = next(text for text in found if "." in text or "e" in text)
-        raise UserError(f"{where} has numbers with fractions ({example}), which are no classes; name another column with --label")
+    if found and all(map(_is_number, found)) and (fractions := [text for text in found if not float(text).is_integer()]):
+        raise UserError(
+            f"{where} has numbers with fractions ({fractions[0]}), which are no classes; name another column with --label"
+        )
     if len(found) > 20 and len(found) > 0.9 * num_labelled:
         raise UserError(
             f"{where} has {len(found)} different values in {num_labelled} rows, so that nearly each galaxy would be a "
             "class of its own; name another column with --label"
         )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _lookup(values: "pa.Array", numbers: dict[str, int]) -> NDArray[np.int64]:

@@ -58,7 +58,8 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     """
     if not _KEY.fullmatch(galaxy.id) or len(galaxy.id) > LONGEST_KEY:
         raise UserError(
-            f"galaxy id {galaxy.id!r} cannot name a file in a shard: use up to {LONGEST_KEY} letters, digits, _, - and +"
+            f"galaxy id {galaxy.id[:60]!r} ({len(galaxy.id)} characters) cannot name a file in a shard: use up to "
+            f"{LONGEST_KEY} letters, digits, _, - and +, or other ids (--id COLUMN, --id none)"
         )
     if galaxy.label is not None and not 0 <= galaxy.label < num_classes:
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")

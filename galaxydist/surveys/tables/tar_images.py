@@ -262,7 +262,9 @@ class _Names:
             try:
                 rows.append(parse_object(text or b""))
             except ValueError as error:
-                raise UserError(f"{tar.path}: the .{extension} of {tar.samples[KEY][row]} is damaged ({error})") from None
+                raise UserError(
+                    f"{tar.path}: the .{extension} of {tar.samples[KEY][row]} is damaged ({error}); write or copy the tar again"
+                ) from None
         keys = dict.fromkeys(f"{extension}:{key}" for content in rows for key in content)
         self._found |= keys
         return {name: [content.get(name.partition(":")[2]) for content in rows] for name in keys}
@@ -271,7 +273,7 @@ class _Names:
         try:
             return None if text is None else text.decode().strip()
         except UnicodeDecodeError:
-            raise UserError(f"{tar.path}: a text of {tar.samples[KEY][row]} is not UTF-8") from None
+            raise UserError(f"{tar.path}: a text of {tar.samples[KEY][row]} is not UTF-8; write the tar again") from None
 
     def _match(self, given: str) -> str | None:
         """Return the name with extension that the user means; None for a column that no text gives."""
