@@ -315,7 +315,7 @@ class TrainerBench:
         # The trainer's own figures include the turns of the bare loop.
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
             make(resolved, self.world, self.environ, build_watch).run()
-        self.world.accelerator.free_memory()
+        self.world.mixed_precision.release()
         return turns[0]
 
 
