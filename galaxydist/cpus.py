@@ -113,8 +113,8 @@ def fair_share(bound: Sequence[Collection[int]], number: int, quota: float) -> i
 def decoding_threads(cores: int, *, has_gpu: bool) -> int:
     """Return the number of threads that decode images, at least 1.
 
-    With a GPU, two cores are left to the thread that launches its kernels and to what the driver and the copies need: a launch that
-    waits for a core is time in which the GPU idles.
+    With a GPU, two cores are left to the thread that launches its kernels and to what the driver and the copies need: a launch
+    that waits for a core is time in which the GPU idles.
 
     Args:
         cores: of this process alone.
