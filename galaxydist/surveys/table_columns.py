@@ -242,7 +242,7 @@ def _check_label_values(found: Sequence[str], num_labelled: int, column: "pa.Chu
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_nested(kind) or pa.types.is_binary(kind):
         raise UserError(f"{where} has values of type {kind}, which are no class names; name another column with --label")
-    if found and all(map(_is_number, found)) and (fractions := [text for text in found if not float(text).is_integer()]):
+    if found and all(map(_is_number, found)) and (fractions := [text for text in found if float(text) % 1 > 0]):
         raise UserError(
             f"{where} has numbers with fractions ({fractions[0]}), which are no classes; name another column with --label"
         )
@@ -251,13 +251,6 @@ def _check_label_values(found: Sequence[str], num_labelled: int, column: "pa.Chu
             f"{where} has {len(found)} different values in {num_labelled} rows, so that nearly each galaxy would be a "
             "class of its own; name another column with --label"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _lookup(values: "pa.Array", numbers: dict[str, int]) -> NDArray[np.int64]:
@@ -297,9 +290,10 @@ def read_degrees(column: "pa.ChunkedArray", name: str, location: object) -> NDAr
 
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text)) or True
+        float(text)
     except ValueError:
         return False
+    return True
 
 
 def _is_sexagesimal(text: str) -> bool:
