@@ -1,7 +1,6 @@
 """Columns of a table of galaxies: their usual names, and their values as text, labels and positions."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
