@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.object_store import Store, download, is_url
-from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, refuse_kind
+from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, folder_kind, refuse_kind
 from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
@@ -19,7 +19,7 @@ from galaxydist.surveys.image_table import TableOptions, TableSurvey, check_rows
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
-from galaxydist.surveys.tables.image_data import ImageData, folder_kind, read_hdf5_data, read_parquet_data, tree_origin
+from galaxydist.surveys.tables.image_data import ImageData, read_hdf5_data, read_parquet_data, tree_origin
 from galaxydist.surveys.tables.image_urls import split_url
 from galaxydist.surveys.tables.listed_images import open_listed_images
 from galaxydist.surveys.tables.parquet_folders import read_card

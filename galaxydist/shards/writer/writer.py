@@ -177,27 +177,10 @@ def write_shards(
         return with_origin(existing, origin, overwrite=overwrite)
     if survey.class_names and len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
-    with writer_lock(work_dir):
-        try:
-            _write(survey, work_dir, settings, workers or available_cores(), max_errors)
-            with_origin(read_manifest(work_dir), origin, overwrite=True)
-            publish(work_dir, out_dir)
-        except OSError as error:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            if error.errno in NO_SPACE:
-                raise UserError(
-                    f"no space left while writing shards to {out_dir} ({error.strerror}); the unfinished shards are removed. "
-                    "Free some space, or choose another folder, and give the same command again"
-                ) from None
-            raise
-        except BrokenExecutor:
-            raise UserError(
-                f"a process that wrote shards to {out_dir} was killed, perhaps because memory ran out; "
-                "the same command continues from the finished parts: try it with fewer workers"
-            ) from None
-        except Exception:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            raise
+    with work_folder(work_dir, out_dir):
+        _write(survey, work_dir, settings, workers or available_cores(), max_errors)
+        with_origin(read_manifest(work_dir), origin, overwrite=True)
+        publish(work_dir, out_dir)
     return read_manifest(out_dir)
 
 
@@ -294,6 +277,30 @@ def writer_lock(work_dir: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def work_folder(work_dir: Path, out_dir: Path) -> Iterator[None]:
+    """Hold the writer's lock; an error removes the work folder, but an interruption or a killed process leaves it."""
+    with writer_lock(work_dir):
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(work_dir, ignore_errors=True)
+            if error.errno in NO_SPACE:
+                raise UserError(
+                    f"no space left while writing to {out_dir} ({error.strerror}); what was written is removed. Free some space, "
+                    "or choose another folder, and give the same command again"
+                ) from None
+            raise
+        except BrokenExecutor:
+            raise UserError(
+                f"a process that wrote shards to {out_dir} was killed, perhaps because memory ran out; "
+                "the same command continues from the finished parts: try it with fewer workers"
+            ) from None
+        except Exception:
+            shutil.rmtree(work_dir, ignore_errors=True)
+            raise
 
 
 def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> None:

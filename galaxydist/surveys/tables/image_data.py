@@ -1,7 +1,6 @@
 """Data that hold their images themselves, Parquet and HDF5, as a table with an image source."""
 
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -13,10 +12,8 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.object_store import TransientError
 from galaxydist.surveys.data_origin import DataOrigin, spdx
-from galaxydist.surveys.file_kinds import HDF5, PARQUET
-from galaxydist.surveys.folder_scan import natural_key, safe_name
+from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
-from galaxydist.surveys.image_files import EXTENSIONS
 from galaxydist.surveys.image_table import ImageSource, TableOptions
 from galaxydist.surveys.table_columns import USUAL_NAMES, find_columns
 from galaxydist.surveys.tables.file_tree import FileTree, open_tree
@@ -28,11 +25,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
-
-# Files that only a HATS catalogue, and a folder of `datasets.save_to_disk`, have.
-_DATA_MARKS = {"hats.properties", "collection.properties", "dataset_dict.json", "dataset_info.json"}
-# Folders of a folder that are looked into to know its kind, and images that may lie beside data.
-_NUM_LOOKED_INTO, _FEW_IMAGES = 50, 20
 
 
 @dataclass(frozen=True)
@@ -82,25 +74,6 @@ class ImageData:
         if index is None or index in columns or index not in self.table.column_names:
             return self
         return replace(self, table=self.table.drop_columns([index]))
-
-
-def folder_kind(folder: Path) -> str | None:
-    """Return ``Parquet`` or ``HDF5`` for a folder of such data, None for a folder of images; a few folders are looked into.
-
-    Some images beside the data do not make it a folder of images, and neither does a table beside many images make it data.
-    """
-    has_parquet, num_images = False, 0
-    for number, (_, folders, files) in enumerate(os.walk(folder)):
-        folders.sort(key=natural_key)
-        if {*files} & _DATA_MARKS:
-            return PARQUET
-        if any(name.startswith("healpix=") for name in folders):
-            return HDF5
-        has_parquet = has_parquet or any(name.endswith(".parquet") for name in files)
-        num_images += sum(f".{name.rpartition('.')[2].lower()}" in EXTENSIONS for name in files)
-        if num_images > _FEW_IMAGES or number == _NUM_LOOKED_INTO:
-            break
-    return PARQUET if has_parquet and num_images <= _FEW_IMAGES else None
 
 
 def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:

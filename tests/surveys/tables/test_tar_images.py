@@ -98,9 +98,11 @@ def test_labels_are_class_numbers_or_names_in_cls_or_json(tmp_path: Path) -> Non
     for given in ("kind", "json:kind", "KIND"):
         assert names_by_id(survey_of(path, label=given)) == names_by_id(named), given
     assert survey_of(path, label="kind").extras.column_names == ["source_id", "json:smooth", "meta.json:smooth", "file"]
-    with pytest.raises(UserError, match=r"smooth is in several JSON files: choose one of json:smooth, meta.json:smooth"):
+    with pytest.raises(
+        UserError, match=r"no column 'smooth' \(--label\); did you mean .*json:smooth\? .* kind, json:smooth, meta"
+    ):
         survey_of(path, label="smooth")
-    with pytest.raises(UserError, match=r"c.tar has no text or JSON key 'clas' \(--label\). It has kind, smooth, smooth"):
+    with pytest.raises(UserError, match=r"c.tar has no column 'clas' \(--label\) Its columns are kind, json:smooth"):
         survey_of(path, label="clas")
     with pytest.raises(UserError, match=r"d.tar has no label with a usual name: name .* with --label.* It has smooth"):
         survey_of(str(sample_tar(tmp_path / "d.tar", json=as_json(smooth=lambda n: n))))
