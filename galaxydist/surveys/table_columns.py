@@ -178,6 +178,26 @@ def decoded(column: "pa.ChunkedArray") -> "pa.Array":
     return array
 
 
+def arrow_column(values: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> "pa.Array | None":
+    """Return numbers of any byte order, truth values or text (N) as a column; None for arrays and other kinds of values.
+
+    Args:
+        values: text without padding, or padded with spaces or zeros.
+        mask: (N,) True where there is no value; None: nowhere.
+    """
+    import pyarrow as pa
+
+    if values.ndim != 1 or values.dtype.kind not in "biufSUO":
+        return None
+    if values.dtype.kind in "biuf":
+        is_usual = values.dtype.kind != "f" or values.dtype.itemsize in (4, 8)
+        return pa.array(values.astype(values.dtype.newbyteorder("=") if is_usual else np.float64), mask=mask)
+    texts = [text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else text for text in values.tolist()]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return pa.array([text.strip() for text in texts], pa.string(), mask=mask)
+
+
 def is_text(kind: Any) -> bool:
     """Return True for each of Arrow's types of text."""
     import pyarrow as pa

@@ -145,13 +145,18 @@ def hash_data(paths: Sequence[Path], name: str) -> str:
         return hashlib.sha256(repr(hash_files(Path(), [str(path) for path in paths], name)).encode()).hexdigest()
     digest = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with path.open("rb") as stream:
-            for number in range(_NUM_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
+        digest.update(f"{path.stat().st_size}\n".encode())
+        sample_bytes(path, digest)
     return digest.hexdigest()
+
+
+def sample_bytes(path: Path, digest: Any) -> None:
+    """Add 64 evenly spread samples of a file's bytes to a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        for number in range(_NUM_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
 
 
 def open_tree(location: str | Path) -> FileTree:
