@@ -20,7 +20,7 @@ from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, exporte
 from galaxydist.surveys.folder_scan import ImageFile, file_ids, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.given_split import SplitOptions, choose_split, is_complete, split_code
 from galaxydist.surveys.hdf5_schema import SIMULATED
-from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
+from galaxydist.surveys.image_files import group_equal_images, hash_files, read_image
 from galaxydist.surveys.split import (
     NONE,
     Codes,
@@ -141,7 +141,7 @@ def open_image_folder(
     digests: list[str] | None = None
     if info is None and (variant == "balanced" or not is_complete(root, given, has_val=has_val)):
         digests = hash_files(root, files, name or root.name)
-        equal = group_equal_files(root, files, digests, galaxies.labels)
+        equal = group_equal_images(root, files, digests, galaxies.labels, lambda row: read_image(root / files[row]))
         galaxies = replace(galaxies, sky=join_groups(galaxies.sky, equal, galaxies.labels))
     codes = choose_split(root, galaxies, given, SplitOptions("original" if is_balanced else variant, conflicting, fold, has_val))
     if conflicting == "drop":  # the marks of an exported folder's metadata

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.object_store import is_url
-from galaxydist.surveys.image_files import EXTENSIONS, group_equal_files, hash_files, read_image
+from galaxydist.surveys.image_files import EXTENSIONS, group_equal_images, hash_files, read_image
 from galaxydist.surveys.tables.image_urls import fetch_images
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class ListedImages:
         rows = np.array([row for row, file in enumerate(self.files) if file], np.int64)
         groups = np.full(len(self.files), -1, np.int64)
         files, digests = ([values[row] for row in rows.tolist()] for values in (self.files, self._digests))
-        groups[rows] = group_equal_files(self.root, files, digests, labels[rows])
+        groups[rows] = group_equal_images(self.root, files, digests, labels[rows], lambda row: read_image(self.root / files[row]))
         return groups
 
     def __getstate__(self) -> dict[str, object]:

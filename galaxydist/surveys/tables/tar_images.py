@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.folder_scan import known_split
-from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, is_blank, parse_image
+from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, parse_image
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
 from galaxydist.surveys.table_columns import USUAL_NAMES, ColumnNames, find_columns
 from galaxydist.surveys.tables.json_columns import conform, parse_object, typed_column, unite_fields
@@ -82,11 +82,7 @@ class TarImages:
         if self.digests is None:
             return np.full(len(self.tar), -1, np.int64)
         digests = [digest or f"{UNREADABLE} {row}" for row, digest in enumerate(self.digests)]
-        return group_equal_images(self.location, self.names, digests, labels, self._is_blank)
-
-    def _is_blank(self, row: int) -> bool:
-        ((_, data),) = self.read_bytes([row])
-        return is_blank(data, self._name(row))
+        return group_equal_images(self.location, self.names, digests, labels, lambda row: next(self.read(row, row + 1)))
 
     def read_bytes(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         """Yield rows and the bytes of their images; ascending rows of one tar are read in one pass."""
