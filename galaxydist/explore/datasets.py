@@ -31,6 +31,7 @@ from galaxydist.surveys.survey_sources import SourceOptions, is_table_url, open_
 from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import Hdf5Images
 from galaxydist.surveys.tables.table_files import split_hdu
+from galaxydist.surveys.tables.tar_scan import names_tars
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -423,7 +424,7 @@ def open_population(
                 "leave out --variant, or give the other variant's manifest"
             )
         population = shard_population(manifest)
-    elif path.exists() or is_url(location):
+    elif path.exists() or is_url(location) or names_tars(location) or Path(split_hdu(location)[0]).exists():
         population = survey_population(open_survey(location, variant or "original", classes=classes, source=source), location)
     else:
         raise UserError(
@@ -437,7 +438,7 @@ def open_population(
 
 def _is_url_of_shards(location: str) -> bool:
     """Return True for a URL, unless it is one of a table or of Parquet files: their suffix, or a data set without a manifest."""
-    if not is_url(location) or location.endswith(".parquet") or is_table_url(split_hdu(location)[0]):
+    if not is_url(location) or location.endswith(".parquet") or is_table_url(split_hdu(location)[0]) or names_tars(location):
         return False
     if not location.startswith("hf://datasets/") or location.endswith(MANIFEST_NAME):
         return True

@@ -15,6 +15,7 @@ from galaxydist.atomic_files import disk_error, remove_stale
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError
 from galaxydist.galaxy import STORED_SPLITS, VARIANTS, EncodedImage, Galaxy, Survey
+from galaxydist.paths import folder_name
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
 from galaxydist.surveys.image_files import decode_file, encode_png
 from galaxydist.surveys.official_split import NAME as GALAXY10
@@ -50,7 +51,7 @@ class _Tree:
             return None
         # The balanced tree has only train and test folders, as published; metadata.csv marks its validation galaxies.
         folder = "train" if STORED_SPLITS[code] == "val" and self.survey.variant == "balanced" else STORED_SPLITS[code]
-        return f"{folder}/{self.survey.class_names[galaxy.label]}/{galaxy.id}.png"
+        return f"{folder}/{folder_name(self.survey.class_names[galaxy.label])}/{galaxy.id}.png"
 
 
 def export_image_folders(
@@ -74,9 +75,12 @@ def export_image_folders(
         options: for other sources than image folders and survey files.
 
     Raises:
-        UserError: the source cannot be used, another file or folder has a tree's name, or the disk is full.
+        UserError: the source cannot be used, two classes need one folder, another file or folder has a tree's name, or the disk
+            is full.
     """
     surveys = [open_survey(source, variant, classes=classes, source=options) for variant in VARIANTS]
+    if len({folder_name(name) for name in surveys[0].class_names}) < len(surveys[0].class_names):
+        raise UserError(f"{source} has classes that cannot be told apart as names of folders: rename some with --classes")
     out_dir.mkdir(parents=True, exist_ok=True)
     exists = [_is_exported(survey, _target(survey, out_dir)) for survey in surveys]
     missing = [_start_tree(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]
@@ -122,7 +126,7 @@ def _start_tree(survey: Survey, out_dir: Path) -> _Tree:
         split_of_row[rows] = STORED_SPLITS.index(split)
     for folder in ("train", "test") if survey.variant == "balanced" else survey.splits:
         for name in survey.class_names:
-            (temporary / folder / name).mkdir(parents=True, exist_ok=True)
+            (temporary / folder / folder_name(name)).mkdir(parents=True, exist_ok=True)
     return _Tree(survey, target, temporary, split_of_row)
 
 

@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -256,9 +256,8 @@ def open_table(
     Raises:
         UserError: an empty table, wrong columns or values, ids that occur twice, or no row with an image and a label.
     """
-    check_rows(table, location)
     check_name(options.name)
-    columns = find_columns(table.column_names, options.columns, location, is_labelled=options.is_labelled)
+    columns = read_columns(table, options.columns, location, is_labelled=options.is_labelled)
     given, without_split = _given_split(table, columns, location)
     reasons = {
         "without an image": ~has_image if has_image is not None else np.zeros(len(table), np.bool_),
@@ -302,12 +301,24 @@ def open_table(
     )
 
 
-def check_rows(table: "pa.Table", location: str) -> None:
-    """Raise a UserError if a table has no rows."""
+def read_columns(table: "pa.Table", wanted: ColumnNames, location: str, *, is_labelled: bool) -> ColumnNames:
+    """Return the columns of a table, as ``find_columns`` does.
+
+    Raises:
+        UserError: the table has no rows, or a column has lists, structures or bytes; or as ``find_columns``.
+    """
     if not len(table):
         raise UserError(
             f"{location} has no rows{f', only the header {name_some(table.column_names)}' if table.num_columns else ''}"
         )
+    columns = find_columns(table.column_names, wanted, location, is_labelled=is_labelled)
+    for kind, name in asdict(columns).items():
+        if name is not None and not is_scalar(table.schema.field(name).type):
+            raise UserError(
+                f"{location}, column {name!r} has values of type {table.schema.field(name).type}, not single numbers or text; "
+                f"name another column with --{kind}"
+            )
+    return columns
 
 
 def _labels(

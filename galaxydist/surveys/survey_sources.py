@@ -15,7 +15,7 @@ from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
-from galaxydist.surveys.image_table import TableOptions, TableSurvey, check_rows, open_table
+from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table, read_columns
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
@@ -230,9 +230,8 @@ def _table_name(file: Path) -> str:
 
 def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
     """Open a table with the images that it holds, or with those that it names."""
-    check_rows(data.table, data.location)
     options = data.options(options)
-    columns = find_columns(data.table.column_names, options.columns, data.location, is_labelled=options.is_labelled)
+    columns = read_columns(data.table, options.columns, data.location, is_labelled=options.is_labelled)
     data = data.without_index(columns.used())
     if data.images is not None:
         if given.images is not None:

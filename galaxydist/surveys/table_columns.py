@@ -157,8 +157,9 @@ def text_values(column: "pa.ChunkedArray") -> "pa.Array":
 
     array = decoded(column)
     if pa.types.is_floating(array.type):
-        whole = pc.cast(pc.if_else(pc.is_finite(array), array, None), pa.float64())
-        is_whole = pc.all(pc.equal(whole, pc.trunc(whole))).as_py()
+        array = pc.cast(array, pa.float64())
+        whole = pc.if_else(pc.is_finite(array), array, None)
+        is_whole = pc.all(pc.and_(pc.equal(whole, pc.trunc(whole)), pc.less(pc.abs(whole), 2.0**63))).as_py()
         array = pc.cast(whole, pa.int64()) if is_whole is not False else whole
     text = pc.utf8_trim_whitespace(pc.cast(array, pa.string()))
     return pc.if_else(pc.is_in(pc.utf8_lower(text), value_set=pa.array(_EMPTY_TEXT)), None, text)
@@ -260,8 +261,6 @@ def _check_label_values(found: Sequence[str], num_labelled: int, column: "pa.Chu
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-        raise UserError(f"{where} has values of type {kind}, which are no class names; name another column with --label")
     if pa.types.is_floating(kind) and any("." in text or "e" in text for text in found):
         example = next(text for text in found if "." in text or "e" in text)
         raise UserError(f"{where} has numbers with fractions ({example}), which are no classes; name another column with --label")

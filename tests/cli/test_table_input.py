@@ -77,6 +77,14 @@ def fits_image(path: Path) -> None:
     fits.PrimaryHDU(np.zeros((4, 4))).writeto(path)
 
 
+def parquet_of_lists(path: Path) -> None:
+    pq.write_table(pa.table({"file": FILES, "label": [[text] for text in LABELS]}), path)
+
+
+def empty_parquet_of_arrays(path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.list_(pa.list_(pa.float32()))), "label": pa.array([], "string")}), path)
+
+
 def with_columns(**columns: list[object]) -> Callable[[Path], None]:
     return lambda path: table(path, **columns)
 
@@ -118,6 +126,8 @@ def with_bytes(data: bytes) -> Callable[[Path], None]:
         (zipped, [], "is a zip archive, by its content"),
         (excel, [], 'is an Excel workbook, by its content, not a table of images'),
         (truncated_parquet, [], "Parquet"),
+        (parquet_of_lists, [], "column 'label' has values of type list<element: string>, not single numbers or text; name"),
+        (empty_parquet_of_arrays, [], "the column 'image' has no image in its first rows"),
         (truncated_fits, [], "is a truncated or damaged FITS file"),
         (fits_image, [], "is a FITS image, by its content"),
     ],

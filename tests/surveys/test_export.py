@@ -167,6 +167,21 @@ def test_exports_are_named_after_their_data_sets_and_told_apart(tmp_path: Path) 
     assert open_survey(tmp_path / "out" / "mine").name == "mine"
 
 
+@pytest.mark.parametrize("names", [("E/S0", "../Sb"), ("E/S0", "E_S0")])
+def test_classes_of_a_table_that_are_no_names_of_folders_stay_in_their_tree(tmp_path: Path, names: tuple[str, str]) -> None:
+    lines = [f"{number}.png,{names[number % 2]}" for number in range(20)]
+    for number in range(20):
+        write_image(tmp_path / f"{number}.png", number)
+    (tmp_path / "mine.csv").write_text("\n".join(["file,label", *lines]))
+    if names[1] == "E_S0":
+        with pytest.raises(UserError, match="classes that cannot be told apart as names of folders"):
+            export_image_folders(tmp_path / "mine.csv", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    export_image_folders(tmp_path / "mine.csv", tmp_path / "out")
+    assert open_survey(tmp_path / "out").class_names == (".._Sb", "E_S0")
+
+
 def test_balanced_export_cannot_be_opened_as_the_original_variant(out_dir: Path) -> None:
     with pytest.raises(UserError, match="only the balanced variant"):
         open_survey(out_dir / "simulated_balanced")

@@ -241,14 +241,15 @@ def _image_column(location: str, parquet: "pq.ParquetFile", name: str, options: 
             return None
         leaves = (f"{name}.{array}",)
         wanted = [*leaves, f"{name}.{bands}"] if bands else list(leaves)
-        first = next(parquet.iter_batches(BATCH, columns=wanted)).column(name)
-        band_names = first.field(bands)[0].as_py() if bands and len(first) else None
     elif list_depth(kind) in (2, 3):
-        leaves, band_names = (name,), None
-        first = next(parquet.iter_batches(BATCH, columns=[name])).column(name)
+        bands, leaves, wanted = None, (name,), [name]
     else:
         return None
+    batch = next(parquet.iter_batches(BATCH, columns=wanted), None)
+    first = batch.column(name) if batch is not None else pa.nulls(0, kind)
+    band_names = first.field(bands)[0].as_py() if bands and len(first) else None
     images = [image for image in list_arrays(first) if image is not None]
+    images = [image for image in images if image.shape == images[0].shape]
     if not images:
         raise UserError(f"{location}: the column {name!r} has no image in its first rows")
     shape = (parquet.metadata.num_rows, *images[0].shape)

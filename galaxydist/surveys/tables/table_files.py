@@ -50,6 +50,8 @@ def read_table(
         UserError: another kind of file, or one that is damaged.
     """
     kind, location = file_kind(path), location or str(path)
+    if hdu is not None and kind != FITS:
+        raise UserError(f"{location} is no FITS table, so that it has no extension [{hdu}]: leave that out")
     if kind == CSV:
         return _read_csv(path, location, texts)
     if kind == JSON_LINES:
