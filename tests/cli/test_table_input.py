@@ -77,8 +77,8 @@ def fits_image(path: Path) -> None:
     fits.PrimaryHDU(np.zeros((4, 4))).writeto(path)
 
 
-def parquet_of_lists(path: Path) -> None:
-    pq.write_table(pa.table({"file": FILES, "label": [[text] for text in LABELS]}), path)
+def json_lines_of_lists(path: Path) -> None:
+    path.write_text("\n".join(json.dumps({"file": file, "label": [label]}) for file, label in zip(FILES, LABELS, strict=True)))
 
 
 def empty_parquet_of_arrays(path: Path) -> None:
@@ -126,7 +126,7 @@ def with_bytes(data: bytes) -> Callable[[Path], None]:
         (zipped, [], "is a zip archive, by its content"),
         (excel, [], 'is an Excel workbook, by its content, not a table of images'),
         (truncated_parquet, [], "Parquet"),
-        (parquet_of_lists, [], "column 'label' has values of type list<element: string>, not single numbers or text; name"),
+        (json_lines_of_lists, [], "column 'label' has values of type list<element: string>, not single numbers or text; name"),
         (empty_parquet_of_arrays, [], "the column 'image' has no image in its first rows"),
         (truncated_fits, [], "is a truncated or damaged FITS file"),
         (fits_image, [], "is a FITS image, by its content"),

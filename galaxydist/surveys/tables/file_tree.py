@@ -3,15 +3,18 @@
 import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import PROTOCOLS, MissingError, TransientError, classify_error, is_url
+from galaxydist.object_store import PROTOCOLS, MissingError, RemoteFile, Store, TransientError, classify_error, is_url
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.image_files import hash_files
 
@@ -23,6 +26,8 @@ _LARGEST_TEXT = 1 << 22
 # Largest size of all files on this machine of which every byte is hashed; samples of the bytes of each larger one.
 MOST_HASHED_BYTES = 16 << 30
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+# Bytes of a remote file that are read at a time.
+_REQUEST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -68,19 +73,21 @@ class FileTree:
         """Open a file for reading at any place; the caller closes it.
 
         Raises:
-            UserError: there is no such file, or no access to it.
-            TransientError: another attempt may succeed.
+            UserError: there is no such file, no access to it, or its store cannot be read in several attempts.
         """
-        with self.explained(file):
-            if self.is_local:
+        if self.is_local:
+            with self.explained(file):
                 return Path(self.root, file).open("rb")
-            stream: IO[bytes] = self._system().open(f"{self.root}/{file}", "rb")
-            return stream
+        # Only a web server's address may have a query; its root is a whole URL.
+        name, mark, query = file.partition("?") if self.protocol in ("http", "https") else (file, "", "")
+        root = self.root if "://" in self.root else f"{self.protocol}://{self.root}"
+        remote = RemoteFile(_store(f"{root}{mark}{query}", os.getpid()), name, threading.Event())
+        return cast("IO[bytes]", io.BufferedReader(remote, _REQUEST_BYTES))
 
     def read_text(self, file: str) -> str | None:
         """Return the start of a text file (4 MB), or None if there is no such file."""
         try:
-            with self.open(file) as stream, self.explained(file):
+            with self.open(file) as stream:
                 return stream.read(_LARGEST_TEXT).decode("utf-8", "replace")
         except MissingError:
             return None
@@ -103,20 +110,16 @@ class FileTree:
 
     @contextlib.contextmanager
     def explained(self, file: str) -> Iterator[None]:
-        """Turn errors of the file system while a file is read into those of :meth:`open`."""
-        kind = "http" if self.protocol == "hf" else PROTOCOLS[self.protocol][0]
+        """Turn errors of the file system while a file is read, or the files are listed, into a UserError."""
         try:
             yield
-        except (UserError, TransientError):
-            raise
         except Exception as error:
-            is_of_contents = type(error).__module__.startswith("pyarrow") or (self.is_local and type(error) is OSError)
-            if is_of_contents:
-                raise
-            explained = classify_error(error, self.path(file) if file else self.location, kind)
-            if explained is error:
-                raise
-            raise explained from error
+            kind = "http" if self.protocol == "hf" else PROTOCOLS[self.protocol][0]
+            address = self.path(file) if file else self.location
+            explained = error if isinstance(error, UserError) else classify_error(error, address, kind)
+            if isinstance(explained, TransientError):
+                explained = UserError(f"{address} cannot be read now ({explained}); give the command again")
+            raise explained from None if explained is error else error
 
     def _system(self) -> Any:
         """Return the file system, one for each process and thread."""
@@ -127,6 +130,12 @@ class FileTree:
 
             return HfFileSystem()
         return fsspec.filesystem(self.protocol)
+
+
+@cache
+def _store(url: str, process: int) -> Store:  # noqa: ARG001
+    """Return the store of a folder; a forked process must not use its parent's connections."""
+    return Store(url)
 
 
 def is_hashed_whole(paths: Sequence[Path]) -> bool:

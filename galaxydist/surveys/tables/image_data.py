@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import TransientError
 from galaxydist.surveys.data_origin import DataOrigin, spdx
 from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
@@ -86,14 +85,11 @@ def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:
     Raises:
         UserError: no Parquet files, no access, damaged or unfit files.
     """
-    try:
-        tree = open_tree(location)
-        folder = find_parquet(tree)
-        if folder is None:
-            raise UserError(f"{tree.location} has no Parquet files; give a data set of Parquet files, or a folder of images")
-        found = read_parquet(tree, folder.files, options, folder.left_out)
-    except TransientError as error:
-        raise UserError(f"{location} cannot be read now ({error}); give the command again") from error
+    tree = open_tree(location)
+    folder = find_parquet(tree)
+    if folder is None:
+        raise UserError(f"{tree.location} has no Parquet files; give a data set of Parquet files, or a folder of images")
+    found = read_parquet(tree, folder.files, options, folder.left_out)
     table = found.table
     if folder.num_rows is not None and folder.num_rows != len(table):
         raise UserError(
