@@ -278,7 +278,7 @@ def _print_notes(manifest: "Manifest") -> None:
 
 def _print_lossy(survey: "Survey", quality: int) -> None:
     """Print the number of lossless images that are stored as JPEG."""
-    files = getattr(getattr(survey, "images", survey), "files", ())
+    files = getattr(getattr(survey, "images", None), "files", ())
     endings = Counter(Path(file).suffix.lower() for file in files)
     lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
     if lossless:

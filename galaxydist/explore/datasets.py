@@ -319,16 +319,15 @@ def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: FolderSurvey | TableSurvey, location: str | Path) -> ExploredDataset:
+def survey_population(survey: TableSurvey, location: str | Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
     for number, name in enumerate(names):
         codes[survey.splits[name]] = number
     numbers_N = np.flatnonzero(codes >= 0)
-    kind = "folder of images"
-    if isinstance(survey, TableSurvey):
-        kind = "HDF5 file" if isinstance(survey.images, Hdf5Images) else "table of images"
+    kind = "HDF5 file" if isinstance(survey.images, Hdf5Images) else "table of images"
+    kind = "folder of images" if isinstance(survey, FolderSurvey) else kind
     return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
@@ -347,7 +346,7 @@ def survey_population(survey: FolderSurvey | TableSurvey, location: str | Path) 
 class SurveyImages:
     """Reads images and positions from a survey; ``numbers_N`` are the survey's rows of the data set's N galaxies."""
 
-    survey: FolderSurvey | TableSurvey
+    survey: TableSurvey
     numbers_N: NDArray[np.int64]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -369,22 +368,12 @@ class SurveyImages:
                     yield ExploredImage(row, self.survey.image_name(number), None, str(error))
 
     def positions(self) -> Positions:
-        if isinstance(self.survey, TableSurvey):
-            extras = self.survey.extras  # without columns it has no rows either
-            redshift = _column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
-            found = [column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)]
-        else:
-            rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
-            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
-            found = [np.array([_number(value) for value in column]) for column in zip(*values, strict=True)]
-        return Positions(*found)
+        extras = self.survey.extras  # without columns it has no rows either
+        redshift = _column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
+        return Positions(*(column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)))
 
     def candidates(self, number: int, seed: int) -> None:
         """Return None: any row is cheap to read."""
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else np.nan
 
 
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:

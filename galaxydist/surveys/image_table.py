@@ -182,7 +182,8 @@ class TableSurvey:
 
     def image_name(self, row: int) -> str:
         """Return the file of a row's image if it has one, else the galaxy's id."""
-        return str(self.extras.column("file")[row]) if "file" in self.extras.column_names else self.ids[row]
+        file = self.extras["file"][row].as_py() if "file" in self.extras.column_names else None
+        return file or self.ids[row]
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``; raises DamagedImageError at a row whose image cannot be read."""

@@ -14,7 +14,7 @@ from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, 
 from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
-from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
+from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table, read_columns
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.file_tree import open_tree
@@ -65,7 +65,7 @@ def open_survey(
     classes: str | None = None,
     has_val: bool = True,
     source: SourceOptions | None = None,
-) -> FolderSurvey | TableSurvey:
+) -> TableSurvey:
     """Open an image folder, a table of images (CSV, Parquet, FITS), or Parquet files, HDF5 files or tars that hold their images.
 
     Files are known by their content, not by their suffix alone; docs/other_formats.md lists the formats.
