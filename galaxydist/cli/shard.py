@@ -300,10 +300,6 @@ def _name(arguments: argparse.Namespace, source: "str | Path | TarPatterns") -> 
         return name
     from galaxydist.surveys.folder_scan import fold_name
     from galaxydist.surveys.survey_sources import survey_name
-    from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
 
-    if not isinstance(source, str | Path) or names_tars(source):  # opening them reads them
-        patterns: TarPatterns = {None: str(source)} if isinstance(source, str | Path) else source
-        return fold_name(name or tars_name(find_tars(patterns)), *arguments.fold)
     classes = class_options(arguments.classes)[0]
     return fold_name(name or survey_name(source, classes=classes, source=table_source(arguments)), *arguments.fold)

@@ -39,8 +39,6 @@ from galaxydist.shards.manifest import (
     Manifest,
     Split,
     catalogue_name,
-    column_name,
-    file_sha256,
     read_manifest,
 )
 from galaxydist.shards.writer.damaged import (
@@ -53,8 +51,8 @@ from galaxydist.shards.writer.damaged import (
     write_left_out,
 )
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_any_file, decode_image, hash_pixels, resize_square
-from galaxydist.shards.writer.stages import channel_statistics, pixel_sums, write_array
-from galaxydist.shards.writer.writer import publish, read_existing, with_origin, work_folder, write_manifest
+from galaxydist.shards.writer.stages import channel_statistics, pixel_sums
+from galaxydist.shards.writer.writer import publish, read_existing, with_origin, work_folder, write_columns, write_manifest
 from galaxydist.surveys.data_origin import DataOrigin, origin_of
 from galaxydist.surveys.image_files import parse_image, read_header
 from galaxydist.surveys.image_table import TableOptions, TableSurvey
@@ -160,10 +158,7 @@ def _write_columns(
             "offsets": samples.images.offset[rows].astype(COLUMNS["offsets"]),
             "lengths": samples.images.length[rows].astype(COLUMNS["lengths"]),
         }
-        for name, array in arrays.items():
-            path = work_dir / column_name(split, name)
-            write_array(path, array)
-            columns[column_name(split, name)] = file_sha256(path)
+        columns |= write_columns(work_dir, split, arrays)
         catalogue = _catalogue(survey, facts, rows)
         catalogues[catalogue_name(split)] = write_catalogue(work_dir / catalogue_name(split), catalogue.schema, [catalogue])
         labels = survey.labels[rows]

@@ -101,7 +101,8 @@ def open_image_folder(
     listed = ListedImages(name, root, tuple(image.file for image in images))
     if info is None and (variant == "balanced" or not is_complete(root, given, has_val=has_val)):
         galaxies = replace(galaxies, sky=join_groups(galaxies.sky, listed.group_equal(galaxies.labels), galaxies.labels))
-    codes = choose_split(root, galaxies, given, SplitOptions("original" if is_balanced else variant, conflicting, fold, has_val))
+    options = SplitOptions(variant="original" if is_balanced else variant, conflicting=conflicting, fold=fold, has_val=has_val)
+    codes = choose_split(root, galaxies, given, options)
     if conflicting == "drop":  # the marks of an exported folder's metadata
         codes = np.where([bool(row.extras.get("conflicting")) for row in rows], NONE, codes).astype(np.int8)
     ra, dec = _positions(rows)

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -49,6 +49,7 @@ from galaxydist.surveys.table_columns import (
     find_columns,
     is_scalar,
     is_text,
+    log_once,
     read_degrees,
     read_labels,
     text_values,
@@ -105,18 +106,14 @@ class DivisibleImages(Protocol):
 
 
 @dataclass(frozen=True)
-class TableOptions:
-    """The user's options for a table.
+class TableOptions(SplitOptions):
+    """The user's options for a table, beside those for its split.
 
     Args:
         name: the data set's name.
         columns: the columns that the user names.
         classes: ``galaxy10``: the labels are Galaxy10's classes, by name or number; None: as they are.
         class_names: names of the classes 0, 1, ...; None: the label column holds the names.
-        variant: ``original`` or ``balanced``.
-        conflicting: ``keep`` or ``drop`` galaxies with two labels, by position, equal files or a column ``conflicting``.
-        fold: ``(k, n)``: fold k of an n-fold cross-validation.
-        has_val: False for no validation split.
         is_labelled: False for galaxies without labels: all rows are in the split ``test``, and there are no classes.
     """
 
@@ -124,10 +121,6 @@ class TableOptions:
     columns: ColumnNames = field(default_factory=ColumnNames)
     classes: str | None = None
     class_names: tuple[str, ...] | None = None
-    variant: str = "original"
-    conflicting: str = "keep"
-    fold: tuple[int, int] | None = None
-    has_val: bool = True
     is_labelled: bool = True
 
 
@@ -272,7 +265,7 @@ def open_table(
     if not len(kept):
         raise UserError(f"{location}: no row can be used: {_describe(reasons)}")
     if len(kept) < len(table):
-        _report_left_out(location, f"{len(table) - len(kept):,} of {len(table):,} rows are left out: {_describe(reasons)}")
+        log_once(f"{location}: {len(table) - len(kept):,} of {len(table):,} rows are left out: {_describe(reasons)}")
     ids, source_ids = _ids(table, columns, kept, location, options.name)
     ra, dec = _positions(table, columns, location)
     codes = np.full(len(table), NONE, np.int8)
@@ -438,9 +431,8 @@ class _RowsToSplit:
         )
         sky = join_groups(galaxies.sky, equal, self.labels)
         galaxies = replace(galaxies, sky=replace(sky, conflicting=sky.conflicting | marked))
-        wanted = SplitOptions(options.variant, options.conflicting, options.fold, options.has_val, needs_all_classes=False)
         return choose_split(
-            self.location, galaxies, given, wanted, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
+            self.location, galaxies, given, options, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
         )
 
     def _new_split(self, galaxies: SplitCandidates, equal: NDArray[np.int64], *, has_val: bool) -> Codes:
@@ -529,12 +521,6 @@ def _left_out(
 def _describe(reasons: Mapping[str, NDArray[np.bool_]]) -> str:
     """Return ``9 without an image, 3 without a label``."""
     return ", ".join(f"{int(mask.sum()):,} {reason}" for reason, mask in reasons.items() if mask.any())
-
-
-@cache
-def _report_left_out(location: str, text: str) -> None:
-    """Log once for each table: a command may open it several times."""
-    logger.warning("%s: %s", location, text)
 
 
 def _hash_column(digest: Any, array: "pa.Array") -> None:

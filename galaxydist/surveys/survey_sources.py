@@ -115,8 +115,10 @@ def open_survey(
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)
 
 
-def survey_name(path: str | Path, *, classes: str | None = None, source: SourceOptions | None = None) -> str:
+def survey_name(path: str | Path | TarPatterns, *, classes: str | None = None, source: SourceOptions | None = None) -> str:
     """Return the name that a source's data set has if the user gives none; no image is read, and no split made for a table."""
+    if isinstance(path, Mapping) or names_tars(path):
+        return tars_name(find_tars(path if isinstance(path, Mapping) else {None: str(path)}))
     data = _read_data(path, source or SourceOptions())
     return open_survey(path, classes=classes).name if data is None else data.name
 

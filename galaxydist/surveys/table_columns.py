@@ -123,14 +123,14 @@ def find_columns(names: Sequence[str], wanted: ColumnNames, location: object, *,
                 raise UserError(f"{location}: --{other} {found[other]} names one coordinate; name the other with --{missing}")
         found["ra"] = found["dec"] = None
     if named := ", ".join(f"{kind}={name}" for kind, name in guessed.items() if found[kind] is not None):
-        _report_guess(location, named)
+        log_once(f"{location}: columns by their usual names: {named} (options such as --label name others)", logging.INFO)
     return replace(ColumnNames(), **found)
 
 
 @cache
-def _report_guess(location: object, columns: str) -> None:
-    """Log once for each table: a command may open it several times."""
-    logger.info("%s: columns by their usual names: %s (options such as --label name others)", location, columns)
+def log_once(text: str, level: int = logging.WARNING) -> None:
+    """Log a message about a source only once: a command may open it several times."""
+    logger.log(level, "%s", text)
 
 
 def _named(names: Sequence[str], given: str, kind: str, location: object) -> str:
