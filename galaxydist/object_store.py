@@ -530,9 +530,9 @@ def list_files(pattern: str) -> list[str]:
     store = Store(pattern.rpartition("/")[0])
     kind = PROTOCOLS[protocol][0]
     if protocol == "hf":
-        from huggingface_hub import HfFileSystem
+        from huggingface_hub import HfFileSystem, constants
 
-        files: Any = HfFileSystem()
+        files: Any = HfFileSystem(endpoint=constants.ENDPOINT)
     elif kind == "http":
         raise UserError(f"{store.url()}: a web server does not list its files; name them with braces, like name-{{000..099}}.tar")
     else:

@@ -8,8 +8,8 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -47,6 +47,11 @@ class FileTree:
     root: str
     inside: str = ""
     revision: str | None = None
+    _stores: dict[tuple[str, int], Store] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open connections out of a pickle."""
+        return vars(self) | {"_stores": {}}
 
     @property
     def is_local(self) -> bool:
@@ -81,7 +86,10 @@ class FileTree:
         # Only a web server's address may have a query; its root is a whole URL.
         name, mark, query = file.partition("?") if self.protocol in ("http", "https") else (file, "", "")
         root = self.root if "://" in self.root else f"{self.protocol}://{self.root}"
-        remote = RemoteFile(_store(f"{root}{mark}{query}", os.getpid()), name, threading.Event())
+        folder = f"{root}{mark}{query}"
+        key = folder, os.getpid()  # a forked process must not use its parent's connections
+        store = self._stores[key] = self._stores.get(key) or Store(folder)
+        remote = RemoteFile(store, name, threading.Event())
         return cast("IO[bytes]", io.BufferedReader(remote, _REQUEST_BYTES))
 
     def read_text(self, file: str) -> str | None:
@@ -126,16 +134,10 @@ class FileTree:
         import fsspec
 
         if self.protocol == "hf":
-            from huggingface_hub import HfFileSystem
+            from huggingface_hub import HfFileSystem, constants
 
-            return HfFileSystem()
+            return HfFileSystem(endpoint=constants.ENDPOINT)  # else it may be one with the endpoint of an earlier call
         return fsspec.filesystem(self.protocol)
-
-
-@cache
-def _store(url: str, process: int) -> Store:  # noqa: ARG001
-    """Return the store of a folder; a forked process must not use its parent's connections."""
-    return Store(url)
 
 
 def is_hashed_whole(paths: Sequence[Path]) -> bool:
