@@ -93,7 +93,7 @@ def open_image_folder(
     if is_balanced and variant == "original":
         raise UserError(f"{root} holds only the balanced variant; give the folder of the original one, or data.variant=balanced")
     is_galaxy10 = classes == "galaxy10" or (info is not None and info.name in (official_split.NAME, SIMULATED))
-    class_names, images = scan_folder(root, as_galaxy10=is_galaxy10)
+    class_names, images = scan_folder(root, as_galaxy10=is_galaxy10, may_be_empty=info is not None)
     images, rows, source_ids = _with_metadata(root, images)
     galaxies = _candidates([image.label for image in images], class_names, rows)
     given = _folder_codes(root, images, rows)
