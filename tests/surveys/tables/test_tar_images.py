@@ -131,7 +131,6 @@ def test_split_is_that_of_the_pattern_the_name_the_folder_or_a_key(tmp_path: Pat
         path = {"name": f"gz_{split}_0_8.tar", "folder": f"{split}/0.tar"}.get(form, f"{split[:2]}.tar")
         prefix = f"./{split}/" if form == "member" else ""
         files = [(f"{prefix}{n}.png", drawn_image(n)) for n in range(count)]
-        files += []
         pairs = [pair for n, file in enumerate(files) for pair in (file, (f"{file[0][:-3]}cls", b"%d" % (n % 2)))]
         if form == "key":
             key = [(f"{n}.json", json.dumps({"part": split}).encode()) for n in range(count)]
