@@ -97,15 +97,6 @@ class Hdf5Images:
         return hashlib.sha256(f"{self.column} {self.layout} {digest}".encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Hdf5Columns:
-    """The columns of HDF5 files, their images, and the class names by label column that the files give."""
-
-    table: "pa.Table"
-    images: Hdf5Images
-    class_names: Mapping[str, tuple[str, ...]]
-
-
 def find_hdf5(folder: Path) -> list[Path]:
     """Return the HDF5 files of a folder in the Multimodal Universe's layout (``**/healpix=*/*.hdf5``), in natural order."""
     found = [path for ending in ("hdf5", "h5") for path in folder.glob(f"**/healpix=*/*.{ending}") if path.is_file()]
@@ -124,13 +115,18 @@ def has_galaxy10_schema(path: Path) -> bool:
         return True  # its reader says what is wrong
 
 
-def read_hdf5(files: Sequence[Path], options: ArrayOptions, label: str | None = None) -> Hdf5Columns:
+def read_hdf5(
+    files: Sequence[Path], options: ArrayOptions, label: str | None = None
+) -> tuple["pa.Table", Hdf5Images, Mapping[str, tuple[str, ...]]]:
     """Read the columns of HDF5 files of one schema, and find their images.
 
     Args:
         files: the files, in the order of the rows.
         options: the user's choices for the images.
         label: the label column that the user names; an N x K array of ones and zeros becomes class numbers.
+
+    Returns:
+        The table without the images, the images, and the class names by label column that the files give.
 
     Raises:
         UserError: not HDF5, no or several data sets of images, an unusable shape, or files of different schemas.
@@ -165,7 +161,7 @@ def read_hdf5(files: Sequence[Path], options: ArrayOptions, label: str | None = 
     row_bytes = int(np.prod(image_shape)) * 4
     slab = max(1, min(chunk_rows * -(-_MIN_SLAB // chunk_rows), max(chunk_rows, _SLAB_BYTES // row_bytes)))
     starts = tuple(itertools.accumulate(map(len, tables), initial=0))
-    return Hdf5Columns(table, Hdf5Images(tuple(files), starts, column, layout, slab), known | class_names)
+    return table, Hdf5Images(tuple(files), starts, column, layout, slab), known | class_names
 
 
 def _find_images(path: Path, options: ArrayOptions) -> tuple[str, ArrayLayout, tuple[int, ...], int]:

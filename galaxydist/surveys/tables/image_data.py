@@ -125,9 +125,9 @@ def read_hdf5_data(path: Path, options: ArrayOptions, label: str | None) -> Imag
     files = find_hdf5(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} has folders healpix=*, but no .hdf5 or .h5 files in them; copy the data again")
-    found = read_hdf5(files, options, label)
+    table, images, class_names = read_hdf5(files, options, label)
     name = path.resolve().name if path.is_dir() else path.stem
-    return ImageData(str(path), safe_name(name), found.table, found.images, str(path), class_names=found.class_names)
+    return ImageData(str(path), safe_name(name), table, images, str(path), class_names=class_names)
 
 
 def _data_name(tree: FileTree) -> str:

@@ -1,8 +1,9 @@
 """Parquet files that hold the images themselves: as image files (``bytes`` and ``path``, Hugging Face's) or as arrays."""
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Iterator
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -69,14 +70,9 @@ class ParquetImages:
             DamagedImageError: an image is missing, or is not an image.
             UserError: a file cannot be read.
         """
-        group = bisect_right(self.starts, start) - 1
-        while start < stop:
-            number = self.group_file[group]
-            last = group
-            while last + 1 < len(self.group_file) and self.group_file[last + 1] == number and self.starts[last + 1] < stop:
-                last += 1
-            yield from self._file_images(number, range(group, last + 1), start, stop)
-            group, start = last + 1, self.starts[last + 1]
+        groups = range(bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop))
+        for number, of_file in itertools.groupby(groups, key=self.group_file.__getitem__):
+            yield from self._file_images(number, [*of_file], start, stop)
 
     def digest(self) -> str:
         """Return ``FileTree.digest`` of the files, with how images are read."""
@@ -88,12 +84,14 @@ class ParquetImages:
             return np.full(len(labels), -1, np.int64)
         return group_equal_rows(self.tree.location, self.read, labels)
 
-    def _file_images(self, number: int, groups: range, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
-        """Yield the images of rows ``start`` ... ``stop - 1`` in a range of row groups of one file."""
+    def _file_images(
+        self, number: int, groups: Sequence[int], start: int, stop: int
+    ) -> Iterator[NDArray[np.uint8] | EncodedImage]:
+        """Yield the images of rows ``start`` ... ``stop - 1`` in some row groups of one file."""
         import pyarrow as pa
 
         file = self.sources[number]
-        row = self.starts[groups.start]
+        row = self.starts[groups[0]]
         try:
             with self.tree.open(file) as stream:
                 parquet = open_parquet(stream)

@@ -1,6 +1,7 @@
 """Samples of WebDataset tars as a table and its images: labels, ids, splits and properties from names, texts and JSON."""
 
 import hashlib
+import itertools
 import logging
 import re
 import threading
@@ -86,21 +87,13 @@ class TarImages:
 
     def read_bytes(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         """Yield rows and the bytes of their images; ascending rows of one tar are read in one pass."""
-        number, file = -1, None
-        try:
-            for row in rows:
-                if self.offset[row] < 0:
-                    raise DamagedImageError(f"{self._name(row)} has no image")
-                if file is None or number != self.tar[row]:
-                    if file is not None:
-                        file.close()
-                    number = int(self.tar[row])
-                    file = open_tar(self.tars[number], threading.Event())
-                file.seek(int(self.offset[row]))
-                yield row, file.read(int(self.length[row]))
-        finally:
-            if file is not None:
-                file.close()
+        for number, of_tar in itertools.groupby(rows, key=self.tar.__getitem__):
+            with open_tar(self.tars[number], threading.Event()) as file:
+                for row in of_tar:
+                    if self.offset[row] < 0:
+                        raise DamagedImageError(f"{self._name(row)} has no image")
+                    file.seek(int(self.offset[row]))
+                    yield row, file.read(int(self.length[row]))
 
     def _name(self, row: int) -> str:
         return f"{self.tars[self.tar[row]]}, {self.names[row]}"
