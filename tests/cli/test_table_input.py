@@ -125,7 +125,7 @@ def with_bytes(data: bytes) -> Callable[[Path], None]:
         (with_bytes(b'[{"file": 1}]'), [], "is a JSON file, by its content"),
         (zipped, [], "is a zip archive, by its content"),
         (excel, [], 'is an Excel workbook, by its content, not a table of images'),
-        (truncated_parquet, [], "is truncated or damaged, or no Parquet file"),
+        (truncated_parquet, [], "is truncated or damaged ("),
         (json_lines_of_lists, [], "column 'label' has values of type list<item: string>, not single numbers or text; name"),
         (empty_parquet_of_arrays, [], "the column 'image' has no image in its first rows"),
         (truncated_fits, [], "is a truncated or damaged FITS file"),

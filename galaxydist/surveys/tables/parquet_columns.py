@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from galaxydist.cpus import bounded_map
 from galaxydist.errors import UserError, name_some
+from galaxydist.surveys.file_kinds import HEAD_BYTES, PARQUET, kind_of, refuse_kind
 from galaxydist.surveys.image_arrays import ArrayOptions, array_layout
 from galaxydist.surveys.table_columns import is_scalar
 from galaxydist.surveys.tables.file_tree import FileTree
@@ -123,7 +124,11 @@ def _open_file(tree: FileTree, file: str, read: Callable[["pq.ParquetFile"], T])
         with tree.open(file) as stream:
             return read(open_parquet(stream))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{tree.path(file)} is truncated or damaged, or no Parquet file ({error}); fetch it again") from error
+        with tree.open(file) as stream:
+            kind = kind_of(stream.read(HEAD_BYTES), tree.path(file))
+        if kind != PARQUET:
+            raise refuse_kind(tree.path(file), kind, "a Parquet file") from error
+        raise UserError(f"{tree.path(file)} is truncated or damaged ({error}); fetch it again") from error
 
 
 def _read_columns(location: str, column: ImageColumn | None, left_out: Sequence[str], parquet: "pq.ParquetFile") -> _FileColumns:

@@ -29,7 +29,6 @@ _PARTITION = re.compile(r"Norder=(\d+)/Dir=\d+/Npix=(\d+)(?:\.parquet|/[^/]+\.pa
 _HATS_COLUMNS = ("_healpix_29", "_hipscat_index", "Norder", "Dir", "Npix")
 # Folders that stand for no configuration of a data set.
 _PLAIN_FOLDERS = {"data", "default", "parquet"}
-_NO_REMOTE_FILES = (".h5", ".hdf5", ".zip", ".tar", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,6 @@ def find_parquet(tree: FileTree) -> ParquetFolder | None:
     if not tree.files:
         raise MissingError(f"there is nothing at {tree.location}")
     if tree.files == (tree.inside,):  # a single file, whatever its suffix
-        suffix = PurePosixPath(tree.inside).suffix.lower()
-        if not tree.is_local and suffix in _NO_REMOTE_FILES:
-            raise UserError(
-                f"{tree.location}: files of the kind {suffix} are not read from URLs, but tables and Parquet are; copy it to "
-                "this machine"
-            )
         return ParquetFolder(tree, tree.files, card=read_card(tree))
     files = [file for file in tree.files if file.endswith(".parquet") and not PurePosixPath(file).name.startswith("_")]
     if not files and any(file.endswith(".arrow") for file in tree.files):
