@@ -97,10 +97,11 @@ def open_image_folder(
     images, rows, source_ids = _with_metadata(root, images)
     galaxies = _candidates([image.label for image in images], class_names, rows)
     given = _folder_codes(root, images, rows)
+    labels = np.asarray(galaxies.labels, np.int64)
     name = name or (info.name if info else safe_name(root.resolve().name))
     listed = ListedImages(name, root, tuple(image.file for image in images))
     if info is None and (variant == "balanced" or not is_complete(root, given, has_val=has_val)):
-        galaxies = replace(galaxies, sky=join_groups(galaxies.sky, listed.group_equal(galaxies.labels), galaxies.labels))
+        galaxies = replace(galaxies, sky=join_groups(galaxies.sky, listed.group_equal(labels), labels))
     options = SplitOptions(variant="original" if is_balanced else variant, conflicting=conflicting, fold=fold, has_val=has_val)
     codes = choose_split(root, galaxies, given, options)
     if conflicting == "drop":  # the marks of an exported folder's metadata
@@ -111,7 +112,7 @@ def open_image_folder(
         name=name,
         variant=variant,
         class_names=class_names,
-        labels=galaxies.labels,
+        labels=labels,
         splits=rows_by_split(codes),
         ids=[row.id for row in rows],
         ra=ra,
