@@ -143,7 +143,7 @@ def _named(names: Sequence[str], given: str, kind: str, location: object) -> str
     lowered = {name.lower(): name for name in names}
     close = get_close_matches(given.lower(), list(lowered), n=1)
     hint = f"; did you mean {lowered[close[0]]}?" if close else ""
-    raise UserError(f"{location} has no column {given!r} (--{kind}){hint} Its columns are {name_some(list(names), 40)}")
+    raise UserError(f"{location} has no column {given!r} (--{kind}){hint or '.'} Its columns are {name_some(list(names), 40)}")
 
 
 def text_values(column: "pa.ChunkedArray") -> "pa.Array":
