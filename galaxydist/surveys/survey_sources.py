@@ -83,21 +83,8 @@ def open_survey(
     Raises:
         UserError: the source is missing or unusable, or the options contradict each other.
     """
-    check_options(variant, conflicting, name, fold)
-    if classes not in (None, "galaxy10"):
-        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     given = source or SourceOptions()
-    options = TableOptions(
-        name=name or "",
-        columns=given.columns,
-        classes=classes,
-        class_names=given.class_names,
-        variant=variant,
-        conflicting=conflicting,
-        fold=fold,
-        has_val=has_val,
-        is_labelled=given.is_labelled,
-    )
+    options = table_options(given, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
     if isinstance(path, Mapping) or names_tars(path):
         return _open_tars(path if isinstance(path, Mapping) else {None: str(path)}, given, options)
     data = _read_data(path, given)
@@ -204,16 +191,42 @@ def _is_plain(source: SourceOptions) -> bool:
     return replace(source, images=None, cache_dir=None) == SourceOptions()
 
 
-def check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
-    """Raise a UserError for values that no survey has, and for options that contradict each other."""
+def table_options(
+    source: SourceOptions,
+    variant: str,
+    *,
+    conflicting: str,
+    name: str | None,
+    fold: tuple[int, int] | None,
+    classes: str | None,
+    has_val: bool,
+) -> TableOptions:
+    """Return the options of ``open_survey`` for a table.
+
+    Raises:
+        UserError: values that no survey has, or options that contradict each other.
+    """
     if variant not in VARIANTS:
         raise UserError(f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     if conflicting not in _CONFLICTING:
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":
         raise UserError("a cross-validation uses the original variant; remove variant or fold")
+    if classes not in (None, "galaxy10"):
+        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     if name is not None:
         check_name(name)
+    return TableOptions(
+        name=name or "",
+        columns=source.columns,
+        classes=classes,
+        class_names=source.class_names,
+        is_labelled=source.is_labelled,
+        variant=variant,
+        conflicting=conflicting,
+        fold=fold,
+        has_val=has_val,
+    )
 
 
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
