@@ -245,13 +245,12 @@ def _table_name(file: Path) -> str:
 
 def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
     """Open a table with the images that it holds, or with those that it names."""
-    options = data.options(options)
-    columns = read_columns(data.table, options.columns, data.location, is_labelled=options.is_labelled)
-    data = data.without_index(columns.used())
+    table, options = data.prepared(options)
+    columns = read_columns(table, options.columns, data.location, is_labelled=options.is_labelled)
     if data.images is not None:
         if given.images is not None:
             raise UserError(f"{data.location} holds its images itself; leave out --images")
-        survey = open_table(data.table, data.images, data.location, options, data.has_image)
+        survey = open_table(table, data.images, data.location, options, data.has_image)
     else:
         if given.arrays != ArrayOptions():
             raise UserError(
@@ -261,9 +260,9 @@ def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> 
         if columns.file is None:
             raise UserError(
                 f"{data.location} has no column with the names of image files; name it with --file. Its columns are "
-                f"{', '.join(data.table.column_names)}"
+                f"{', '.join(table.column_names)}"
             )
-        files = text_values(data.table.column(columns.file))
+        files = text_values(table.column(columns.file))
         images, has_image = open_listed_images(files, given.images or data.root, data.location, columns.file, given.cache_dir)
-        survey = open_table(data.table, images, data.location, options, has_image)
+        survey = open_table(table, images, data.location, options, has_image)
     return replace(survey, origin=data.origin)

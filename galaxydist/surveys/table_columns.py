@@ -25,20 +25,8 @@ logger = logging.getLogger(__name__)
 USUAL_NAMES = {
     "file": (
         *("file", "file_name", "filename", "file_path", "filepath", "path", "file_loc", "image_path", "image_file", "image_name"),
-        *(
-            "img_path",
-            "image",
-            "img",
-            "jpg_loc",
-            "png_loc",
-            "jpeg",
-            "png",
-            "url",
-            "image_url",
-            "img_url",
-            "jpeg_url",
-            "cutout_url",
-        ),
+        *("img_path", "image", "img", "jpg_loc", "png_loc", "jpeg", "png", "url", "image_url", "img_url", "jpeg_url"),
+        "cutout_url",
     ),
     "id": (
         *("id", "id_str", "galaxy_id", "galaxyid", "object_id", "objectid", "obj_id", "iauname", "iau_name", "dr8_id"),
