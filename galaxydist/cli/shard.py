@@ -209,8 +209,7 @@ def _index_tars(
 ) -> None:
     """Index tars in place, unless the index exists."""
     from galaxydist.shards.tar_index import IndexOptions, index_tars
-    from galaxydist.surveys.image_table import TableOptions
-    from galaxydist.surveys.survey_sources import check_options, check_tar_options
+    from galaxydist.surveys.survey_sources import check_tar_options, table_options
     from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
 
     given = table_source(arguments)
@@ -219,19 +218,15 @@ def _index_tars(
     if arguments.encoding != "jpeg" or arguments.quality != QUALITY or arguments.shard_size is not None:
         raise UserError("--encoding, --quality and --shard-size are for shards that are written: leave them out with --in-place")
     check_tar_options(given)
-    check_options(variant, arguments.conflicting, arguments.name, arguments.fold)
     locations = find_tars({None: str(source)} if isinstance(source, str | Path) else source)
-    classes, class_names = class_options(arguments.classes)
-    table = TableOptions(
-        name=_name(arguments, source) or tars_name(locations),
-        columns=given.columns,
-        classes=classes,
-        class_names=class_names,
-        variant=variant,
+    table = table_options(
+        given,
+        variant,
         conflicting=arguments.conflicting,
+        name=_name(arguments, source) or tars_name(locations),
         fold=arguments.fold,
+        classes=class_options(arguments.classes)[0],
         has_val=arguments.val != NO_VAL,
-        is_labelled=given.is_labelled,
     )
     out_dir = arguments.out or shards_dir(root, table.name, variant, conflicting=arguments.conflicting)
     written_before = _written_at(out_dir)

@@ -83,21 +83,8 @@ def open_survey(
     Raises:
         UserError: the source is missing or unusable, or the options contradict each other.
     """
-    check_options(variant, conflicting, name, fold)
-    if classes not in (None, "galaxy10"):
-        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     given = source or SourceOptions()
-    options = TableOptions(
-        name=name or "",
-        columns=given.columns,
-        classes=classes,
-        class_names=given.class_names,
-        variant=variant,
-        conflicting=conflicting,
-        fold=fold,
-        has_val=has_val,
-        is_labelled=given.is_labelled,
-    )
+    options = table_options(given, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
     if isinstance(path, Mapping) or names_tars(path):
         return _open_tars(path if isinstance(path, Mapping) else {None: str(path)}, given, options)
     data = _read_data(path, given)
@@ -204,16 +191,42 @@ def _is_plain(source: SourceOptions) -> bool:
     return replace(source, images=None, cache_dir=None) == SourceOptions()
 
 
-def check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
-    """Raise a UserError for values that no survey has, and for options that contradict each other."""
+def table_options(
+    source: SourceOptions,
+    variant: str,
+    *,
+    conflicting: str,
+    name: str | None,
+    fold: tuple[int, int] | None,
+    classes: str | None,
+    has_val: bool,
+) -> TableOptions:
+    """Return the options of ``open_survey`` for a table.
+
+    Raises:
+        UserError: values that no survey has, or options that contradict each other.
+    """
     if variant not in VARIANTS:
         raise UserError(f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     if conflicting not in _CONFLICTING:
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":
         raise UserError("a cross-validation uses the original variant; remove variant or fold")
+    if classes not in (None, "galaxy10"):
+        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     if name is not None:
         check_name(name)
+    return TableOptions(
+        name=name or "",
+        columns=source.columns,
+        classes=classes,
+        class_names=source.class_names,
+        is_labelled=source.is_labelled,
+        variant=variant,
+        conflicting=conflicting,
+        fold=fold,
+        has_val=has_val,
+    )
 
 
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
@@ -232,13 +245,12 @@ def _table_name(file: Path) -> str:
 
 def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
     """Open a table with the images that it holds, or with those that it names."""
-    options = data.options(options)
-    columns = read_columns(data.table, options.columns, data.location, is_labelled=options.is_labelled)
-    data = data.without_index(columns.used())
+    table, options = data.prepared(options)
+    columns = read_columns(table, options.columns, data.location, is_labelled=options.is_labelled)
     if data.images is not None:
         if given.images is not None:
             raise UserError(f"{data.location} holds its images itself; leave out --images")
-        survey = open_table(data.table, data.images, data.location, options, data.has_image)
+        survey = open_table(table, data.images, data.location, options, data.has_image)
     else:
         if given.arrays != ArrayOptions():
             raise UserError(
@@ -248,9 +260,9 @@ def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> 
         if columns.file is None:
             raise UserError(
                 f"{data.location} has no column with the names of image files; name it with --file. Its columns are "
-                f"{', '.join(data.table.column_names)}"
+                f"{', '.join(table.column_names)}"
             )
-        files = text_values(data.table.column(columns.file))
+        files = text_values(table.column(columns.file))
         images, has_image = open_listed_images(files, given.images or data.root, data.location, columns.file, given.cache_dir)
-        survey = open_table(data.table, images, data.location, options, has_image)
+        survey = open_table(table, images, data.location, options, has_image)
     return replace(survey, origin=data.origin)

@@ -25,20 +25,8 @@ logger = logging.getLogger(__name__)
 USUAL_NAMES = {
     "file": (
         *("file", "file_name", "filename", "file_path", "filepath", "path", "file_loc", "image_path", "image_file", "image_name"),
-        *(
-            "img_path",
-            "image",
-            "img",
-            "jpg_loc",
-            "png_loc",
-            "jpeg",
-            "png",
-            "url",
-            "image_url",
-            "img_url",
-            "jpeg_url",
-            "cutout_url",
-        ),
+        *("img_path", "image", "img", "jpg_loc", "png_loc", "jpeg", "png", "url", "image_url", "img_url", "jpeg_url"),
+        "cutout_url",
     ),
     "id": (
         *("id", "id_str", "galaxy_id", "galaxyid", "object_id", "objectid", "obj_id", "iauname", "iau_name", "dr8_id"),
@@ -143,7 +131,7 @@ def _named(names: Sequence[str], given: str, kind: str, location: object) -> str
     lowered = {name.lower(): name for name in names}
     close = get_close_matches(given.lower(), list(lowered), n=1)
     hint = f"; did you mean {lowered[close[0]]}?" if close else ""
-    raise UserError(f"{location} has no column {given!r} (--{kind}){hint} Its columns are {name_some(list(names), 40)}")
+    raise UserError(f"{location} has no column {given!r} (--{kind}){hint or '.'} Its columns are {name_some(list(names), 40)}")
 
 
 def text_values(column: "pa.ChunkedArray") -> "pa.Array":

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import PROTOCOLS, MissingError, RemoteFile, Store, TransientError, classify_error, is_url
+from galaxydist.object_store import ATTEMPTS, PROTOCOLS, MissingError, RemoteFile, Store, classify_error, is_url, retried
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.image_files import hash_files
 
 logger = logging.getLogger(__name__)
 
-# Properties of a remote file that change with its contents, of all file systems; those on the Hub hash the contents.
-_FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
+# Properties of a file on the Hub that change with its contents.
+_FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash")
 _LARGEST_TEXT = 1 << 22
 # Largest size of all files on this machine of which every byte is hashed; samples of the bytes of each larger one.
 MOST_HASHED_BYTES = 16 << 30
@@ -65,13 +65,18 @@ class FileTree:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """All files that the user gave, relative to ``root``, in natural order."""
-        with self.explained(""):
-            system = self._system()
-            start = system._strip_protocol(f"{self.root}/{self.inside}".rstrip("/"))
-            found = [start] if system.isfile(start) else system.find(start)
+        """All files that the user gave, relative to ``root``, in natural order; of a web server only a single file."""
+        if self.protocol in ("http", "https"):
+            return (self.inside,) if self.inside else ()
+        system = self._system()
+        start = system._strip_protocol(f"{self.root}/{self.inside}".rstrip("/"))
+
+        def found() -> list[str]:
+            with self.explained(""):
+                return [start] if system.isfile(start) else system.find(start)
+
         prefix = f"{system._strip_protocol(self.root)}/"
-        names = [name.removeprefix(prefix) for name in found]
+        names = [name.removeprefix(prefix) for name in retried(found, self.location, threading.Event(), ATTEMPTS)]
         return tuple(sorted((name for name in names if not _is_hidden(name)), key=natural_key))
 
     def open(self, file: str) -> IO[bytes]:
@@ -83,14 +88,16 @@ class FileTree:
         if self.is_local:
             with self.explained(file):
                 return Path(self.root, file).open("rb")
+        return cast("IO[bytes]", io.BufferedReader(self._open_remote(file), _REQUEST_BYTES))
+
+    def _open_remote(self, file: str) -> RemoteFile:
         # Only a web server's address may have a query; its root is a whole URL.
         name, mark, query = file.partition("?") if self.protocol in ("http", "https") else (file, "", "")
         root = self.root if "://" in self.root else f"{self.protocol}://{self.root}"
         folder = f"{root}{mark}{query}"
         key = folder, os.getpid()  # a forked process must not use its parent's connections
         store = self._stores[key] = self._stores.get(key) or Store(folder)
-        remote = RemoteFile(store, name, threading.Event())
-        return cast("IO[bytes]", io.BufferedReader(remote, _REQUEST_BYTES))
+        return RemoteFile(store, name, threading.Event())
 
     def read_text(self, file: str) -> str | None:
         """Return the start of a text file (4 MB), or None if there is no such file."""
@@ -109,34 +116,38 @@ class FileTree:
         if self.is_local:
             return hash_data([Path(self.root, file) for file in files], self.location)
         digest = hashlib.sha256()
-        system = self._system()
         for file in files:
-            with self.explained(file):
-                info = system.info(f"{self.root}/{file}")
-            digest.update(f"{file} {[str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]}\n".encode())
+            if self.protocol == "hf":  # known from the listing
+                info = self._system().info(f"{self.root}/{file}")
+                version = [str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]
+            else:
+                with self._open_remote(file) as remote:
+                    version = [str(remote.num_bytes), remote.version]
+            digest.update(f"{file} {version}\n".encode())
         return digest.hexdigest()
 
     @contextlib.contextmanager
     def explained(self, file: str) -> Iterator[None]:
-        """Turn errors of the file system while a file is read, or the files are listed, into a UserError."""
+        """Turn errors of the file system while a file is opened, or the files are listed, into those of ``classify_error``."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             kind = "http" if self.protocol == "hf" else PROTOCOLS[self.protocol][0]
-            address = self.path(file) if file else self.location
-            explained = error if isinstance(error, UserError) else classify_error(error, address, kind)
-            if isinstance(explained, TransientError):
-                explained = UserError(f"{address} cannot be read now ({explained}); give the command again")
-            raise explained from None if explained is error else error
+            explained = classify_error(error, self.path(file) if file else self.location, kind)
+            if explained is error:
+                raise
+            raise explained from error
 
     def _system(self) -> Any:
         """Return the file system, one for each process and thread."""
         import fsspec
 
         if self.protocol == "hf":
-            from huggingface_hub import HfFileSystem, constants
+            from huggingface_hub import HfFileSystem
 
-            return HfFileSystem(endpoint=constants.ENDPOINT)  # else it may be one with the endpoint of an earlier call
+            return HfFileSystem()
         return fsspec.filesystem(self.protocol)
 
 

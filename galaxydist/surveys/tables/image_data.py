@@ -1,7 +1,7 @@
 """Data that hold their images themselves, Parquet and HDF5, as a table with an image source."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -52,27 +52,26 @@ class ImageData:
     columns: Mapping[str, str] = field(default_factory=dict)
     origin: DataOrigin | None = None
 
-    def options(self, given: TableOptions) -> TableOptions:
-        """Return the user's options, completed by what the data say about their columns and classes."""
-        names = self.table.column_names
-        wanted = given.columns
+    def prepared(self, given: TableOptions) -> tuple["pa.Table", TableOptions]:
+        """Return the table, and the user's options completed by what the data say about their columns and classes.
+
+        The table has no index column of last resort, unless it serves as the id.
+        """
+        import pyarrow.compute as pc
+
+        names, wanted, index = self.table.column_names, given.columns, self.columns.get("id")
         if wanted.ra is None and wanted.dec is None and {self.columns.get("ra"), self.columns.get("dec")} <= {*names}:
             wanted = replace(wanted, ra=self.columns.get("ra"), dec=self.columns.get("dec"))
         found = find_columns(names, wanted, self.location, is_labelled=given.is_labelled)
-        last_resort = self.columns.get("id")
-        if found.id is None and wanted.id is None and last_resort in names and _is_unique(self.table, str(last_resort)):
-            wanted = replace(wanted, id=last_resort)
+        table = self.table
+        if index in names and found.id is None and wanted.id is None and pc.count_distinct(table[index]).as_py() == len(table):
+            wanted = replace(wanted, id=index)
+        elif index in names and index not in found.used():
+            table = table.drop_columns([index])
         class_names = given.class_names
         if given.classes is None and class_names is None and found.label is not None:
             class_names = self.class_names.get(found.label, self.class_names.get(""))
-        return replace(given, columns=wanted, class_names=class_names)
-
-    def without_index(self, columns: Collection[str]) -> "ImageData":
-        """Return the data without the index column of last resort, unless it is among the columns that are used."""
-        index = self.columns.get("id")
-        if index is None or index in columns or index not in self.table.column_names:
-            return self
-        return replace(self, table=self.table.drop_columns([index]))
+        return table, replace(given, columns=wanted, class_names=class_names)
 
 
 def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:
@@ -156,9 +155,3 @@ def tree_origin(tree: FileTree, card: Mapping[str, Any]) -> DataOrigin | None:
         url=f"https://huggingface.co/{tree.root.partition('@')[0]}" if tree.protocol == "hf" else None,
     )
     return origin if origin.is_known else None
-
-
-def _is_unique(table: "pa.Table", name: str) -> bool:
-    import pyarrow.compute as pc
-
-    return bool(pc.count_distinct(table.column(name)).as_py() == len(table))

@@ -102,7 +102,7 @@ def test_labels_are_class_numbers_or_names_in_cls_or_json(tmp_path: Path) -> Non
         UserError, match=r"no column 'smooth' \(--label\); did you mean .*json:smooth\? .* kind, json:smooth, meta"
     ):
         survey_of(path, label="smooth")
-    with pytest.raises(UserError, match=r"c.tar has no column 'clas' \(--label\) Its columns are kind, json:smooth"):
+    with pytest.raises(UserError, match=r"c.tar has no column 'clas' \(--label\). Its columns are kind, json:smooth"):
         survey_of(path, label="clas")
     with pytest.raises(UserError, match=r"d.tar has no label with a usual name: name .* with --label.* It has smooth"):
         survey_of(str(sample_tar(tmp_path / "d.tar", json=as_json(smooth=lambda n: n))))
