@@ -198,6 +198,10 @@ def test_foreign_dataset_json_is_refused(tmp_path: Path) -> None:
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=r"dataset\.json was not written by"):
             open_survey(tmp_path)
+    (tmp_path / "dataset.json").rename(tmp_path / "a" / "dataset.json")
+    for number in range(2, 20):
+        write_image(tmp_path / "ab"[number % 2] / f"{number}.png", number)
+    assert open_survey(tmp_path).class_names == ("a", "b"), "in a class folder it may be anything"
 
 
 def test_exported_metadata_keeps_the_types_of_values(tmp_path: Path) -> None:
