@@ -356,6 +356,7 @@ class _Samples:
 
     def add(self, info: tarfile.TarInfo, stream: _Stream) -> None:
         """Add a file, whose contents begin at the stream's position."""
+        info.name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # of another encoding
         name = info.name.removeprefix("./").lstrip("/")
         parts = _NAME.fullmatch(name)
         if parts is None or _HIDDEN.match(name):

@@ -34,6 +34,16 @@ def test_offsets_are_right_under_long_names_folders_and_extended_headers(tmp_pat
     assert (found.num_bytes, len(found.sha256)) == (len(data), 64 if is_hashed else 0)
 
 
+def test_names_in_another_encoding_than_utf8_are_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        for name, data in (("é/1.png", IMAGE), ("é/1.cls", b"a")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (row,) = scan_tar(str(tmp_path / "t.tar"), ScanOptions(), threading.Event()).samples.to_pylist()
+    assert (row[KEY], row[FILE], row["cls"]) == ("\\xe9/1", "\\xe9/1.png", b"a")
+
+
 def test_an_image_of_several_is_chosen_by_its_extension(tmp_path: Path) -> None:
     files = [("a.jpg", IMAGE), ("a.seg.png", drawn_image(1)), ("b.seg.png", IMAGE), ("b.jpg", IMAGE), ("c.seg.png", IMAGE)]
     path = str(write_tar(tmp_path / "t.tar", files))
