@@ -1,6 +1,7 @@
 """Tars that other programs wrote: names, headers and patterns, and what is refused."""
 
 import gzip
+import io
 import tarfile
 import threading
 from pathlib import Path
