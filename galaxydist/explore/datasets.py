@@ -24,10 +24,11 @@ from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, header_key
 from galaxydist.shards.writer.encode import decode_stored
+from galaxydist.surveys.file_kinds import names_table
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.survey_sources import SourceOptions, is_table_url, open_survey
+from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import Hdf5Images
 from galaxydist.surveys.tables.table_files import split_hdu
@@ -427,7 +428,7 @@ def open_population(
 
 def _is_url_of_shards(location: str) -> bool:
     """Return True for a URL, unless it is one of a table or of Parquet files: their suffix, or a data set without a manifest."""
-    if not is_url(location) or location.endswith(".parquet") or is_table_url(split_hdu(location)[0]) or names_tars(location):
+    if not is_url(location) or location.endswith(".parquet") or names_table(split_hdu(location)[0]) or names_tars(location):
         return False
     if not location.startswith("hf://datasets/") or location.endswith(MANIFEST_NAME):
         return True

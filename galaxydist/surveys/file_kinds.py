@@ -51,6 +51,7 @@ _ADVICE = {
     "Arrow (Feather) file": "convert it to Parquet",
     "FITS image": "give a FITS table",
 }
+_TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".fits", ".fit", ".fts", ".jsonl", ".ndjson")
 # Files that only a HATS catalogue, and a folder of `datasets.save_to_disk`, have.
 _DATA_MARKS = {"hats.properties", "collection.properties", "dataset_dict.json", "dataset_info.json"}
 # Folders of a folder that are looked into to know its kind, and images that may lie beside data.
@@ -112,6 +113,11 @@ def _kind_of_text(head: bytes) -> str:
     if first.startswith(b"{") and (first.rstrip().endswith(b"}") or not newline):
         return JSON_LINES
     return "VOTable" if kind == "XML file" and b"<votable" in start else kind
+
+
+def names_table(name: str) -> bool:
+    """Return True if a path or URL ends as those of CSV and FITS tables and of JSON lines do."""
+    return name.partition("?")[0].lower().removesuffix(".gz").endswith(_TABLE_ENDINGS)
 
 
 def folder_kind(folder: Path) -> str | None:

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.object_store import Store, download, is_url
-from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, folder_kind, refuse_kind
+from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, folder_kind, names_table, refuse_kind
 from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
@@ -31,7 +30,6 @@ _CONFLICTING = ("keep", "drop")
 # Names of tables that say nothing about the data set.
 _PLAIN_NAMES = {"catalog", "catalogue", "data", "galaxies", "images", "index", "labels", "metadata", "table", "train"}
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
-_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".fits", ".fit", ".fts", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     """Return the table of a source, None for an image folder and for a survey file."""
     file, hdu = split_hdu(str(path))
     if is_url(path):
-        if hdu is not None or is_table_url(file):
+        if hdu is not None or names_table(file):
             return _read_remote_table(file, hdu, source)
         return read_parquet_data(str(path), source.arrays)
     local = Path(file)
@@ -145,11 +143,6 @@ def _read_table(file: Path, location: str, hdu: str | None, source: SourceOption
         return {name for name in (columns.id, columns.file) if name is not None}
 
     return ImageData(location, _table_name(file), read_table(file, hdu, texts, location), None, root)
-
-
-def is_table_url(url: str) -> bool:
-    """Return True for the URL of a CSV or FITS table or of JSON lines, by its ending."""
-    return urlsplit(url).path.lower().removesuffix(".gz").endswith(_TABLE_SUFFIXES)
 
 
 def _read_remote_table(url: str, hdu: str | None, source: SourceOptions) -> ImageData:

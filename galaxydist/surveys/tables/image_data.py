@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.surveys.data_origin import DataOrigin, spdx
+from galaxydist.surveys.file_kinds import names_table
 from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_table import ImageSource, TableOptions
@@ -87,7 +88,9 @@ def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:
     tree = open_tree(location)
     folder = find_parquet(tree)
     if folder is None:
-        raise UserError(f"{tree.location} has no Parquet files; give a data set of Parquet files, or a folder of images")
+        table = next((tree.path(file) for file in tree.files if names_table(file)), None)
+        advice = f"a data set of Parquet files, or a folder of images{f', or a table of images like {table}' if table else ''}"
+        raise UserError(f"{tree.location} has no Parquet files; give {advice}")
     found = read_parquet(tree, folder.files, options, folder.left_out)
     table = found.table
     if folder.num_rows is not None and folder.num_rows != len(table):

@@ -392,6 +392,10 @@ def test_data_set_on_the_hub_equals_the_local_one_and_is_pinned_to_a_commit(
         hub.commit = "e" * 40
         write(folder / "data" / "test-00000-of-00001.parquet", range(39, 59))
         assert opened("hf://datasets/zoo/galaxies").source_hash != remote.source_hash
+        (folder / "notes").mkdir()
+        (folder / "notes" / "metadata.csv").write_text("file_name,label")
+        with pytest.raises(UserError, match=rf"no Parquet files; .* table of images like .*@{hub.commit}/notes/metadata.csv"):
+            opened("hf://datasets/zoo/galaxies/notes")
         with pytest.raises(UserError, match="has no revision 'v2'"):
             opened("hf://datasets/zoo/galaxies@v2")
         with pytest.raises(UserError, match=r"there is no data set zoo/stars, or it is private: .*hf auth login.*HF_TOKEN"):
