@@ -20,8 +20,8 @@ from galaxydist.surveys.image_files import hash_files
 
 logger = logging.getLogger(__name__)
 
-# Properties of a file on the Hub that change with its contents.
-_FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash")
+# Properties of a listed file that change with its contents, of all stores; those on the Hub hash the contents.
+_FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 _LARGEST_TEXT = 1 << 22
 # Largest size of all files on this machine of which every byte is hashed; samples of the bytes of each larger one.
 MOST_HASHED_BYTES = 16 << 30
@@ -117,12 +117,13 @@ class FileTree:
             return hash_data([Path(self.root, file) for file in files], self.location)
         digest = hashlib.sha256()
         for file in files:
-            if self.protocol == "hf":  # known from the listing
-                info = self._system().info(f"{self.root}/{file}")
-                version = [str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]
-            else:
+            if self.protocol in ("http", "https"):
                 with self._open_remote(file) as remote:
                     version = [str(remote.num_bytes), remote.version]
+            else:  # known from the listing
+                with self.explained(file):
+                    info = self._system().info(f"{self.root}/{file}")
+                version = [str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]
             digest.update(f"{file} {version}\n".encode())
         return digest.hexdigest()
 
