@@ -34,7 +34,7 @@ LEFT_OUT = ("wandb",)
 TEST_LIBRARIES = ("hypothesis", "pytest", "pytest-timeout")
 # pip matches the platform exactly, so older ones are named too.
 PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2014", "2010", "1")
-COPIED = ("launch.py", "pyproject.toml", "tests", "slurm/mini_cluster")
+COPIED = ("launch.py", "pyproject.toml", "tests")
 RUN = """#!/bin/sh
 # Runs the GPU checks: ./run [--device cpu] [--only CHECK ...] [--out FOLDER]. Another interpreter: PYTHON=/path/to/python3 ./run
 set -eu
@@ -85,7 +85,6 @@ def build_bundle(folder: Path, python: str, num_galaxies: int) -> None:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     write_data(folder / "data", num_galaxies)
     (folder / "missing.py").write_text(MISSING)

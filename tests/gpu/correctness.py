@@ -112,9 +112,9 @@ def host_pixels() -> Iterator[None]:
 
     augment: Callable[..., Tensor] = Augment.__call__
 
-    def augment_on_host(self: Augment, images_BHWC: Tensor, *others: Any) -> Tensor:
+    def augment_on_host(self: Augment, images_BHWC: Tensor, *others: Any, **named: Any) -> Tensor:
         moved = tree_map_only(Tensor, lambda tensor: tensor.cpu(), others)
-        return augment(self, images_BHWC.cpu(), *moved).to(images_BHWC.device)
+        return augment(self, images_BHWC.cpu(), *moved, **named).to(images_BHWC.device)
 
     Augment.__call__ = augment_on_host  # type: ignore[method-assign]
     try:
