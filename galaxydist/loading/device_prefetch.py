@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,18 +83,22 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
         self._fetch(self._side_stream)
         return copying.batch
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error of the device every wait raises it again, later and without the place where it happened.
+        with suppress(RuntimeError) if kind is not None else nullcontext():
+            self.close()
 
     def close(self) -> None:
         """Wait for the copies in progress, and release the loader's memory."""
         if self._ahead is not None:
             self._in_flight.append(self._ahead)
             self._ahead = None
-        for copying in self._in_flight:
-            copying.event.synchronize()
-        self._in_flight.clear()
         self._error = self._error or StopIteration()
+        try:
+            for copying in self._in_flight:
+                copying.event.synchronize()
+        finally:
+            self._in_flight.clear()
 
     def _fetch(self, side_stream: CopyStream) -> None:
         if self._error is not None:
