@@ -7,7 +7,6 @@ table for docs/benchmarks.md.
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import platform
 import sys
@@ -64,6 +63,7 @@ class Summary:
     Args:
         folder: of summary.json and summary.md.
         device: of the checks.
+        machine: the card, the cores and the versions.
     """
 
     folder: Path
@@ -119,14 +119,14 @@ def run_check(check: Check, rig: Rig) -> tuple[list[Row], str]:
     """Run one check to its end or its deadline; return its rows and what went wrong."""
     rows: list[Row] = []
     try:
+        rig.left()
         for row in check.run(rig):
             rows.append(row)
             print(f"  {row.verdict:>10}  {row.name}: {_shown(row.value)} {f'({row.wanted})' if row.wanted else ''}", flush=True)
     except TimeUpError as error:
         return rows, f"time is up: {error}".rstrip(": ")
-    except Exception as error:
-        traceback.print_exc()
-        return rows, f"{type(error).__name__}: {error}"
+    except Exception:
+        return rows, traceback.format_exc().strip()
     return rows, ""
 
 
@@ -176,5 +176,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    multiprocessing.freeze_support()
     sys.exit(main(sys.argv[1:]))
