@@ -257,8 +257,8 @@ def skip_poisoned_step(manifest: str, folder: str, precision: str) -> dict[str, 
 
 def check_resume(rig: Rig) -> Iterator[Row]:
     """Stop and continue a run, with and without deterministic algorithms, and count the numbers that differ."""
-    for deterministic in (True, False):
-        found = rig.call(compare_resumed, str(rig.blobs), str(rig.new_folder()), deterministic)
+    for deterministic in (False,):
+        found = rig.call(compare_resumed, str(rig.blobs), str(rig.new_folder()), {})
         name = "with train.deterministic" if deterministic else "without train.deterministic"
         yield equal(f"exit code of the stopped run, {name}", found["stopped"], 75)
         differing = f"{found['losses']} losses, {found['weights']} of {found['of_weights']} weights"
@@ -268,12 +268,12 @@ def check_resume(rig: Rig) -> Iterator[Row]:
             yield Row(f"numbers that differ after a stop, {name}", differing)
 
 
-def compare_resumed(manifest: str, folder: str, deterministic: bool) -> dict[str, Any]:
+def compare_resumed(manifest: str, folder: str, keys: dict[str, Any]) -> dict[str, Any]:
     """Train a run as a whole, and one that is stopped by SIGTERM and continued; return the numbers that differ."""
     from galaxydist.checkpoints import store
     from galaxydist.training.loop import TrainLoop
 
-    changes = {**USUAL, "train__precision": "auto", "train__deterministic": deterministic}
+    changes = {**USUAL, "train__precision": "auto", **keys}
     whole, stopped = (Path(folder) / name for name in ("whole", "stopped"))
     assert run_here(quick_settings(Path(manifest), whole, **changes)) == 0
     take_step = TrainLoop._step
