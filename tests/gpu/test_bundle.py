@@ -1,4 +1,4 @@
-"""The folder of ``make gpu-bundle``: it has what is missing elsewhere and nothing that is there, and runs where nothing is installed."""
+"""The folder of ``make gpu-bundle``: it has what is missing elsewhere, nothing else, and runs where nothing is installed."""
 
 import os
 import socket

@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.gpu.check import CHECKS, Check, main, run_checks
 from tests.gpu.rig import Rig, Row, equal
+from tests.gpu.several_ranks import is_gone
 
 pytestmark = pytest.mark.multiprocess
 
@@ -59,7 +59,7 @@ def test_a_hanging_check_is_killed_with_its_processes_and_the_next_one_runs(tmp_
     assert summary.checks == json.loads((tmp_path / "summary.json").read_text())["checks"]
     hung, broken, late = summary.checks
     assert (hung["status"], [row["name"] for row in hung["rows"]]) == ("fail", ["before"]) and "time is up" in hung["problem"]
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert is_gone(int((tmp_path / "pid").read_text()))
     assert broken["status"] == "fail" and "ValueError: no such thing" in broken["problem"]
     assert [row["verdict"] for row in broken["rows"]] == ["fail"]
     assert (late["problem"], late["rows"]) == ("time is up", [])
