@@ -20,6 +20,7 @@ from galaxydist.models.performance import (
     choose_memory_format,
     compile_model,
     cudnn_benchmark,
+    deterministic_algorithms,
     remove_broken_libraries,
     set_memory_format,
     set_tf32,
@@ -208,3 +209,23 @@ def test_broken_libraries_of_a_killed_compilation_are_removed(tmp_path: Path) ->
         "whole.main.so",
     }
     assert remove_broken_libraries(tmp_path / "none") == []
+
+
+def test_deterministic_algorithms_are_restored_and_set_the_workspace_of_cublas() -> None:
+    def settings() -> tuple[int, bool, bool]:
+        memory: Any = torch.utils.deterministic
+        return torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory
+
+    before = settings()
+    environ: dict[str, str] = {}
+    with deterministic_algorithms(False, environ):
+        assert (settings(), environ) == (before, {})
+    with pytest.raises(ZeroDivisionError), deterministic_algorithms(True, environ):
+        assert (settings(), environ) == ((2, True, False), {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+        raise ZeroDivisionError
+    assert settings() == before
+    with (
+        pytest.raises(EveryRankError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, not :0:0"),
+        deterministic_algorithms(True, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}),
+    ):
+        pass
