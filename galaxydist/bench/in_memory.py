@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from galaxydist.distributed import World
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
-from galaxydist.loading.loader import Batch
+from galaxydist.loading.loader import Batch, Draw
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import rank_offsets
@@ -106,14 +106,15 @@ class MemoryBatches:
         rank, world_size: of the process.
         num_samples: of an epoch.
         num_classes: of the labels.
+        draw: draws the random numbers of a training step.
         pin: use pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(
-        self, recipe: Recipe, rank: int, world_size: int, *, num_samples: int, num_classes: int, pin: bool = False
+        self, recipe: Recipe, rank: int, world_size: int, *, num_samples: int, num_classes: int, draw: Draw, pin: bool = False
     ) -> None:
         self._batch_size, self._steps_per_epoch = recipe.train.batch_size, num_samples // recipe.train.batch_size
-        self._offsets = torch.from_numpy(rank_offsets(self._batch_size, rank, world_size))
+        self._offsets, self._draw = rank_offsets(self._batch_size, rank, world_size), draw
         size, rows = recipe.data.image_size, len(self._offsets)
         generator = torch.Generator().manual_seed(recipe.seed + rank)
         images = torch.randint(256, (HELD, rows, size, size, 3), dtype=torch.uint8, generator=generator)
@@ -124,9 +125,10 @@ class MemoryBatches:
     def at(self, step: int) -> Batch:
         """Return the batch of a step of the run."""
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
-        positions_B = epoch_step * self._batch_size + self._offsets
-        held = step % HELD
-        return Batch(self._images[held], self._labels[held], self._weights, positions_B, positions_B, epoch, step)
+        positions = epoch_step * self._batch_size + self._offsets
+        images_BHWC, labels_B, positions_B = self._images[step % HELD], self._labels[step % HELD], torch.from_numpy(positions)
+        draws_BN = torch.from_numpy(self._draw(epoch, positions, images_BHWC.shape[1]))
+        return Batch(images_BHWC, labels_B, self._weights, positions_B, positions_B, epoch, step, draws_BN=draws_BN)
 
 
 class MemoryTrainer(Trainer):
@@ -154,6 +156,7 @@ class MemoryTrainer(Trainer):
             self.world.size,
             num_samples=self.manifest.split("train").num_samples,
             num_classes=self.manifest.num_classes,
+            draw=self.step.draw,
             pin=self.world.device.type == "cuda",
         )
         return contextlib.nullcontext(self._watched(batches, self._watch(self, batches)))

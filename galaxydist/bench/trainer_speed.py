@@ -67,7 +67,7 @@ class BareLoop:
         """Take these steps; the loss of each stays on the device."""
         for step in steps:
             batch = self.batches.at(step)
-            images_BCHW = self.augment(batch.images_BHWC.to(self.device, non_blocking=True), batch.epoch, batch.positions_B)
+            images_BCHW = self.augment(batch.images_BHWC.to(self.device, non_blocking=True), batch.draws.to(self.device))
             labels_B = batch.labels_B.to(self.device, non_blocking=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule(step)

@@ -59,20 +59,22 @@ class Normalise:
         std = np.maximum(np.asarray(channel_std, np.float64), 1e-3)
         scaling = PixelScaling(1 / (255 * std), (-np.asarray(channel_mean) / std).astype(np.float32), noise_table)
         self._image_size, self._crop = image_size, crop
-        self._on_cpu, self._on_device = OpenCVBackend(image_size, scaling, threads), TorchBackend(image_size, scaling)
+        self.on_cpu, self.on_device = OpenCVBackend(image_size, scaling, threads), TorchBackend(image_size, scaling)
 
-    def __call__(self, images_BHWC: Tensor, *, channels_last: bool = False) -> Tensor:
+    def __call__(self, images_BHWC: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """Convert uint8 B x H x W x 3 to normalised float32 B x 3 x T x T, on the same device."""
-        return self.apply(images_BHWC, ImageTransform(), channels_last=channels_last)
+        return self.apply(images_BHWC, ImageTransform(), memory_format=memory_format)
 
-    def apply(self, images_BHWC: Tensor, transform: ImageTransform, *, channels_last: bool = False) -> Tensor:
+    def apply(
+        self, images_BHWC: Tensor, transform: ImageTransform, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """Carry out a transform; images that are not warped are cropped and resized first."""
         if not isinstance(transform.geometry, AffineWarp):
             images_BHWC = self.crop_and_resize(images_BHWC)
         if images_BHWC.device.type != "cpu":
-            return self._on_device(images_BHWC, transform, channels_last=channels_last)
-        images_BCHW = torch.from_numpy(self._on_cpu(images_BHWC.numpy(), transform))
-        return images_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else images_BCHW
+            return self.on_device(images_BHWC, transform, memory_format=memory_format)
+        images_BCHW = torch.from_numpy(self.on_cpu(images_BHWC.numpy(), transform))
+        return images_BCHW.contiguous(memory_format=memory_format)
 
     def crop_and_resize(self, images_BHWC: Tensor) -> Tensor:
         """Return the central crop at the model's size: uint8 B x T x T x 3."""
@@ -116,19 +118,21 @@ class Augment:
         self._config, self._seed, self._size, self._crop = config, seed, image_size, crop
         self._resamples = config.rotate == "any" or config.zoom > 1 or config.shift > 0
 
-    def __call__(self, images_BHWC: Tensor, draws_BN: Tensor, *, channels_last: bool = False) -> Tensor:
+    def __call__(
+        self, images_BHWC: Tensor, draws_BN: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """Return augmented, normalised images; on a GPU the host does not wait.
 
         Args:
             images_BHWC: uint8 B x H x W x 3, H == W.
             draws_BN: from :meth:`draw` for this width, on the images' device; further columns are ignored.
-            channels_last: memory format of the result.
+            memory_format: of the result.
 
         Returns:
             float32 B x 3 x T x T on the images' device.
         """
         draws = draws_BN.numpy() if images_BHWC.device.type == "cpu" else draws_BN
-        return self.normalise.apply(images_BHWC, self.transform(draws, images_BHWC.shape[1]), channels_last=channels_last)
+        return self.normalise.apply(images_BHWC, self.transform(draws, images_BHWC.shape[1]), memory_format=memory_format)
 
     def draw(self, epoch: int, positions: Ints, width: int) -> Floats:
         """Draw the random numbers of images.

@@ -150,7 +150,9 @@ class TorchBackend:
         self._size, self._scaling = size, scaling
         self._constants: dict[torch.device, list[Tensor]] = {}
 
-    def __call__(self, images_BHWC: Tensor, transform: ImageTransform, *, channels_last: bool = False) -> Tensor:
+    def __call__(
+        self, images_BHWC: Tensor, transform: ImageTransform, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """Convert uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device, in either memory format."""
         gain_C, shift_C, *noise_table = self._constants_on(images_BHWC.device)
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
@@ -159,8 +161,7 @@ class TorchBackend:
         elif transform.geometry is not None:
             images_BCHW = _turn(images_BCHW, transform.geometry)
         gain_BC = gain_C[None] if transform.brightness_B is None else transform.brightness_B.to(gain_C.dtype)[:, None] * gain_C
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        batch = torch.empty(images_BCHW.shape, device=images_BCHW.device, memory_format=layout)
+        batch = torch.empty(images_BCHW.shape, device=images_BCHW.device, memory_format=memory_format)
         torch.mul(images_BCHW, _column(gain_BC), out=batch).add_(shift_C)
         if transform.noise_B2 is not None:
             level_B, offset_B = transform.noise_B2.to(gain_C.dtype).unbind(1)

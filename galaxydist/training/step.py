@@ -46,9 +46,10 @@ class TrainStep:
         augment: turns pixels into model input, on the device.
         mixup: mixup and cutmix, or None.
         schedule: learning rate by step.
-        config: micro-batches, clipping, non-finite steps and memory format.
+        config: micro-batches, clipping and non-finite steps.
         micro_batch: galaxies in one forward pass of one process (0: its whole share of the batch).
         seed: the recipe's seed.
+        memory_format: of the model's images.
         timer: measures the parts of a step.
         gates: points at which a long step may be abandoned.
     """
@@ -63,6 +64,7 @@ class TrainStep:
     config: TrainConfig
     micro_batch: int
     seed: int
+    memory_format: torch.memory_format
     timer: StepTimer
     gates: StepGates
     parameters: list[nn.Parameter] = field(init=False)
@@ -154,7 +156,7 @@ class TrainStep:
     def augmented(self, batch: Batch, part: Part, mix: MixedBatch | None) -> torch.Tensor:
         """Return a part of the batch as model input, B x C x H x W."""
         images_BHWC, draws_BN = take(batch.images_BHWC, part), take(batch.draws, part)
-        images_BCHW = self.augment(images_BHWC, draws_BN, channels_last=self.config.channels_last).to(self.world.dtype)
+        images_BCHW = self.augment(images_BHWC, draws_BN, memory_format=self.memory_format).to(self.world.dtype)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def optimizer_step(self) -> torch.Tensor:
@@ -261,7 +263,9 @@ def split_batch(config: TrainConfig, world_size: int, micro_batch: int, length: 
     return split_evenly(length, count_micro_batches(config.batch_size, world_size, micro_batch))
 
 
-def example_images(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
+def example_images(
+    world: World, recipe: Recipe, augment: Augment, micro_batch: int, memory_format: torch.memory_format
+) -> torch.Tensor:
     """Return two black images as model input, for passes whose results are thrown away.
 
     For a compiled model there are as many as in this rank's first pass of a step, since torch compiles for the first shape it
@@ -273,7 +277,7 @@ def example_images(world: World, recipe: Recipe, augment: Augment, micro_batch: 
     count = len(take(torch.arange(share), first))
     pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
     draws_BN = torch.from_numpy(augment.draw(0, np.arange(len(pixels_BHWC)), size)).to(world.device)
-    return augment(pixels_BHWC, draws_BN, channels_last=config.channels_last).to(world.dtype)
+    return augment(pixels_BHWC, draws_BN, memory_format=memory_format).to(world.dtype)
 
 
 def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:

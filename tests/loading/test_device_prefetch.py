@@ -153,6 +153,33 @@ def test_closing_the_prefetcher_waits_for_copies_and_ends_iteration(blobs: Path)
         next(feed)
 
 
+class BrokenStream(LateStream):
+    """Raises the same error in every wait, as CUDA does after an error of a kernel."""
+
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], LateEvent]:
+        copies, event = super().start(tensors)
+        event.synchronize = self.fail  # type: ignore[method-assign]
+        return copies, event
+
+    def fail(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_closing_after_a_device_error_raises_the_error_of_the_loop(blobs: Path) -> None:
+    """The first error names the operation; the wait at the end would replace it by one of the same text from elsewhere."""
+    feed = DevicePrefetcher(iter(read_plainly(blobs, 4)), CPU, BrokenStream(9))
+    with pytest.raises(RuntimeError, match="in the step"), feed:
+        next(feed)
+        raise RuntimeError("CUDA error in the step")
+    with pytest.raises(StopIteration):
+        next(feed)
+    with (
+        pytest.raises(RuntimeError, match="illegal memory access"),
+        DevicePrefetcher(iter(read_plainly(blobs, 4)), CPU, BrokenStream(9)) as feed,
+    ):
+        next(feed)
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
