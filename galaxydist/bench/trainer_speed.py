@@ -205,7 +205,7 @@ def _measure(
         # The trainer's own figures include the turns of the bare loop.
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
             MemoryTrainer(resolved, world, environ, watch).run()
-        world.accelerator.free_memory()
+        world.mixed_precision.release()
         lines = [line for line in folder.metrics.read() if line["step"] <= steps * rounds]
         has_tracker = "run_id" in folder.read_tracker()
     difference = compare_losses(lines, [float(loss) for loss in turns[0].bare.losses])

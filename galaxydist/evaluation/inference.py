@@ -262,7 +262,7 @@ def evaluate_split(
         expected[f"{whole} without validation galaxies"] = int((~in_validation_N).sum())
 
     layout = choose_memory_format(recipe.train.channels_last, model, world.device, world.dtype)
-    forward = ForwardPass(model, augment.normalise, world.dtype, world.accelerator.autocast, layout, recipe.eval.tta)
+    forward = ForwardPass(model, augment.normalise, world.dtype, world.mixed_precision.autocast, layout, recipe.eval.tta)
 
     def count() -> None:
         with contextlib.ExitStack() as stack:

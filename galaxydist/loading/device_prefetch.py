@@ -136,7 +136,7 @@ def _packed(batch: Batch, *, pin: bool) -> Tensor:
 def _with(batch: Batch, copies: Sequence[Tensor]) -> Batch:
     """Return the batch with images and packed tensors from the device."""
     images_BHWC, memory = copies
-    on_device: dict[str, Tensor] = {}
+    on_device: dict[str, Any] = {}
     for name in _copied_fields(batch):
         tensor = getattr(batch, name)
         part, memory = memory[: tensor.nbytes], memory[tensor.nbytes :]

@@ -101,7 +101,7 @@ class PixelScaling:
     noise_table: Float32s | None = None
 
 
-def antialias(pitch: Floats, width: int) -> tuple[Ints, Float32s]:
+def antialias(pitch: Floats, width: int) -> tuple[Ints, Floats]:
     """Return ``halvings`` and ``taps`` of :class:`AffineWarp`, which prepare images for one bilinear sample per output pixel.
 
     Args:
@@ -319,10 +319,11 @@ class OpenCVBackend:
             image_CHW *= gain_C.astype(np.float32)[:, None, None]
             image_CHW += self._scaling.shift_C[:, None, None]
             if transform.noise_B2 is not None:
-                self._add_noise(cv2, image_CHW, *transform.noise_B2[row], gain_C)
+                self._add_noise(cv2, image_CHW, transform.noise_B2[row], gain_C)
 
-    def _add_noise(self, cv2: Any, image_CHW: Float32s, level: float, offset: float, gain_C: Floats) -> None:
+    def _add_noise(self, cv2: Any, image_CHW: Float32s, noise_2: Floats, gain_C: Floats) -> None:
         assert self._scaling.noise_table is not None
+        level, offset = noise_2
         deviates = self._scaling.noise_table[int(offset) :][: image_CHW.size].reshape(image_CHW.shape)
         for channel, gain in enumerate((level * gain_C).astype(np.float32).tolist()):
             cv2.scaleAdd(deviates[channel], gain, image_CHW[channel], dst=image_CHW[channel])

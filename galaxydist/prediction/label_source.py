@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from galaxydist.devices import uses_gpu
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import read_run_recipe
-from galaxydist.job_environment import wants_cpu
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, Chunks, RankInfo
 from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Output, WorkFolder
@@ -106,7 +106,7 @@ def label_source(
     """
     options = options or LabelOptions()
     recipe = read_run_recipe(RunFolder(run))
-    precision = precision_on(recipe, has_gpu=torch.cuda.is_available() and not wants_cpu(environ))
+    precision = precision_on(recipe, has_gpu=uses_gpu(environ))
     world = init_distributed(precision, environ, timeout=TIMEOUT, threads=recipe.train.threads)
     try:
         world.run_on_main(lambda: check_output(out, overwrite=options.overwrite))

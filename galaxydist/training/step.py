@@ -131,7 +131,7 @@ class TrainStep:
                     work.wait()
                 # DDP averages gradients over the ranks; times the world size this is their sum.
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
-                self.world.accelerator.backward(numerator * scale)
+                self.world.mixed_precision.backward(numerator * scale)
             sums += self._count(numerator, logits_BK, part_targets, take(batch.weights_B, part))
         return sums
 
@@ -165,9 +165,8 @@ class TrainStep:
         Returns:
             True if the gradient is finite, a boolean scalar on the device, equal on all ranks.
         """
-        scaler = self.world.accelerator.scaler
-        if scaler is not None:
-            self.world.accelerator.unscale_gradients(self.optimizer)
+        scaler = self.world.mixed_precision.scaler
+        self.world.mixed_precision.unscale_gradients(self.optimizer)
         norm = clip_gradients(self.parameters, norm=self.config.clip_norm, value=self.config.clip_value)
         is_finite = norm.isfinite()
         if scaler is not None:

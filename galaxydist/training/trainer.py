@@ -304,8 +304,8 @@ class Trainer:
         groups = [dict(group) for group in parameter_groups(self.model, recipe.optim.weight_decay, recipe.optim.layer_decay)]
         return TrainState(
             self.model,
-            world.accelerator.prepare(build_optimizer(groups, recipe.optim, world.device)),
-            world.accelerator.scaler,
+            world.mixed_precision.prepare(build_optimizer(groups, recipe.optim, world.device)),
+            world.mixed_precision.scaler,
             self.strategy.ema_state,
             stopping=EarlyStopping(config.metric, config.patience),
             skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
