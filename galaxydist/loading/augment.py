@@ -22,8 +22,8 @@ from galaxydist.loading.image_ops import (
     Floats,
     ImageTransform,
     Ints,
+    LevelScaling,
     OpenCVBackend,
-    PixelScaling,
     QuarterTurn,
     TorchBackend,
     antialias,
@@ -57,7 +57,7 @@ class Normalise:
         noise_table: Float32s | None = None,
     ) -> None:
         std = np.maximum(np.asarray(channel_std, np.float64), 1e-3)
-        scaling = PixelScaling(1 / (255 * std), (-np.asarray(channel_mean) / std).astype(np.float32), noise_table)
+        scaling = LevelScaling(1 / (255 * std), (-np.asarray(channel_mean) / std).astype(np.float32), noise_table)
         self._image_size, self._crop = image_size, crop
         self.on_cpu, self.on_device = OpenCVBackend(image_size, scaling, threads), TorchBackend(image_size, scaling)
 

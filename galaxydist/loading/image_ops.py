@@ -87,7 +87,7 @@ class ImageTransform:
 
 
 @dataclass(frozen=True)
-class PixelScaling:
+class LevelScaling:
     """Constants of the map from grey levels to model input, ``level * gain * brightness + shift + noise * gain * brightness``.
 
     Args:
@@ -146,7 +146,7 @@ class TorchBackend:
         scaling: from grey levels to model input.
     """
 
-    def __init__(self, size: int, scaling: PixelScaling) -> None:
+    def __init__(self, size: int, scaling: LevelScaling) -> None:
         self._size, self._scaling = size, scaling
         self._constants: dict[torch.device, list[Tensor]] = {}
 
@@ -280,7 +280,7 @@ class OpenCVBackend:
         threads: threads that share a batch; the result does not depend on them.
     """
 
-    def __init__(self, size: int, scaling: PixelScaling, threads: int = 1) -> None:
+    def __init__(self, size: int, scaling: LevelScaling, threads: int = 1) -> None:
         self._size, self._scaling, self._threads = size, scaling, threads
         self._buffers = BufferPool(keep=4)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-augment")

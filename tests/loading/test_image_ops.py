@@ -15,8 +15,8 @@ from galaxydist.loading.augment import Augment
 from galaxydist.loading.image_ops import (
     AffineWarp,
     ImageTransform,
+    LevelScaling,
     OpenCVBackend,
-    PixelScaling,
     TorchBackend,
     antialias,
     blur_levels,
@@ -25,7 +25,7 @@ from galaxydist.loading.image_ops import (
 from galaxydist.recipe.schema import AugmentConfig
 from tests.helpers.antialias import ALL, PLAIN, augmented, mirror, random_images
 
-NO_SCALING = PixelScaling(np.ones(3), np.zeros(3, np.float32))
+NO_SCALING = LevelScaling(np.ones(3), np.zeros(3, np.float32))
 
 
 def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransform:
