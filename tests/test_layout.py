@@ -44,8 +44,6 @@ MANY_PARAMETERS = {
     "EpochOrder": "computes tables from its arguments",
     "Augment": "computes tables from its arguments",
     "Normalise": "computes tables from its arguments",
-    "MemoryBatches": "computes tables from its arguments",
-    "BareLoop": "copies the model and the optimizer",
     "evaluate_split": "called with names by the trainer and the evaluator",
     "save_sharded": "the parameters of store.save, and the ranks",
     "draw_edge_on": "one number for each property of a disc",

@@ -301,5 +301,5 @@ def _eval_loader(world: World, manifest: Manifest, split: str, recipe: Recipe) -
         split,
         batch_size=recipe.eval.batch_size,
         ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
-        decode=DecodeOptions.of(recipe.data, threads=world.cores, pin=world.device.type == "cuda"),
+        decode=DecodeOptions.of(recipe.data, threads=world.decode_threads, pin=world.device.type == "cuda"),
     )

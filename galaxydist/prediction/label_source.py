@@ -235,7 +235,7 @@ class Labelling:
             form=self.form,
             data=self.trained.recipe.data,
             ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
-            threads=self.trained.recipe.data.threads or world.cores,
+            threads=self.trained.recipe.data.threads or world.decode_threads,
             pin=world.device.type == "cuda",
         )
         # A chunk is written while the next one is labelled.
