@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,7 @@ from galaxydist.evaluation.inference import ForwardPass
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch
+from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.models.build import build_model
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.rules import is_mixing
@@ -42,7 +44,6 @@ TURN = (
     "data.augment.zoom=1",
     "data.augment.shift=0",
     "data.augment.brightness=0.1",
-    "train.micro_batch=3",
 )
 # Operations whose result, or the size of it, the host has to know.
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount")
@@ -88,19 +89,17 @@ def waits_of(work: Callable[[], object]) -> list[str]:
     return waits.found
 
 
-def make_step(device: torch.device, settings: tuple[str, ...], prepare: Callable[[nn.Module], nn.Module]) -> TrainStep:
-    """The step of a recipe with all that it can do; Accelerate is left out, whose device is no choice."""
+def make_step(device: torch.device, settings: tuple[str, ...]) -> TrainStep:
+    """The step of a recipe with all that it can do; on the meta device without Accelerate, which does not know it."""
     common = ("train.ema=0.9", "train.clip_norm=1", f"train.batch_size={ROWS}", f"data.image_size={SIZE}", "model.width=4")
-    recipe = load_recipe(["recipe=custom_cnn", *common, *settings]).recipe
-    accelerator: Any = SimpleNamespace(
-        device=device, prepare=prepare, backward=torch.autograd.backward, scaler=None, no_sync=lambda _: nullcontext()
+    recipe = load_recipe(["recipe=custom_cnn", "optim.fused=on", *common, *settings]).recipe
+    without: Any = SimpleNamespace(
+        device=device, precision="no", scaler=None, backward=torch.autograd.backward, autocast=nullcontext, prepare=add_itself
     )
-    world = World(accelerator, 0, 1, 1, cores=1, threads=1, precision="no", job_id=None, restart_count=0)
+    mixed_precision = without if device == META else MixedPrecision("bf16", device, {})
+    world = World(mixed_precision, 0, 1, ranks_on_node=1, cores=1, threads=1, job_id=None, restart_count=0)
     model = build_model(recipe.model, 10, SIZE).to(device)
-    optimizer: Any = build_optimizer(
-        [{"params": list(model.parameters())}], recipe.optim.model_copy(update={"fused": "on"}), device
-    )
-    optimizer.optimizer = optimizer
+    optimizer = mixed_precision.prepare(build_optimizer([{"params": list(model.parameters())}], recipe.optim, device))
     gates = StepGates(1, StopSignal())
     gates.is_open = True
     return TrainStep(
@@ -118,6 +117,12 @@ def make_step(device: torch.device, settings: tuple[str, ...], prepare: Callable
         timer=StepTimer(device, batch_size=ROWS, world_size=1),
         gates=gates,
     )
+
+
+def add_itself(optimizer: Any) -> Any:
+    """The optimizer, where Accelerate's wrapper has it."""
+    optimizer.optimizer = optimizer
+    return optimizer
 
 
 def batches_of(step: TrainStep, device: torch.device) -> Iterator[Batch]:
@@ -139,7 +144,7 @@ def test_training_step_copies_nothing_from_the_host_and_asks_for_no_value(
 ) -> None:
     """On the meta device, which has no values to wait for; fused kernels know its tensors, but torch does not offer them."""
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    step = make_step(META, settings, lambda model: model)
+    step = make_step(META, settings)
     batches = batches_of(step, META)
     step(next(batches), 0)  # constants are copied in the first step
     batch = next(batches)
@@ -149,7 +154,7 @@ def test_training_step_copies_nothing_from_the_host_and_asks_for_no_value(
 
 
 def test_evaluation_pass_copies_nothing_from_the_host() -> None:
-    step = make_step(META, TURN, lambda model: model)
+    step = make_step(META, TURN)
     forward = ForwardPass(
         step.strategy.model.eval(), step.augment.normalise, torch.float32, nullcontext, torch.channels_last, tta="d4"
     )
@@ -193,12 +198,9 @@ def test_training_steps_on_a_gpu_never_synchronise(settings: tuple[str, ...], tm
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1, device_id=device)
     try:
-        step = make_step(
-            device,
-            settings,
-            lambda model: nn.parallel.DistributedDataParallel(
-                model, device_ids=[device.index], broadcast_buffers=False, gradient_as_bucket_view=True
-            ),
+        step = make_step(device, settings)
+        step.strategy._wrapped = nn.parallel.DistributedDataParallel(  # type: ignore[attr-defined]
+            step.strategy.model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         batches, sync = batches_of(step, device), StepSync(1, device)
         losses = []
@@ -212,3 +214,4 @@ def test_training_steps_on_a_gpu_never_synchronise(settings: tuple[str, ...], tm
     finally:
         torch.cuda.set_sync_debug_mode("default")
         dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
