@@ -23,7 +23,7 @@ from galaxydist.recipe.schema import Recipe, TrainConfig
 from galaxydist.training.batch_norm import BatchNormBackup
 from galaxydist.training.ddp import Strategy
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
-from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
+from galaxydist.training.mixup import NUM_MIXUP_DRAWS, MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, set_learning_rate, step_if_finite
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
 from galaxydist.training.throughput import StepTimer

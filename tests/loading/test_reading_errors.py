@@ -20,6 +20,7 @@ from galaxydist.checkpoints import store
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
+from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
