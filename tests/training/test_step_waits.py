@@ -2,9 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,14 +88,29 @@ def waits_of(work: Callable[[], object]) -> list[str]:
     return waits.found
 
 
+class OnMeta(MixedPrecision):
+    """Full precision without Accelerate, which does not know the meta device."""
+
+    def __init__(self) -> None:
+        self.precision, self.device, self.scaler = "no", META, None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
+        wrapped: Any = optimizer
+        wrapped.optimizer = optimizer
+        return wrapped
+
+    def backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
+
+
 def make_step(device: torch.device, settings: tuple[str, ...]) -> TrainStep:
-    """The step of a recipe with all that it can do; on the meta device without Accelerate, which does not know it."""
+    """The step of a recipe with all that it can do."""
     common = ("train.ema=0.9", "train.clip_norm=1", f"train.batch_size={ROWS}", f"data.image_size={SIZE}", "model.width=4")
     recipe = load_recipe(["recipe=custom_cnn", "optim.fused=on", *common, *settings]).recipe
-    without: Any = SimpleNamespace(
-        device=device, precision="no", scaler=None, backward=torch.autograd.backward, autocast=nullcontext, prepare=add_itself
-    )
-    mixed_precision = without if device == META else MixedPrecision("bf16", device, {})
+    mixed_precision = OnMeta() if device == META else MixedPrecision("bf16", device, {})
     world = World(mixed_precision, 0, 1, ranks_on_node=1, cores=1, threads=1, job_id=None, restart_count=0)
     model = build_model(recipe.model, 10, SIZE).to(device)
     optimizer = mixed_precision.prepare(build_optimizer([{"params": list(model.parameters())}], recipe.optim, device))
@@ -117,12 +131,6 @@ def make_step(device: torch.device, settings: tuple[str, ...]) -> TrainStep:
         timer=StepTimer(device, batch_size=ROWS, world_size=1),
         gates=gates,
     )
-
-
-def add_itself(optimizer: Any) -> Any:
-    """The optimizer, where Accelerate's wrapper has it."""
-    optimizer.optimizer = optimizer
-    return optimizer
 
 
 def batches_of(step: TrainStep, device: torch.device) -> Iterator[Batch]:
