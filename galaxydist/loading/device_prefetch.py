@@ -124,7 +124,7 @@ class HostCopy:
     """Copies a tensor to pinned memory behind the work that the device has so far; later work does not delay reading it.
 
     Args:
-        tensor: on the CPU it is not copied.
+        tensor: on the CPU it is not copied; other devices than CUDA's have no such copies, and are waited for.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -139,7 +139,7 @@ class HostCopy:
         """Return the tensor on the CPU."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._tensor
+        return self._tensor.cpu()
 
 
 def _copied_fields(batch: Batch) -> list[str]:
