@@ -22,7 +22,7 @@ from typing import Any
 from tests.gpu.correctness import check_numbers, check_resume, check_synchronisation, check_unit_tests
 from tests.gpu.rig import Device, Rig, Row, TimeUpError
 from tests.gpu.several_ranks import check_failures, check_ranks
-from tests.gpu.speed import check_loader, check_memory
+from tests.gpu.speed import check_loader, check_memory, check_throughput
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ CHECKS = (
     Check("ranks", "Several ranks", 120, check_ranks),
     Check("resume", "Resumed runs", 90, check_resume),
     Check("failures", "Failing ranks", 180, check_failures),
+    Check("throughput", "Training speed", 240, check_throughput),
     Check("memory", "Memory", 90, check_memory),
     Check("loader", "Loader", 60, check_loader),
 )

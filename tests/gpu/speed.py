@@ -57,7 +57,7 @@ def measure(device: str, model: str, batch_size: int, keys: dict[str, object]) -
 
     is_cuda = device == "cuda"
     sizes = Sizes(batch_size=batch_size) if is_cuda else Sizes(width=4, image_size=32, batch_size=batch_size)
-    rounds, steps = (5, 10) if is_cuda else (1, 2)
+    rounds, steps = (5, 10) if is_cuda else (1, 4)
     (found,) = measure_trainer(os.environ, models=[model], sizes=sizes, steps=steps, rounds=rounds, settings=keys)
     return found
 
