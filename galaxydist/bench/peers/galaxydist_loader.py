@@ -44,11 +44,13 @@ def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
         decode = DecodeOptions(job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, threads=threads, pin=pin)
         augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
     with (
-        TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode) as loader,
+        TrainLoader(
+            manifest, seed=SEED, batch_size=job.batch_size, decode=decode, draw=augment.draw if augment else None
+        ) as loader,
         DevicePrefetcher(loader, device) as batches,
     ):
         for batch in batches:
-            images = augment(batch.images_BHWC, batch.epoch, batch.positions_B) if augment else batch.images_BHWC
+            images = augment(batch.images_BHWC, batch.draws) if augment else batch.images_BHWC
             yield images, batch.labels_B, []
 
 
