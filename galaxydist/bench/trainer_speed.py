@@ -17,7 +17,7 @@ from torch import Tensor
 
 from galaxydist.bench.common import Lap, show, show_json, spread
 from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, plain_step, write_noise, write_recipe
-from galaxydist.distributed import World, init_distributed, shutdown_distributed
+from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.resolve import load_recipe
@@ -161,15 +161,12 @@ def measure_trainer(
         UserError: settings that the trainer refuses; fp16, for which the bare loop has no gradient scaler.
         AssertionError: the losses of the two loops differ.
     """
-    world = init_distributed(precision, dict(environ))
-    try:
+    with open_world(precision, dict(environ)) as world:
         if world.precision == "fp16":
             raise UserError("train.precision=auto is fp16 here, which the bare loop does not support: give --precision no")
         results = [
             _measure(world, environ, model, sizes or Sizes(), steps=steps, rounds=WARM_ROUNDS + rounds) for model in models
         ]
-    finally:
-        shutdown_distributed()
     show_json(*results)
     return results
 
