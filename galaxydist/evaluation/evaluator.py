@@ -35,7 +35,7 @@ from galaxydist.loading.training_data import TrainingData, build_augment, find_c
 from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.own_function import source_hash, trusts_code
-from galaxydist.models.performance import set_tf32
+from galaxydist.models.performance import choose_memory_format, set_memory_format, set_tf32
 from galaxydist.models.registry import ModelRecord
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root, folder_name
@@ -172,7 +172,9 @@ class Evaluator:
         recipe, world = self.recipe, self.world
         if self._model is None:
             model = load_model(recipe, self._checkpoint, trust_code=self.trust_code)
+            layout = choose_memory_format(recipe.train.channels_last, model, world.device, world.dtype)
             self._model = model.to(device=world.device, dtype=world.dtype)
+            set_memory_format(model, layout)
             set_tf32(recipe.train.tf32, world.device)
         return evaluate_split(
             world,

@@ -25,6 +25,7 @@ from galaxydist.loading.augment import Augment, Normalise
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.models.build import evaluation_mode
+from galaxydist.models.performance import choose_memory_format
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.surveys.photometry import Measurements, measure_images
@@ -205,7 +206,7 @@ class ForwardPass:
         normalise: from stored pixels to model input.
         dtype: data type of the model's input.
         autocast: makes the context of mixed precision.
-        channels_last: memory format of the model's input.
+        memory_format: of the model's input.
         tta: test-time augmentation.
     """
 
@@ -213,14 +214,12 @@ class ForwardPass:
     normalise: Normalise
     dtype: torch.dtype
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
-    channels_last: bool
+    memory_format: torch.memory_format
     tta: TTA
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """Return the logits B x K of uint8 images B x H x W x 3, H == W; see :func:`mean_log_probabilities` for the type."""
-        images_BCHW = self.normalise(images_BHWC).to(self.dtype)
-        if self.channels_last:
-            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        images_BCHW = self.normalise(images_BHWC).to(self.dtype, memory_format=self.memory_format)
         with self.autocast():
             return mean_log_probabilities([self.model(turned_BCHW) for turned_BCHW in tta_images(images_BCHW, self.tta)])
 
@@ -262,9 +261,8 @@ def evaluate_split(
         counters.append(Counts(manifest.num_classes, world.device, subset_N=~in_validation_N))
         expected[f"{whole} without validation galaxies"] = int((~in_validation_N).sum())
 
-    forward = ForwardPass(
-        model, augment.normalise, world.dtype, world.accelerator.autocast, recipe.train.channels_last, recipe.eval.tta
-    )
+    layout = choose_memory_format(recipe.train.channels_last, model, world.device, world.dtype)
+    forward = ForwardPass(model, augment.normalise, world.dtype, world.accelerator.autocast, layout, recipe.eval.tta)
 
     def count() -> None:
         with contextlib.ExitStack() as stack:

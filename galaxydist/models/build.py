@@ -16,6 +16,7 @@ from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
 from galaxydist.models.hub_weights import find_weights, read_published, read_record, shipped_path
 from galaxydist.models.own_function import build_own_model, source_hash
+from galaxydist.models.performance import cudnn_benchmark
 from galaxydist.models.reference import VGG_HIDDEN, VGG_MAP, MlpHead, ReferenceCNN, build_reference_vit
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, ModelRecord, architecture_of, check_config, timm_name
 from galaxydist.models.weights import Statistics, check_settings, load_weights, read_statistics, read_weights
@@ -53,11 +54,15 @@ def set_train_mode(model: nn.Module) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards each of its modules has its former mode again."""
+    """Put a model into evaluation mode; afterwards each of its modules has its former mode again.
+
+    cuDNN chooses its kernels by rule and not by timing, so that all processes compute equal logits.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with cudnn_benchmark(False):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

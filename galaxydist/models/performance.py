@@ -1,4 +1,4 @@
-"""Performance options of a model: gradient checkpointing, TF32, torch.compile."""
+"""Performance options of a model: gradient checkpointing, memory format, TF32, torch.compile."""
 
 import contextlib
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,33 @@ def _spare_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
             inner._buffers[name] = buffer
 
 
+def choose_memory_format(
+    channels_last: Literal["auto"] | bool, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> torch.memory_format:
+    """Return the memory format of a model's images and weights.
+
+    cuDNN's kernels for tensor cores take channels last, to which it would convert other images in each layer; it has none of them
+    for float64 (torch's ``cudnn_conv_suggest_memory_format``). Patch embeddings, whose patches do not overlap, are products of
+    matrices and gain nothing.
+
+    Args:
+        channels_last: ``train.channels_last``; ``auto``: True on a GPU for a model with other convolutions than patch embeddings.
+        model: neither wrapped nor sharded.
+        device, dtype: of the images.
+    """
+    if channels_last == "auto":
+        is_convolutional = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+        channels_last = is_convolutional and device.type == "cuda" and dtype != torch.float64
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Convert a model's weights in place. ``nn.Module.to`` would fail for weights of five dimensions, which d4_cnn has."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
 # Smallest compute capability that Triton, which compiles Inductor's GPU kernels, supports.
 _TRITON_CAPABILITY = (7, 0)
 
@@ -137,6 +164,17 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
     cudnn.allow_tf32 = enabled
     cudnn.conv.fp32_precision = precision
     cudnn.rnn.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Let cuDNN time its kernels for each new shape and take the fastest; otherwise it chooses by rule."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, enabled
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.loading.training_data import StoredImages, TrainingData, build_augment, find_cache, find_manifest
 from galaxydist.models.own_function import trusts_code
-from galaxydist.models.performance import set_tf32
+from galaxydist.models.performance import choose_memory_format, set_memory_format, set_tf32
 from galaxydist.models.registry import ModelRecord
 from galaxydist.paths import data_root
 from galaxydist.recipe.schema import Recipe
@@ -114,12 +114,15 @@ class TrainedModel:
         """
         dtype = torch.float64 if precision == "fp64" else torch.float32
         set_tf32(self.recipe.train.tf32, device)
+        layout = choose_memory_format(self.recipe.train.channels_last, self.model, device, dtype)
+        model = self.model.eval().to(device=device, dtype=dtype)
+        set_memory_format(model, layout)
         return ForwardPass(
-            self.model.eval().to(device=device, dtype=dtype),
+            model,
             build_augment(self.recipe, self.trained_on, threads=threads).normalise,
             dtype,
             lambda: _autocast(device, precision),
-            self.recipe.train.channels_last,
+            layout,
             self.recipe.eval.tta,
         )
 

@@ -199,7 +199,6 @@ def check_strategy(config: TrainConfig, precision: str) -> None:
         "train.precision=fp16": precision == "fp16"
         and "its loss scaling would differ between the parts: use train.precision=bf16",
         "train.compile=true": config.compile and "set it to false",
-        "train.channels_last=true": config.channels_last and "set it to false",
     }
     refused = [f"{key} and train.strategy=fsdp do not go together here; {remedy}" for key, remedy in problems.items() if remedy]
     if refused:

@@ -191,7 +191,10 @@ class TrainConfig(Section):
         "in double precision, to compare runs",
     )
     tf32: bool = Field(True, description="use TensorFloat-32 for float32 products on a GPU: faster, with 10 bits of mantissa")
-    channels_last: bool = run_field(False, "store images as B H W C in memory: often faster for convolutions on a GPU")
+    channels_last: Literal["auto"] | bool = run_field(
+        "auto",
+        "store images and convolutions in memory as B H W C, with the channels last; auto: for convolutional models on a GPU",
+    )
     compile: bool = run_field(False, "compile the model with torch.compile: slower to start, often faster afterwards")
     gradient_checkpointing: bool = run_field(
         False, "compute activations again in the backward pass instead of storing them: less memory, about a third slower"

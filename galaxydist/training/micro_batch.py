@@ -16,6 +16,7 @@ from galaxydist.cpus import total_memory
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, OneRankFailedError, RunFailedError
 from galaxydist.models.build import set_train_mode
+from galaxydist.models.performance import choose_memory_format
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.throughput import activation_bytes, training_flops
 
@@ -288,7 +289,7 @@ class Probe:
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         dtype = next(self.model.parameters()).dtype
-        layout = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
+        layout = choose_memory_format(self.recipe.train.channels_last, self.model, device, dtype)
         images_BCHW = torch.zeros(count, 3, size, size, dtype=dtype, device=device).to(memory_format=layout)
         with self.world.accelerator.autocast():
             logits_BK = self.model(images_BCHW)

@@ -44,9 +44,10 @@ class TrainStep:
         augment: turns pixels into model input, on the device.
         mixup: mixup and cutmix, or None.
         schedule: learning rate by step.
-        config: micro-batches, clipping, non-finite steps and memory format.
+        config: micro-batches, clipping and non-finite steps.
         micro_batch: galaxies in one forward pass of one process (0: its whole share of the batch).
         seed: the recipe's seed.
+        memory_format: of the model's images.
         timer: measures the parts of a step.
         gates: points at which a long step may be abandoned.
     """
@@ -61,6 +62,7 @@ class TrainStep:
     config: TrainConfig
     micro_batch: int
     seed: int
+    memory_format: torch.memory_format
     timer: StepTimer
     gates: StepGates
     parameters: list[nn.Parameter] = field(init=False)
@@ -138,9 +140,7 @@ class TrainStep:
     def augmented(self, batch: Batch, part: Part, mix: MixedBatch | None) -> torch.Tensor:
         """Return a part of the batch as model input, B x C x H x W."""
         images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
-        images_BCHW = images_BCHW.to(self.world.dtype)
-        if self.config.channels_last:
-            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        images_BCHW = images_BCHW.to(self.world.dtype, memory_format=self.memory_format)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def optimizer_step(self) -> torch.Tensor:
@@ -247,7 +247,9 @@ def split_batch(config: TrainConfig, world_size: int, micro_batch: int, length: 
     return split_evenly(length, count_micro_batches(config.batch_size, world_size, micro_batch))
 
 
-def example_images(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
+def example_images(
+    world: World, recipe: Recipe, augment: Augment, micro_batch: int, memory_format: torch.memory_format
+) -> torch.Tensor:
     """Return two black images as model input, for passes whose results are thrown away.
 
     For a compiled model there are as many as in this rank's first pass of a step, since torch compiles for the first shape it
@@ -258,8 +260,7 @@ def example_images(world: World, recipe: Recipe, augment: Augment, micro_batch: 
     first = split_batch(config, world.size, micro_batch, share, in_pairs=is_mixing(config))[0]
     count = len(take(torch.arange(share), first))
     pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
-    images_BCHW = augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype)
-    return images_BCHW.contiguous(memory_format=torch.channels_last) if config.channels_last else images_BCHW
+    return augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype, memory_format=memory_format)
 
 
 def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:

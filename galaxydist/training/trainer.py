@@ -37,8 +37,11 @@ from galaxydist.models.build import build_model, describe_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
     checkpoint_activations,
+    choose_memory_format,
     compile_model,
+    cudnn_benchmark,
     remove_broken_libraries,
+    set_memory_format,
     set_tf32,
 )
 from galaxydist.paths import data_root, weights_dir
@@ -236,7 +239,7 @@ class Trainer:
         self.model = self.strategy.model
         self.augment = build_augment(recipe, self.trained_on, threads=world.cores)
         with explained_out_of_memory(recipe, world, micro_batch):
-            self.strategy.warm_up(example_images(world, recipe, self.augment, micro_batch))
+            self.strategy.warm_up(example_images(world, recipe, self.augment, micro_batch, self.memory_format))
         self.state = self._build_state(found)
         self.step = self._build_step(micro_batch)
         self.checkpointer = Checkpointer(
@@ -270,8 +273,9 @@ class Trainer:
         recipe, world, config = self.recipe, self.world, self.recipe.train
         set_tf32(config.tf32, world.device)
         model = self.model.to(device=world.device, dtype=world.dtype)
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
+        self.memory_format = choose_memory_format(config.channels_last, model, world.device, world.dtype)
+        if config.strategy == "ddp":  # FSDP shards contiguous weights only: the layers convert them
+            set_memory_format(model, self.memory_format)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.utilisation = build_utilisation(world, recipe, model)
@@ -342,6 +346,7 @@ class Trainer:
             config=config,
             micro_batch=micro_batch,
             seed=recipe.seed,
+            memory_format=self.memory_format,
             timer=StepTimer(world.device, batch_size=config.batch_size, world_size=world.size),
             gates=StepGates(
                 world.size,
@@ -441,6 +446,8 @@ class Trainer:
         """
         self.step.timer.window(1)  # the time since the step was built does not count
         with contextlib.ExitStack() as stack:
+            # All passes have one shape, or two if the micro-batches differ by one.
+            stack.enter_context(cudnn_benchmark(self.world.device.type == "cuda"))
             loader = stack.enter_context(self.world.run_on_all(self.open_loader))
             batches = stack.enter_context(DevicePrefetcher(loader, self.world.device))
             stack.enter_context(self.checkpointer.writer)

@@ -14,11 +14,14 @@ from filelock import FileLock
 from torch import nn
 
 from galaxydist.errors import EveryRankError
-from galaxydist.models.build import build_model
+from galaxydist.models.build import build_model, evaluation_mode
 from galaxydist.models.performance import (
     checkpoint_activations,
+    choose_memory_format,
     compile_model,
+    cudnn_benchmark,
     remove_broken_libraries,
+    set_memory_format,
     set_tf32,
 )
 from galaxydist.recipe.schema import ModelConfig
@@ -62,19 +65,57 @@ def test_tf32_reduces_the_precision_of_matmul_on_a_gpu() -> None:
     assert errors[0] > 10 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["custom_cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["custom_cnn", "resnet18", "d4_cnn"])
 def test_channels_last_changes_only_the_memory_layout(name: str) -> None:
     torch.manual_seed(0)
     plain = build_model(ModelConfig.model_validate({"name": name}), 5, 32)
-    fast = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(plain)
+    parameters = [*fast.parameters()]
+    set_memory_format(fast, torch.channels_last)
+    assert all(before is after for before, after in zip(parameters, fast.parameters(), strict=True))
     assert list(fast.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(fast.state_dict().values(), plain.state_dict().values(), strict=True))
-    convolutions = [m.weight for m in fast.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
-    assert convolutions and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    convolutions = [weight for weight in parameters if weight.ndim == 4]
+    assert (convolutions or name == "d4_cnn") and all(
+        weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions
+    )
     images_BCHW = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(
         fast(images_BCHW.contiguous(memory_format=torch.channels_last)), plain(images_BCHW), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "is_last"),
+    [
+        ("resnet18", "cuda", torch.float32, True),
+        ("custom_cnn", "cuda", torch.float32, True),
+        ("resnet18", "cuda", torch.float64, False),
+        ("resnet18", "cpu", torch.float32, False),
+        ("vit", "cuda", torch.float32, False),
+    ],
+)
+def test_auto_is_channels_last_for_convolutional_models_on_a_gpu(
+    name: str, device: str, dtype: torch.dtype, is_last: bool
+) -> None:
+    model = build_model(ModelConfig.model_validate({"name": name}), 5, 32)
+    found = {
+        setting: choose_memory_format(setting, model, torch.device(device), dtype) == torch.channels_last
+        for setting in (True, False, "auto")
+    }
+    assert found == {True: True, False: False, "auto": is_last}
+
+
+def test_cudnn_tries_no_kernels_in_an_evaluation_within_a_training() -> None:
+    """Otherwise the timing on each process would decide on the last bits of the logits."""
+    backend: Any = torch.backends.cudnn
+    before = backend.benchmark
+    with cudnn_benchmark(True):
+        assert backend.benchmark
+        with evaluation_mode(nn.Linear(1, 1)):
+            assert not backend.benchmark
+        assert backend.benchmark
+    assert backend.benchmark == before
 
 
 def tiny_vit() -> nn.Module:

@@ -43,5 +43,6 @@ def test_example_batch_has_the_shape_of_a_steps_first_micro_batch(
     recipe = load_recipe(["recipe=custom_cnn", "data.image_size=16", *settings])
     world: Any = SimpleNamespace(rank=rank, size=3, device=torch.device("cpu"), dtype=torch.float64)
     augment: Any = lambda images_BHWC, *_: images_BHWC.permute(0, 3, 1, 2).float()  # noqa: E731
-    images_BCHW = example_images(world, recipe.recipe, augment, micro_batch)
+    images_BCHW = example_images(world, recipe.recipe, augment, micro_batch, torch.channels_last)
+    assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
     assert (images_BCHW.shape, images_BCHW.dtype) == ((count, 3, 16, 16), torch.float64)

@@ -214,7 +214,7 @@ COMPARED = {
         ("custom_cnn", "frozen"),
         ("custom_cnn", "half"),
         ("d4_cnn", ""),
-        ("resnet18", "checkpointed"),
+        ("resnet18", "checkpointed, channels last"),
         ("vit", "frozen"),
     ),
     "large": (("vgg16", "frozen"), ("vgg16", "checkpointed")),
@@ -237,26 +237,26 @@ def compare_with_ddp(folder: Path, size: str) -> None:
         half = special == "half"
         config = ModelConfig(name=name, width=16, freeze_backbone=special == "frozen")
         model = build_model(config, 3, 32).to(torch.float32 if half else torch.float64)
-        if special == "checkpointed":
+        if "checkpointed" in special:
             checkpoint_activations(model)
         ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)
         shard_model(model, mesh)
-        for trained in (ddp, model):
-            train_batches(trained, half)
+        train_batches(ddp, half)
+        train_batches(model, half, torch.channels_last if "channels last" in special else torch.contiguous_format)
         whole = gather(model.state_dict())
         differences = [(whole[key] - value).abs().max().item() for key, value in ddp.module.state_dict().items()]
         largest[f"{name} {special}"] = max(differences)
     (folder / f"differences-{dist.get_rank()}.json").write_text(json.dumps(largest))
 
 
-def train_batches(model: nn.Module, half: bool) -> None:
+def train_batches(model: nn.Module, half: bool, memory_format: torch.memory_format = torch.contiguous_format) -> None:
     from galaxydist.models.build import set_train_mode
 
     own = slice(dist.get_rank(), None, dist.get_world_size())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(2):
         images_BCHW, labels_B, _ = draw_batch(step)
-        images_BCHW = images_BCHW.to(next(model.parameters()).dtype)
+        images_BCHW = images_BCHW.to(next(model.parameters()).dtype, memory_format=memory_format)
         set_train_mode(model)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
