@@ -226,6 +226,7 @@ class Trainer:
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
             self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works)
             stack.enter_context(self.watchdog)
+            self.last_works.append((self.watchdog.close_stacks, RELEASE_S))
             with self._leaving_alone():
                 yield
 

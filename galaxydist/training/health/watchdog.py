@@ -158,7 +158,7 @@ class Watchdog:
 
     Args:
         rank, world_size: rank of this process, and world size.
-        timeout_s: seconds without a beat in a step, on any rank, after which the run is ended; 0: never.
+        timeout_s: seconds without a beat in a step, on any rank, after which the run is ended; 0: only a failure ends it.
         store: messages to the other ranks; None for a single process.
         stacks_dir: folder of the stack dumps, such as ``rank-0003.txt``.
         last_works: done before the process ends; they may be added to while it runs.
@@ -201,6 +201,9 @@ class Watchdog:
         self._beat = Beat(step, phase, phase_index, last.number + 1)
 
     def __enter__(self) -> "Watchdog":
+        if self.store is not None:
+            interval_s = min(max(self.timeout_s / 60, 0.1), 10.0) if self.timeout_s > 0 else 10.0
+            self._others = HeartbeatStore(self.store, self._heartbeat, interval_s, peer_failed=self._follow)
         if self.timeout_s > 0:
             self._stacks = StacksFile(self.stacks_dir, self.rank)
             self._guard = HangGuard(
@@ -208,25 +211,24 @@ class Watchdog:
                 f"galaxydist: rank {self.rank} ({self._host}, process {os.getpid()}) is ended; its stacks: {self._stacks.path}; "
                 "C code has kept Python from running there",
             )
-            if self.store is not None:
-                self._others = HeartbeatStore(
-                    self.store,
-                    self._heartbeat,
-                    interval_s=min(max(self.timeout_s / 60, 0.1), 10.0),
-                    peer_failed=self._follow,
-                )
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended = "finished" if kind is None else f"failed with {kind.__name__}"
+        self._closing.set()
         if self.timeout_s > 0:
-            self._ended = "finished" if kind is None else f"failed with {kind.__name__}"
-            self._closing.set()
             self._thread.join()
-            if self._others is not None:
-                self._others.close()
+        if self._others is not None:
+            self._others.close()
+        if self.timeout_s > 0:
             self._guard.close()
+        self.close_stacks()
+
+    def close_stacks(self) -> None:
+        """Remove the file of this rank's stacks if it is empty."""
+        if self.timeout_s > 0:
             self._stacks.close()
 
     @property
@@ -310,7 +312,8 @@ class Watchdog:
         self._leave(failure.code, [(report, REPORT_S), *self.last_works])
 
     def _leave(self, code: int, works: Sequence[LastWork]) -> NoReturn:
-        self._guard.feed(sum(seconds for _, seconds in works) + REPORT_S)
+        if self.timeout_s > 0:
+            self._guard.feed(sum(seconds for _, seconds in works) + REPORT_S)
         end_process(code, works)
 
     def _message(self, verdict: Verdict) -> str | None:
