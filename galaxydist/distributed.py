@@ -17,18 +17,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    TorchDynamoPlugin,
-)
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-from galaxydist.cpus import bound_cores, cpu_quota, fair_share
+from galaxydist.cpus import bound_cores, cpu_quota, decoding_threads, fair_share
+from galaxydist.devices import Precision, RankDevice, check_devices, find_device, gather_devices, resolve_precision
 from galaxydist.errors import EveryRankError, RunFailedError, UserError, is_known_to_all, mark_as_known
-from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
+from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores
 from galaxydist.log import set_up_logging
+from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.rank_store import RankFailure, RankStore
 
 logger = logging.getLogger(__name__)
@@ -81,7 +77,6 @@ def write_flight_record(folder: Path, rank: int) -> Path | None:
     return path
 
 
-Precision = Literal["no", "bf16", "fp16", "fp64"]
 T = TypeVar("T")
 
 
@@ -90,30 +85,38 @@ class World:
     """Describes this process among all processes of a run, and runs collectives.
 
     Args:
-        accelerator: Hugging Face's Accelerator, which moves the model and scales the gradients.
+        mixed_precision: casts the forward pass and scales the gradients.
         rank, size: rank of this process and world size.
         ranks_on_node: processes on this machine.
         cores: CPU cores for this process alone.
         threads: number of torch's threads, the same in all processes.
-        precision: precision of the forward pass.
         job_id, restart_count: the batch job, if there is one.
         store: messages to the other ranks; None for a single process.
     """
 
-    accelerator: Accelerator
+    mixed_precision: MixedPrecision
     rank: int
     size: int
     ranks_on_node: int
     cores: int
     threads: int
-    precision: Precision
     job_id: str | None
     restart_count: int
     store: RankStore | None = None
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.accelerator.device)
+        return self.mixed_precision.device
+
+    @property
+    def decode_threads(self) -> int:
+        """Number of threads that decode images."""
+        return decoding_threads(self.cores, has_gpu=self.device.type != "cpu")
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the forward pass."""
+        return self.mixed_precision.precision
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,32 +265,26 @@ def init_distributed(
         threads: threads of each process (0: the smallest number of cores of any process).
 
     Raises:
-        UserError: launcher variables that contradict each other or set what only the recipe may set; fp16 without a GPU; a number
-            of processes that differs from WORLD_SIZE.
+        UserError: launcher variables that contradict each other or set what only the recipe may set; fp16 without a GPU; ranks
+            without a GPU of their own, if others have one.
     """
     launched = find_rank(environ)
     check_settings(environ)
     set_flight_recorder(environ)
     if not environ.get("OMP_NUM_THREADS", "").isdecimal():
         environ["OMP_NUM_THREADS"] = "1"  # for Accelerate, which accepts a plain number only (not "4,2"); torch is already loaded
-    has_gpu = torch.cuda.is_available() and not wants_cpu(environ)
-    resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
-    accelerator = _build_accelerator(resolved, has_gpu, environ, timeout)
-    if accelerator.num_processes != launched.size:
-        raise EveryRankError(
-            f"The launcher asked for {launched.size} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
-            "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
-            "launch.py (also on machines without a GPU)."
-        )
-    set_up_logging(accelerator.process_index)
+    devices = _join_group(find_device(launched, environ), launched.size, timeout)
+    resolved = resolve_precision(precision, [found.capability for found in devices])
+    mixed_precision = MixedPrecision(resolved, devices[launched.rank].device, environ, timeout)
+    assert mixed_precision.num_processes == launched.size, f"Accelerate has {mixed_precision.num_processes} processes"
+    set_up_logging(launched.rank)
     world = World(
-        accelerator=accelerator,
-        rank=accelerator.process_index,
-        size=accelerator.num_processes,
+        mixed_precision=mixed_precision,
+        rank=launched.rank,
+        size=launched.size,
         ranks_on_node=launched.local_size,
         cores=1,
         threads=1,
-        precision=resolved,
         job_id=job_of(environ),
         restart_count=restart_of(environ),
     )
@@ -326,25 +323,19 @@ def _with_threads(world: World, threads: int) -> World:
     return replace(world, threads=threads)
 
 
-def _build_accelerator(precision: Precision, has_gpu: bool, environ: Mapping[str, str], timeout: timedelta | None) -> Accelerator:
-    """Build the Accelerator with explicit values for all settings that it would otherwise read from the launcher's variables."""
-    try:
-        return Accelerator(
-            cpu=not has_gpu,
-            mixed_precision="no" if precision == "fp64" else precision,
-            # The environment variable would override the plain argument gradient_accumulation_steps.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(
-                backend="no", mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
-            ),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
-        )
-    except (ImportError, NotImplementedError, ValueError) as error:
-        given = " ".join(f"{name}={value}" for name, value in sorted(environ.items()) if name.startswith("ACCELERATE_"))
-        raise UserError(f"Accelerate does not start: {error} (its settings in the environment: {given or 'none'})") from error
+def _join_group(own: RankDevice, size: int, timeout: timedelta | None) -> list[RankDevice]:
+    """Meet the other ranks, compare devices, and create the process group; return the devices of all ranks."""
+    if size == 1:
+        check_devices([own])
+        return [own]
+    options = {} if timeout is None else {"timeout": timeout}
+    store, *_ = next(rendezvous("env://", own.rank, size, **options))
+    devices = gather_devices(own, store, size)
+    check_devices(devices)
+    backend = "gloo" if own.device.type == "cpu" else "nccl"
+    # The prefix is the one that torch gives the store when it creates it.
+    dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own.rank, world_size=size, timeout=timeout)
+    return devices
 
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
@@ -374,8 +365,10 @@ def open_world(
         yield world
     except BaseException as error:
         world.announce_failure(error)
-        if world.size == 1:
+        if world.store is None:
             shutdown_distributed()
+        elif world.store.failure() is not None:
+            world.store.wait_until_seen()
         raise
     shutdown_distributed()
 
@@ -384,21 +377,3 @@ def shutdown_distributed() -> None:
     """Destroy the process group, if there is one. No rank may call it after an error, or the call may never return."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def resolve_precision(precision: Precision | Literal["auto"], has_gpu: bool, capability: tuple[int, int] | None) -> Precision:
-    """Resolve ``auto``: bf16 from compute capability 8 on, fp16 on older GPUs, fp32 without a GPU.
-
-    Raises:
-        UserError: fp16 without a GPU.
-    """
-    if precision == "auto":
-        if not has_gpu:
-            return "no"
-        return "bf16" if capability is not None and capability[0] >= 8 else "fp16"
-    if precision == "fp16" and not has_gpu:
-        raise EveryRankError(
-            "train.precision=fp16 needs a GPU, and none is visible to this process. "
-            "Use train.precision=auto (fp32 on a machine without a GPU), or check nvidia-smi and CUDA_VISIBLE_DEVICES."
-        )
-    return precision

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from galaxydist.errors import EveryRankError, UserError
 
@@ -27,6 +28,8 @@ _SRUN_VARIABLES = (
 )
 # From these, Accelerate would set up several CPU processes (get_cpu_distributed_information).
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Ports of the ranks' rendezvous.
+_FIRST_PORT, _NUM_PORTS = 12_000, 20_000
 
 _USE_FSDP = "train.strategy=fsdp divides a model among the processes"
 _TRUE = ("1", "on", "t", "true", "y", "yes")
@@ -52,11 +55,13 @@ class LauncherRank:
         rank: rank, from 0.
         size: world size.
         local_size: processes on this machine.
+        local_rank: rank among them.
     """
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
+    local_rank: int = 0
 
 
 def find_rank(environ: MutableMapping[str, str]) -> LauncherRank:
@@ -85,7 +90,7 @@ def find_rank(environ: MutableMapping[str, str]) -> LauncherRank:
         raise _conflict(environ, given, "RANK must be less than WORLD_SIZE")
     if not local_rank < local_size <= size:
         raise _conflict(environ, given, "LOCAL_RANK must be less than LOCAL_WORLD_SIZE, and that not more than WORLD_SIZE")
-    return LauncherRank(rank, size, local_size)
+    return LauncherRank(rank, size, local_size, local_rank)
 
 
 def slurm_cores(environ: Mapping[str, str]) -> float:
@@ -186,7 +191,13 @@ def _set_torch_variables(environ: MutableMapping[str, str], tasks: int) -> None:
         LOCAL_WORLD_SIZE=str(on_node),
     )
     environ.setdefault("MASTER_ADDR", _first_host(environ))
-    environ.setdefault("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID", 0) % 20_000))
+    step = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}"  # several steps of a job may run at a time
+    environ.setdefault("MASTER_PORT", str(master_port(step, restart_of(environ))))
+
+
+def master_port(job_id: str, restart: int) -> int:
+    """Return a port for this start of this job or job step, below Linux's ephemeral ports (32768 and above)."""
+    return _FIRST_PORT + crc32(f"{job_id}.{restart}".encode()) % _NUM_PORTS
 
 
 def _tasks_on_node(counts: str, node: str) -> int | None:

@@ -143,6 +143,7 @@ class RankStore:
 
     def announce(self, failure: RankFailure) -> RankFailure:
         """Write that this rank has failed, and return the first failure of any rank, of which others may be consequences."""
+        self.acknowledge()
         try:
             return RankFailure(**json.loads(self.store.compare_set("failed", "", json.dumps(asdict(failure)))))
         except RuntimeError:
@@ -163,8 +164,9 @@ class RankStore:
     def wait_until_seen(self) -> None:
         """Keep the store of rank 0 alive until the other ranks have read of the failure, or for ``SEEN_S`` seconds."""
         deadline, others = time.monotonic() + SEEN_S, [f"seen/{rank}" for rank in range(1, self.size)]
-        while self.rank == 0 and time.monotonic() < deadline and not self.store.check(others):
-            time.sleep(0.02)
+        with contextlib.suppress(RuntimeError):
+            while self.rank == 0 and time.monotonic() < deadline and not self.store.check(others):
+                time.sleep(0.02)
 
 
 # A last work of a process that ends, and the seconds that it may take.

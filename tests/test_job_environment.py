@@ -16,7 +16,7 @@ from galaxydist import job_environment
 from galaxydist.cli.train import main
 from galaxydist.distributed import World, init_distributed, keep_threads
 from galaxydist.errors import EveryRankError
-from galaxydist.job_environment import LauncherRank, check_settings, find_rank, slurm_cores
+from galaxydist.job_environment import LauncherRank, check_settings, find_rank, master_port, slurm_cores
 from tests.helpers.runs import quick_settings, read_losses, run_here
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -33,12 +33,12 @@ def without(variables: Mapping[str, str], *names: str) -> dict[str, str]:
     ("environ", "expected"),
     [
         ({}, LauncherRank(0, 1, 1)),
-        (TORCHRUN, LauncherRank(3, 4, 2)),
-        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), LauncherRank(3, 4, 4)),
+        (TORCHRUN, LauncherRank(3, 4, 2, 1)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), LauncherRank(3, 4, 4, 1)),
         ({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, LauncherRank(0, 1, 1)),
         (SRUN, LauncherRank(2, 3, 1)),
-        (TORCHRUN | FIRST_TASK, LauncherRank(3, 4, 2)),  # torchrun in a task of srun
-        (TORCHRUN | {**SRUN, "SLURM_PROCID": "1"}, LauncherRank(3, 4, 2)),
+        (TORCHRUN | FIRST_TASK, LauncherRank(3, 4, 2, 1)),  # torchrun in a task of srun
+        (TORCHRUN | {**SRUN, "SLURM_PROCID": "1"}, LauncherRank(3, 4, 2, 1)),
         (FIRST_TASK, LauncherRank(0, 1, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, LauncherRank(0, 1, 1)),  # in a batch script
         ({"RANK": "0", "WORLD_SIZE": "1"}, LauncherRank(0, 1, 1)),
@@ -53,9 +53,22 @@ def test_rank_and_world_size_come_from_a_consistent_set_of_launcher_variables(
     assert find_rank(given) == expected  # also with what was added under srun
     if environ is SRUN:
         added = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "n1"}
-        assert given == {**environ, **added, "MASTER_PORT": "30123"}
+        port = given.pop("MASTER_PORT")
+        assert given == {**environ, **added} and port == "23284"  # the same on all ranks
     else:
         assert given == environ
+
+
+def test_rendezvous_ports_of_srun_lie_below_the_ephemeral_ports() -> None:
+    """Other programs' connections have ports from 32768 on; steps and restarts of one job have ports of their own."""
+    ports = set()
+    for variables in ({}, {"SLURM_STEP_ID": "0"}, {"SLURM_STEP_ID": "1"}, {"SLURM_STEP_ID": "1", "SLURM_RESTART_COUNT": "2"}):
+        for rank in ("0", "2"):
+            environ = {**SRUN, **variables, "SLURM_PROCID": rank}
+            find_rank(environ)
+            ports.add(int(environ["MASTER_PORT"]))
+    assert len(ports) == 4 and min(ports) >= 1024
+    assert max(master_port(str(number), 0) for number in range(20_000)) < 32_768
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_a_failure_wakes_a_rank_that_waits_and_the_first_failure_counts(server: 
 
 def test_rank_0_keeps_its_store_until_the_others_have_read_of_the_failure(server: TCPStore) -> None:
     main, *others = ranks_of(server, 3)
-    main.announce(RankFailure.of(0, KeyError("a bug")))
+    assert main.announce(RankFailure.of(0, KeyError("a bug"))).rank == 0
     with ThreadPoolExecutor(1) as thread:
         waits = thread.submit(main.wait_until_seen)
         for other in others:
@@ -126,14 +126,13 @@ def test_end_process_gives_each_work_its_time_does_them_once_and_flushes() -> No
 
 def wait_long() -> None:
     """Rank 0 works for longer than the group's timeout; so does one rank of all."""
-    with open_world("no", os.environ, timeout=timedelta(seconds=1)) as world:
-        assert world.run_on_main(lambda: time.sleep(3) or world.rank) == 0
-        assert world.run_on_all(lambda: time.sleep(3 * world.rank) or world.rank) == world.rank
-        if world.is_main:
-            time.sleep(3)
+    with open_world("no", os.environ, timeout=timedelta(seconds=5)) as world:
+        assert world.run_on_main(lambda: time.sleep(7) or world.rank) == 0
+        assert world.run_on_all(lambda: time.sleep(7 * world.rank) or world.rank) == world.rank
         world.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_waits_for_rank_0_and_for_all_outlast_the_timeout_of_the_process_group(tmp_path: Path) -> None:
     with forked(wait_long, folder=tmp_path, size=2) as run:

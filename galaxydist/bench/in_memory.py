@@ -1,12 +1,14 @@
 """Training on images in memory, by the trainer and by plain PyTorch, for benchmarks without reading."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,28 +16,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from galaxydist.distributed import World
-from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
+from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage, Galaxy
 from galaxydist.loading.loader import Batch
 from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.training.loop import TrainLoop
 from galaxydist.training.trainer import Trainer
 
 # Number of different batches; they are repeated, with other augmentation.
 HELD = 4
-# Width of the images on the disk, which are not read.
-STORED_SIZE = 16
+# Width of a noise image in independent pixels, and number of different ones.
+GRAIN, NUM_DRAWN = 16, 64
 
-# Called before each step with its number; returns True if the run shall end.
+# Called before each step with the number of steps done; returns True if the run shall end.
 Watch = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
 class NoiseSurvey:
-    """Survey of noise in ten classes, all in the training split: the trainer needs a data set on the disk to start."""
+    """Survey of noise in ten classes, all in the training split: the trainer needs a data set on the disk to start.
+
+    Args:
+        num_galaxies: number of images.
+        jpeg_size: width of JPEGs, which take a loader about as long as a survey's; None: tiny images that are not read.
+    """
 
     num_galaxies: int
+    jpeg_size: int | None = None
     name: str = "noise"
     variant: str = "original"
     class_names: tuple[str, ...] = GALAXY10_CLASSES
@@ -51,17 +59,32 @@ class NoiseSurvey:
 
     @property
     def source_hash(self) -> str:
-        return hashlib.sha256(f"noise {self.num_galaxies}".encode()).hexdigest()
+        return hashlib.sha256(f"noise {self.num_galaxies} {self.jpeg_size}".encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         for row in range(start, stop):
-            pixels = np.random.default_rng(row).integers(256, size=(STORED_SIZE, STORED_SIZE, 3), dtype=np.uint8)
-            yield Galaxy(f"noise-{row}", pixels, int(self.labels[row]))
+            yield Galaxy(f"noise-{row}", self._image(row % NUM_DRAWN), int(self.labels[row]))
+
+    def _image(self, number: int) -> EncodedImage | NDArray[np.uint8]:
+        pixels = np.random.default_rng(number).integers(256, size=(GRAIN, GRAIN, 3), dtype=np.uint8)
+        return pixels if self.jpeg_size is None else EncodedImage(_enlarged_jpeg(pixels.tobytes(), self.jpeg_size), "jpg")
 
 
-def write_noise(folder: Path, num_galaxies: int) -> Path:
+@functools.cache
+def _enlarged_jpeg(pixels: bytes, size: int) -> bytes:
+    """Return a JPEG of GRAIN x GRAIN x 3 pixels enlarged to ``size``: at 256 pixels 14 kB, as large as a galaxy's."""
+    import cv2
+    import simplejpeg
+
+    grain = np.frombuffer(pixels, np.uint8).reshape(GRAIN, GRAIN, 3)
+    return bytes(simplejpeg.encode_jpeg(cv2.resize(grain, (size, size), interpolation=cv2.INTER_CUBIC), 90, "RGB", "420"))
+
+
+def write_noise(folder: Path, num_galaxies: int, jpeg_size: int | None = None) -> Path:
     """Write shards of noise, which set the length of an epoch; return the path of their manifest."""
-    return write_shards(NoiseSurvey(num_galaxies), folder, encoding="raw", shard_size=num_galaxies, workers=1).path
+    encoding: Literal["raw", "jpeg"] = "raw" if jpeg_size is None else "jpeg"
+    survey = NoiseSurvey(num_galaxies, jpeg_size)
+    return write_shards(survey, folder, encoding=encoding, shard_size=min(num_galaxies, 1024), workers=1).path
 
 
 def write_recipe(folder: Path, model: str, settings: Mapping[str, object]) -> list[str]:
@@ -102,24 +125,21 @@ class MemoryBatches:
     """Batches of one rank: noise that is drawn once, at the positions of the epochs.
 
     Args:
-        recipe: gives the seed, the batch size and the width of the images.
-        rank, world_size: of the process.
-        num_samples: of an epoch.
-        num_classes: of the labels.
-        pin: use pinned memory, from which a GPU copies asynchronously.
+        trainer: gives the seed, the ranks, the batch size, the width of the images, the classes and the length of an epoch; on a
+            GPU the images are in pinned memory, from which it copies asynchronously.
     """
 
-    def __init__(
-        self, recipe: Recipe, rank: int, world_size: int, *, num_samples: int, num_classes: int, pin: bool = False
-    ) -> None:
-        self._batch_size, self._steps_per_epoch = recipe.train.batch_size, num_samples // recipe.train.batch_size
-        self._offsets = torch.from_numpy(rank_offsets(self._batch_size, rank, world_size))
+    def __init__(self, trainer: Trainer) -> None:
+        recipe, world, manifest = trainer.recipe, trainer.world, trainer.manifest
+        self._batch_size = recipe.train.batch_size
+        self._steps_per_epoch = manifest.split("train").num_samples // self._batch_size
+        self._offsets = torch.from_numpy(rank_offsets(self._batch_size, world.rank, world.size))
         size, rows = recipe.data.image_size, len(self._offsets)
-        generator = torch.Generator().manual_seed(recipe.seed + rank)
+        generator = torch.Generator().manual_seed(recipe.seed + world.rank)
         images = torch.randint(256, (HELD, rows, size, size, 3), dtype=torch.uint8, generator=generator)
-        labels = torch.randint(num_classes, (HELD, rows), generator=generator)
-        weights = torch.ones(rows)
-        self._images, self._labels, self._weights = (t.pin_memory() if pin else t for t in (images, labels, weights))
+        labels = torch.randint(manifest.num_classes, (HELD, rows), generator=generator)
+        held = images, labels, torch.ones(rows)
+        self._images, self._labels, self._weights = (t.pin_memory() if world.device.type == "cuda" else t for t in held)
 
     def at(self, step: int) -> Batch:
         """Return the batch of a step of the run."""
@@ -129,12 +149,12 @@ class MemoryBatches:
         return Batch(self._images[held], self._labels[held], self._weights, positions_B, positions_B, epoch, step)
 
 
-class MemoryTrainer(Trainer):
-    """Trainer on batches in memory; it stops as on a signal when the watch returns True.
+class WatchedTrainer(Trainer):
+    """Trainer that calls a watch before each step, and stops as on a signal when the watch returns True.
 
     Args:
         resolved, world, environ: as for ``Trainer``.
-        watch: builds the watch from the trainer and the batches.
+        build_watch: builds the watch from the trainer, before the first step.
     """
 
     def __init__(
@@ -142,28 +162,27 @@ class MemoryTrainer(Trainer):
         resolved: ResolvedRecipe,
         world: World,
         environ: MutableMapping[str, str],
-        watch: Callable[[Trainer, MemoryBatches], Watch],
+        build_watch: Callable[[Trainer], Watch],
     ) -> None:
         super().__init__(resolved, world, environ)
-        self._watch = watch
+        self._build_watch = build_watch
+
+    def _build_loop(self, stack: contextlib.ExitStack) -> TrainLoop:
+        loop = super()._build_loop(stack)
+        is_over, step_done = self._build_watch(self), loop.step_done
+
+        def watch(step: int) -> None:
+            step_done(step)
+            if is_over(step):
+                self.stop.signal_number = signal.SIGTERM
+
+        loop.step_done = watch
+        is_over(self.state.step)
+        return loop
+
+
+class MemoryTrainer(WatchedTrainer):
+    """``WatchedTrainer`` on batches in memory."""
 
     def open_loader(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        batches = MemoryBatches(
-            self.recipe,
-            self.world.rank,
-            self.world.size,
-            num_samples=self.manifest.split("train").num_samples,
-            num_classes=self.manifest.num_classes,
-            pin=self.world.device.type == "cuda",
-        )
-        return contextlib.nullcontext(self._watched(batches, self._watch(self, batches)))
-
-    def _watched(self, batches: MemoryBatches, is_over: Watch) -> Iterator[Batch]:
-        """Yield the batches in order, and call the watch once before each step: a batch may be requested ahead of its step."""
-        begun = -1
-        for step in itertools.count(self.state.step):
-            if self.state.step != begun:
-                begun = self.state.step
-                if is_over(begun):
-                    self.stop.signal_number = signal.SIGTERM
-            yield batches.at(step)
+        return contextlib.nullcontext(map(MemoryBatches(self).at, itertools.count(self.state.step)))

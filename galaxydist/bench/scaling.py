@@ -70,7 +70,7 @@ def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[
     with open_world("auto", environ) as world:
         clock = StepClock(world.device, job.steps)
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
-            MemoryTrainer(load_recipe(job.arguments), world, environ, lambda _trainer, _batches: clock).run()
+            MemoryTrainer(load_recipe(job.arguments), world, environ, lambda _trainer: clock).run()
         threads = max(world.all_gather(torch.get_num_threads()))
     seconds = clock.times[1] - clock.times[0]
     return {

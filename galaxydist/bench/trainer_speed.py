@@ -1,11 +1,15 @@
-"""``galaxydist bench trainer``: the trainer's loop against a plain PyTorch loop, in one process."""
+"""``galaxydist bench trainer``: the trainer's loop against a bare PyTorch loop, in one process.
+
+The bare loop trains on augmented images that are on the device already, in the trainer's memory format and with its optimizer: it
+neither reads, copies nor augments. The trainer takes turns with it, once on batches in memory and once with its loader.
+"""
 
 import contextlib
 import copy
 import io
 import tempfile
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +20,13 @@ import torch
 from torch import Tensor
 
 from galaxydist.bench.common import Lap, show, show_json, spread
-from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, plain_step, write_noise, write_recipe
+from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, WatchedTrainer, plain_step, write_noise, write_recipe
 from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
+from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.models.build import build_model
+from galaxydist.models.performance import compile_model, set_memory_format
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.optimizer import LRSchedule
 from galaxydist.training.trainer import Trainer
@@ -33,45 +38,66 @@ WARM_ROUNDS = 1
 # Images in a batch, by device and model.
 BATCH_SIZES = {"cpu": {"custom_cnn": 48, "resnet18": 32}, "cuda": {"custom_cnn": 192, "resnet18": 192}}
 IMAGE_SIZES = {"cpu": 64, "cuda": 224}
-# Both loops sum the same numbers in different orders, and the rounding differences grow from step to step.
-FIRST_TOLERANCE, TOLERANCE = 1e-4, 0.05
+# Steps at the beginning of a turn with the loader that are not timed: it has decoded their batches (data.prefetch=4) during the
+# turn of the bare loop.
+UNTIMED_STEPS = 6
+# Largest relative difference of the losses, of the first line and of any, by precision: both loops sum the same numbers in
+# different orders, and the rounding differences grow from step to step. bfloat16 rounds to 8 bits, TensorFloat-32 to 11.
+TOLERANCES = {"fp64": (1e-10, 1e-4), "no": (1e-4, 0.05), "tf32": (1e-3, 0.05), "bf16": (1e-2, 0.1)}
 
 
 class BareLoop:
-    """Plain PyTorch loop with the same initial weights, batches, augmentation and optimizer as a run of the trainer.
+    """Plain PyTorch loop with the initial weights, batches, memory format and optimizer of a run of the trainer.
 
     Args:
-        world: gives the device and the precision.
-        recipe: of the run.
         trainer: of the run, before its first step.
-        batches: of the run.
-        num_classes: K.
+
+    Attributes:
+        losses: of the steps, on the device.
     """
 
-    def __init__(self, world: World, recipe: Recipe, trainer: Trainer, batches: MemoryBatches, num_classes: int) -> None:
-        self.device, self.batches, self.augment = world.device, batches, trainer.augment
-        self.schedule = LRSchedule(recipe.optim, trainer.length.total_steps)
-        self.options: dict[str, Any] = {
+    def __init__(self, trainer: Trainer) -> None:
+        recipe, world, trained = trainer.recipe, trainer.world, trainer.model
+        self.device, self._augmented = world.device, trainer.step.augmented
+        self._batches = MemoryBatches(trainer)
+        self._schedule = LRSchedule(recipe.optim, trainer.length.total_steps)
+        self._options: dict[str, Any] = {
             "label_smoothing": recipe.train.label_smoothing,
             "clip_norm": recipe.train.clip_norm,
             "bf16": world.precision == "bf16",
         }
-        trained = trainer.model
-        self.model = build_model(recipe.model, num_classes, recipe.data.image_size, trust_code=True).to(world.device, world.dtype)
-        self.model.load_state_dict(trained.state_dict())
-        copies = {id(old): new for old, new in zip(trained.parameters(), self.model.parameters(), strict=True)}
-        self.optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, copies)
+        model = build_model(recipe.model, trainer.manifest.num_classes, recipe.data.image_size, trust_code=True)
+        self._model = model.to(world.device, world.dtype)
+        set_memory_format(model, trainer.memory_format)
+        model.load_state_dict(trained.state_dict())
+        copies = {id(old): new for old, new in zip(trained.parameters(), model.parameters(), strict=True)}
+        self._optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, copies)
+        if recipe.train.compile:
+            compile_model(model, world.device)
+        self._ready: list[tuple[Tensor, Tensor]] = []
         self.losses: list[Tensor] = []
 
-    def run(self, steps: range) -> None:
-        """Take these steps; the loss of each stays on the device."""
-        for step in steps:
-            batch = self.batches.at(step)
-            images_BCHW = self.augment(batch.images_BHWC.to(self.device, non_blocking=True), batch.epoch, batch.positions_B)
-            labels_B = batch.labels_B.to(self.device, non_blocking=True)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.schedule(step)
-            self.losses.append(plain_step(self.model, self.optimizer, images_BCHW, labels_B, **self.options))
+    def prepare(self, steps: range) -> Lap:
+        """Augment the images of these steps and keep them on the device; return the time that an augmentation of all takes."""
+        with DevicePrefetcher(map(self._batches.at, steps), self.device) as prefetcher:
+            batches = [*prefetcher]
+        before = read_clocks(self.device)
+        for batch in batches:  # as in the trainer, where the memory of one batch is reused for the next
+            self._augmented(batch, slice(None), None)
+        augmentation = read_clocks(self.device) - before
+        self._ready = [(self._augmented(batch, slice(None), None), batch.labels_B) for batch in batches]
+        return augmentation
+
+    def run(self, steps: range) -> Lap:
+        """Take these steps, which are prepared, and return their time."""
+        before = read_clocks(self.device)
+        for step, (images_BCHW, labels_B) in zip(steps, self._ready, strict=True):
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._schedule(step)
+            self.losses.append(plain_step(self._model, self._optimizer, images_BCHW, labels_B, **self._options))
+        lap = read_clocks(self.device) - before
+        self._ready.clear()
+        return lap
 
 
 @dataclass(frozen=True)
@@ -80,7 +106,7 @@ class Sizes:
 
     Args:
         width: of the models that have one.
-        image_size: width of the images, stored and seen, in pixels.
+        image_size: width of the images in pixels.
         batch_size: of a step.
     """
 
@@ -100,34 +126,51 @@ def read_clocks(device: torch.device) -> Lap:
 class Turns:
     """Interleaves turns of the bare loop with those of the trainer, in the order A B B A A B B A ..., and times both.
 
-    Called before each step of the trainer with its number.
+    Called before each step of the trainer with the number of steps done.
 
     Args:
         bare: the bare loop.
-        steps: steps in a turn.
+        steps: timed steps in a turn.
         rounds: turns of each loop.
+        untimed: steps of the trainer at the beginning of a turn that are not timed.
     """
 
     bare: BareLoop
     steps: int
     rounds: int
+    untimed: int = 0
     trainer_laps: list[Lap] = field(default_factory=list)
     bare_laps: list[Lap] = field(default_factory=list)
+    augment_laps: list[Lap] = field(default_factory=list)
     _started: Lap | None = None
 
     def __call__(self, step: int) -> bool:
-        if step % self.steps:
-            return False
-        device, turn = self.bare.device, step // self.steps
-        now = read_clocks(device)
-        if self._started is not None:
-            self.trainer_laps.append(now - self._started)
-        for number in bare_turns(turn, self.rounds):
-            before = read_clocks(device)
-            self.bare.run(range(number * self.steps, (number + 1) * self.steps))
-            self.bare_laps.append(read_clocks(device) - before)
-        self._started = read_clocks(device)
+        turn, place = divmod(step, self.untimed + self.steps)
+        if place == 0:
+            if self._started is not None:
+                self.trainer_laps.append(read_clocks(self.bare.device) - self._started)
+            for number in bare_turns(turn, self.rounds):
+                steps = range(number * self.steps, (number + 1) * self.steps)
+                self.augment_laps.append(self.bare.prepare(steps))
+                self.bare_laps.append(self.bare.run(steps))
+        if place == self.untimed:
+            self._started = read_clocks(self.bare.device)
         return turn == self.rounds
+
+    def seconds(self, laps: list[Lap], *, cpu: bool = False) -> list[float]:
+        """Return the times of the timed rounds, of the wall clock or of the CPU."""
+        return [lap.cpu_s if cpu else lap.wall_s for lap in laps[WARM_ROUNDS:]]
+
+    def shares(self, *, augmented: bool, cpu: bool = False) -> list[float]:
+        """Return the speed of the trainer relative to the bare loop, by round.
+
+        Args:
+            augmented: the time of the augmentation is added to that of the bare loop.
+            cpu: of CPU time.
+        """
+        laps = (self.trainer_laps, self.bare_laps, self.augment_laps)
+        rounds = zip(*(self.seconds(one, cpu=cpu) for one in laps), strict=True)
+        return [(bare + augment * augmented) / ours for ours, bare, augment in rounds]
 
 
 def bare_turns(turn: int, rounds: int) -> list[int]:
@@ -142,7 +185,8 @@ def measure_trainer(
     sizes: Sizes | None = None,
     steps: int = 20,
     rounds: int = 10,
-    precision: Literal["auto", "no", "bf16"] = "auto",
+    precision: Literal["auto", "no", "bf16", "fp64"] = "auto",
+    settings: Mapping[str, object] | None = None,
 ) -> list[dict[str, Any]]:
     """Print a line and, last, a line of JSON for each model.
 
@@ -153,6 +197,7 @@ def measure_trainer(
         steps: steps in a turn.
         rounds: timed turns of each loop; their medians are reported.
         precision: as in the recipe.
+        settings: further keys of the recipe, such as ``train.compile``.
 
     Returns:
         The content of the lines of JSON.
@@ -165,81 +210,119 @@ def measure_trainer(
         if world.precision == "fp16":
             raise UserError("train.precision=auto is fp16 here, which the bare loop does not support: give --precision no")
         results = [
-            _measure(world, environ, model, sizes or Sizes(), steps=steps, rounds=WARM_ROUNDS + rounds) for model in models
+            TrainerBench(world, environ, model, sizes or Sizes(), steps, WARM_ROUNDS + rounds, settings or {}).measure()
+            for model in models
         ]
     show_json(*results)
     return results
 
 
-def _measure(
-    world: World, environ: MutableMapping[str, str], model: str, sizes: Sizes, *, steps: int, rounds: int
-) -> dict[str, Any]:
-    device = world.device.type
-    image_size = sizes.image_size or IMAGE_SIZES[device]
-    batch_size = sizes.batch_size or BATCH_SIZES[device].get(model, 32)
-    turns: list[Turns] = []
-    with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as name:
-        folder = RunFolder(Path(name) / "run")
-        settings = {
-            "data.manifest": write_noise(Path(name) / "shards", steps * batch_size),
+@dataclass(frozen=True)
+class TrainerBench:
+    """Measurement of one model.
+
+    Args:
+        world, environ, model, sizes, steps, settings: as for ``measure_trainer``.
+        rounds: with the rounds of warm-up.
+    """
+
+    world: World
+    environ: MutableMapping[str, str]
+    model: str
+    sizes: Sizes
+    steps: int
+    rounds: int
+    settings: Mapping[str, object]
+
+    @property
+    def image_size(self) -> int:
+        return self.sizes.image_size or IMAGE_SIZES[self.world.device.type]
+
+    @property
+    def batch_size(self) -> int:
+        return self.sizes.batch_size or BATCH_SIZES[self.world.device.type].get(self.model, 32)
+
+    def measure(self) -> dict[str, Any]:
+        """Run the trainer from memory and with its loader, each in turn with the bare loop, and print a line."""
+        world, images = self.world, self.steps * self.batch_size
+        with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as name:
+            run, other_run = RunFolder(Path(name) / "memory" / "run"), RunFolder(Path(name) / "loader" / "run")
+            memory = self._train(run, MemoryTrainer, untimed=0, jpeg_size=None)
+            lines = [line for line in run.metrics.read() if line["step"] <= self.steps * self.rounds]
+            precision = "tf32" if world.device.type == "cuda" and world.precision == "no" else world.precision
+            difference = compare_losses(lines, [float(loss) for loss in memory.bare.losses], precision)
+            has_tracker = "run_id" in run.read_tracker()
+            loader = self._train(other_run, WatchedTrainer, untimed=UNTIMED_STEPS, jpeg_size=self.image_size * 8 // 7)
+        ratios, ratios_cpu = memory.shares(augmented=True), memory.shares(augmented=True, cpu=True)
+        bare, augment_s = median(memory.seconds(memory.bare_laps)), median(memory.seconds(memory.augment_laps)) / self.steps
+        ratio_loader = median(loader.shares(augmented=False)) / median(memory.shares(augmented=False))
+        ours = images / median(memory.seconds(memory.trainer_laps))
+        show(
+            f"{self.model}, {self.image_size} px, batches of {self.batch_size}, {world.device.type}, {world.cores} threads, "
+            f"precision {world.precision}: bare loop {images / bare:,.0f} img/s, augmentation {1000 * augment_s:.1f} ms a batch, "
+            f"trainer {ours:,.0f} img/s; (bare + augmentation) / trainer {spread(ratios)}, of CPU time {median(ratios_cpu):.3f}; "
+            f"with the loader {ratio_loader:.3f} of that; relative difference of the losses at most {difference:.1e}"
+        )
+        return {
+            "task": "trainer",
+            "model": self.model,
+            "bare": images / bare,
+            "augment_s": augment_s,
+            "ours": ours,
+            "ratio": median(ratios),
+            "ratio_least": min(ratios),
+            "ratio_greatest": max(ratios),
+            "ratio_cpu": median(ratios_cpu),
+            "ratio_to_bare": median(memory.shares(augmented=False)),
+            "ratio_loader": ratio_loader,
+            "loss_difference": difference,
+            **{"image_size": self.image_size, "batch_size": self.batch_size},
+            **{"steps": self.steps, "rounds": self.rounds - WARM_ROUNDS},
+            "device": world.device.type,
+            "precision": world.precision,
+            "threads": world.cores,
+            "tracker": "wandb offline" if has_tracker else "none",
+        }
+
+    def _train(self, folder: RunFolder, make: Callable[..., WatchedTrainer], *, untimed: int, jpeg_size: int | None) -> Turns:
+        """Train in turn with the bare loop, and return the times."""
+        folder.path.mkdir(parents=True)
+        num_images = (untimed + self.steps) * self.batch_size
+        settings: dict[str, object] = {
+            "data.manifest": write_noise(folder.path.parent / "shards", num_images, jpeg_size),
             "run.dir": folder.path,
-            "data.image_size": image_size,
-            "train.batch_size": batch_size,
-            "train.precision": world.precision,
-            "train.epochs": rounds + 1,  # one turn each, and one in which the run stops
-            "train.save_every": rounds + 1,
+            "data.image_size": self.image_size,
+            "train.batch_size": self.batch_size,
+            "train.micro_batch": 0,  # as in the bare loop
+            "train.precision": self.world.precision,
+            "train.epochs": self.rounds + 1,  # one turn each, and one in which the run stops
+            "train.save_every": self.rounds + 1,
             "tracker.name": "wandb",
             "tracker.mode": "offline",
         }
-        if model in HAVE_WIDTH:
-            settings["model.width"] = sizes.width
-        resolved = load_recipe(write_recipe(Path(name), model, settings))
+        if self.model in HAVE_WIDTH:
+            settings["model.width"] = self.sizes.width
+        resolved = load_recipe(write_recipe(folder.path.parent, self.model, {**settings, **self.settings}))
+        turns: list[Turns] = []
 
-        def watch(trainer: Trainer, batches: MemoryBatches) -> Turns:
-            turns.append(Turns(BareLoop(world, resolved.recipe, trainer, batches, num_classes=10), steps, rounds))
+        def build_watch(trainer: Trainer) -> Turns:
+            turns.append(Turns(BareLoop(trainer), self.steps, self.rounds, untimed))
             return turns[0]
 
         # The trainer's own figures include the turns of the bare loop.
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
-            MemoryTrainer(resolved, world, environ, watch).run()
-        world.accelerator.free_memory()
-        lines = [line for line in folder.metrics.read() if line["step"] <= steps * rounds]
-        has_tracker = "run_id" in folder.read_tracker()
-    difference = compare_losses(lines, [float(loss) for loss in turns[0].bare.losses])
-    laps = list(zip(turns[0].trainer_laps[WARM_ROUNDS:], turns[0].bare_laps[WARM_ROUNDS:], strict=True))
-    ours, bare = (steps * batch_size / median(lap.wall_s for lap in one) for one in zip(*laps, strict=True))
-    ratios = [plain.wall_s / own.wall_s for own, plain in laps]
-    conditions = {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds - WARM_ROUNDS}
-    ratio_cpu = median(plain.cpu_s / own.cpu_s for own, plain in laps)
-    show(
-        f"{model}, {image_size} px, batches of {batch_size}, {device}, {world.cores} threads, precision {world.precision}: "
-        f"trainer {ours:,.0f} img/s, plain PyTorch {bare:,.0f} img/s; ratio {spread(ratios)}, of CPU time {ratio_cpu:.3f}; "
-        f"relative difference of the losses at most {difference:.1e}"
-    )
-    return {
-        "task": "trainer",
-        "model": model,
-        "ours": ours,
-        "bare": bare,
-        "ratio": median(ratios),
-        "ratio_least": min(ratios),
-        "ratio_greatest": max(ratios),
-        "ratio_cpu": ratio_cpu,
-        "loss_difference": difference,
-        **conditions,
-        "device": device,
-        "precision": world.precision,
-        "threads": world.cores,
-        "tracker": "wandb offline" if has_tracker else "none",
-    }
+            make(resolved, self.world, self.environ, build_watch).run()
+        self.world.mixed_precision.release()
+        return turns[0]
 
 
-def compare_losses(lines: Sequence[Mapping[str, Any]], bare: Sequence[float]) -> float:
+def compare_losses(lines: Sequence[Mapping[str, Any]], bare: Sequence[float], precision: str) -> float:
     """Compare the trainer's logged losses with those of the bare loop.
 
     Args:
         lines: of metrics.jsonl: ``train/loss`` is the mean since the line before.
         bare: loss of each step.
+        precision: key of TOLERANCES.
 
     Returns:
         The greatest relative difference.
@@ -252,6 +335,7 @@ def compare_losses(lines: Sequence[Mapping[str, Any]], bare: Sequence[float]) ->
     for before, line in pairwise([{"step": 0}, *lines]):
         expected = fmean(bare[before["step"] : line["step"]])
         differences.append(abs(line["train/loss"] - expected) / expected)
-    is_same = differences[0] < FIRST_TOLERANCE and max(differences) < TOLERANCE
+    first, largest = TOLERANCES[precision]
+    is_same = differences[0] < first and max(differences) < largest
     assert is_same, f"the losses of the two loops differ: relative differences {differences}"
     return max(differences)

@@ -253,9 +253,9 @@ def _add_trainer(commands: Commands) -> None:
         "trainer",
         run_trainer,
         "speed of the trainer, against a bare PyTorch loop",
-        description="Run the training loop with the default checks, timers, metrics and tracker (wandb, offline) and a bare "
-        "PyTorch loop with the same model, tensors and optimizer, in turn in one process, on images in memory. Prints a line "
-        "and, at the end, a line of JSON for each model.",
+        description="Run the training loop with the default checks, timers, metrics and tracker (wandb, offline), from images "
+        "in memory and with its loader, in turn with a bare PyTorch loop: the same model and optimizer on augmented images that "
+        "are on the device. Prints a line and, at the end, a line of JSON for each model.",
     )
     parser.add_argument(
         "--models",
@@ -272,7 +272,7 @@ def _add_trainer(commands: Commands) -> None:
     parser.add_argument("--batch-size", type=positive_int, metavar="B", help="batch size (default: 48 and 32, on a GPU 192)")
     add_int(parser, "--width", 24, "W", "width of custom_cnn")
     parser.add_argument(
-        "--precision", choices=("auto", "no", "bf16"), default="auto", help="train.precision (default: %(default)s)"
+        "--precision", choices=("auto", "no", "bf16", "fp64"), default="auto", help="train.precision (default: %(default)s)"
     )
 
 

@@ -61,7 +61,8 @@ def _add_export(commands: Commands) -> None:
         "export",
         run_export,
         "write a survey as ImageFolder trees",
-        description="Write Galaxy10_DECaLS/{train,val,test}/CLASS and Galaxy10_DECaLS_Balanced/{train,test}/CLASS as PNG.",
+        description="Write NAME/{train,val,test}/CLASS and NAME_balanced/{train,test}/CLASS as PNG; the real Galaxy10 has its "
+        "published names, Galaxy10_DECaLS and Galaxy10_DECaLS_Balanced.",
     )
     add_dataset(parser)
     add_survey(parser)
@@ -83,12 +84,12 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     """Write the trees, unless they exist."""
     from galaxydist.surveys.export import export_image_folders
-    from galaxydist.surveys.survey_sources import open_survey
+    from galaxydist.surveys.survey_sources import survey_name
 
     root = chosen_root(arguments)
     source = survey_source(arguments, root)
     classes, options = class_options(arguments.classes)[0], table_source(arguments)
-    out_dir = arguments.out or images_dir(root, open_survey(source, classes=classes, source=options).name)
+    out_dir = arguments.out or images_dir(root, survey_name(source, classes=classes, source=options))
     for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=classes, options=options):
         counts = ", ".join(f"{split} {number}" for split, number in tree.num_galaxies.items())
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.existed else ''}")

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from zlib import crc32
 
 import psutil
 
 from galaxydist.cluster.records import JobFiles
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError, first_line
-from galaxydist.job_environment import job_of, restart_of, start_of
+from galaxydist.job_environment import job_of, master_port, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
 
@@ -76,7 +75,6 @@ def redirect_output(path: Path) -> Iterator[None]:
 
 
 LOOPBACK = "127.0.0.1"
-FIRST_PORT, NUM_PORTS = 12_000, 20_000
 
 
 def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
@@ -147,11 +145,6 @@ def set_torch_environment(environ: MutableMapping[str, str]) -> int:
     if interface is not None:
         environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return distributed.rank
-
-
-def master_port(job_id: str, restart: int) -> int:
-    """Return a port for this start of this job, below Linux's ephemeral ports (32768 and above)."""
-    return FIRST_PORT + crc32(f"{job_id}.{restart}".encode()) % NUM_PORTS
 
 
 def describe_task(environ: MutableMapping[str, str]) -> str:

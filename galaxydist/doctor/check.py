@@ -118,7 +118,7 @@ class RankReport:
         visible_gpus: CUDA_VISIBLE_DEVICES; None: not set.
         slurm_gpus: SLURM_STEP_GPUS or SLURM_JOB_GPUS, for the whole node.
         num_gpus: GPUs that torch sees.
-        gpu: unique id of the GPU that this rank would train on.
+        gpu: unique id of the GPU that this rank would train on; None: it has none, or it cannot be used.
         interface: gloo's network interface; None: the one that the host name resolves to.
         address: network address of this rank.
         store: host and port of the rendezvous.

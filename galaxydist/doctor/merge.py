@@ -302,10 +302,13 @@ def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check
     if without:
         text = f"none visible to torch on {describe_ranks(without, reports)}, where the job has {gpus_per_node} a node"
         return failure(name, text, "see the line GPUs; cluster.gpu_request chooses how GPUs are requested")
+    unusable = [report for report in reports if report.gpu is None]
+    if unusable:
+        text = f"{unusable[0].num_gpus} visible on {describe_ranks(unusable, reports)}, but none that this rank can use"
+        return failure(name, text, "one task a GPU: set cluster.tasks_per_node to cluster.gpus_per_node (or 0); see nvidia-smi")
     users: dict[tuple[str, str], list[RankReport]] = {}
     for report in reports:
-        if report.gpu is not None:
-            users.setdefault((report.machine, report.gpu), []).append(report)
+        users.setdefault((report.machine, str(report.gpu)), []).append(report)
     shared = next((ranks for ranks in users.values() if len(ranks) > 1), None)
     if shared is not None:
         text = f"ranks {', '.join(str(report.rank) for report in shared)} on {shared[0].host} share one GPU"

@@ -22,10 +22,12 @@ from galaxydist.atomic_files import rename, unlink, write_bytes
 from galaxydist.cluster.slurm import SlurmUnavailableError, last_message, run_slurm
 from galaxydist.cluster.worker import set_torch_environment
 from galaxydist.cpus import bound_cores
+from galaxydist.devices import find_device
 from galaxydist.doctor.check import RankReport, Timing
 from galaxydist.doctor.machine import CheckTarget, check_machine, interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
 from galaxydist.errors import first_line
+from galaxydist.job_environment import LauncherRank
 from galaxydist.paths import data_root
 
 # Round trips of a clock measurement.
@@ -298,7 +300,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
     try:
         with watch_signal() as arrivals:
             report.write(folder, "node")
-            _check_node(report, examination, environ)
+            device = _check_node(report, examination, environ)
             report.write(folder, "rendezvous")
             channel = _join(report, environ, examination.meeting_s)
             report.write(folder, "clocks")
@@ -307,7 +309,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
             report.seen_s, report.renamed_s = time_shared_files(channel, folder)
             report.write(folder, "signal")
             report.signal_s, report.signal_error = time_signal(channel, arrivals, environ)
-            _time_backends(report, channel, folder, int(environ["LOCAL_RANK"]))
+            _time_backends(report, channel, folder, device)
             channel.close()
             report.write(folder, "done")
     except Exception as error:
@@ -318,16 +320,16 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
     return report
 
 
-def _check_node(report: RankReport, examination: Examination, environ: Mapping[str, str]) -> None:
+def _check_node(report: RankReport, examination: Examination, environ: Mapping[str, str]) -> torch.device:
+    """Check this rank's machine; return the device that a training would use."""
     report.versions = library_versions()
     report.cores = len(bound_cores())
     cpus = environ.get("SLURM_CPUS_PER_TASK")
     report.cpus_per_task = int(cpus) if cpus else None
     report.visible_gpus = environ.get("CUDA_VISIBLE_DEVICES")
     report.slurm_gpus = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS")
-    report.num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if report.num_gpus:
-        report.gpu = str(torch.cuda.get_device_properties(int(environ["LOCAL_RANK"]) % report.num_gpus).uuid)
+    found = find_device(LauncherRank(report.rank, report.world_size, local_rank=int(environ["LOCAL_RANK"])), environ)
+    report.num_gpus, report.gpu = found.num_visible, found.gpu
     target = CheckTarget(
         data_root=data_root(examination.data_dir, environ),
         runs=examination.folder,
@@ -338,6 +340,7 @@ def _check_node(report: RankReport, examination: Examination, environ: Mapping[s
     report.interface = environ.get("GLOO_SOCKET_IFNAME")
     report.address = interface_address(report.interface) if report.interface else own_address(socket.gethostname())
     report.store = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+    return found.device
 
 
 def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> RankChannel:
@@ -359,12 +362,10 @@ def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> R
     return channel
 
 
-def _time_backends(report: RankReport, channel: RankChannel, folder: Path, local_rank: int) -> None:
+def _time_backends(report: RankReport, channel: RankChannel, folder: Path, device: torch.device) -> None:
     """Time all-reduces with gloo, and with NCCL if every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
     report.timings["gloo"] = time_all_reduce(channel, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
-    if all(channel.gather("has a GPU", report.num_gpus > 0 and dist.is_nccl_available())):
+    if all(channel.gather("has a GPU", report.gpu is not None and dist.is_nccl_available())):
         report.write(folder, "all-reduce, nccl")
-        device = torch.device("cuda", local_rank % report.num_gpus)
-        torch.cuda.set_device(device)
         report.timings["nccl"] = time_all_reduce(channel, "nccl", device, timeout_s=GROUP_S)

@@ -262,7 +262,7 @@ def evaluate_split(
         expected[f"{whole} without validation galaxies"] = int((~in_validation_N).sum())
 
     layout = choose_memory_format(recipe.train.channels_last, model, world.device, world.dtype)
-    forward = ForwardPass(model, augment.normalise, world.dtype, world.accelerator.autocast, layout, recipe.eval.tta)
+    forward = ForwardPass(model, augment.normalise, world.dtype, world.mixed_precision.autocast, layout, recipe.eval.tta)
 
     def count() -> None:
         with contextlib.ExitStack() as stack:
@@ -301,5 +301,5 @@ def _eval_loader(world: World, manifest: Manifest, split: str, recipe: Recipe) -
         split,
         batch_size=recipe.eval.batch_size,
         ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
-        decode=DecodeOptions.of(recipe.data, threads=world.cores, pin=world.device.type == "cuda"),
+        decode=DecodeOptions.of(recipe.data, threads=world.decode_threads, pin=world.device.type == "cuda"),
     )

@@ -28,8 +28,9 @@ from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.survey_sources import SourceOptions, open_survey
+from galaxydist.surveys.survey_sources import SourceOptions, is_table_url, open_survey
 from galaxydist.surveys.tables.file_tree import open_tree
+from galaxydist.surveys.tables.table_files import split_hdu
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -436,8 +437,8 @@ def open_population(
 
 
 def _is_url_of_shards(location: str) -> bool:
-    """Return True for a URL, unless it is one of Parquet files: their suffix, or a data set on the Hub without a manifest."""
-    if not is_url(location) or location.endswith(".parquet"):
+    """Return True for a URL, unless it is one of a table or of Parquet files: their suffix, or a data set without a manifest."""
+    if not is_url(location) or location.endswith(".parquet") or is_table_url(split_hdu(location)[0]):
         return False
     if not location.startswith("hf://datasets/") or location.endswith(MANIFEST_NAME):
         return True

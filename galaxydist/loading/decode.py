@@ -1,13 +1,13 @@
 """Decoding of stored images: positioned reads of local tars, decoded straight into a batch's memory.
 
-Both release Python's lock, so that threads do the work of processes.
+Both release Python's lock, so that threads do the work of processes. What is between them holds it, for all threads together:
+each thread reads and decodes its images in one loop, without a call of the pool or an object for each of them.
 """
 
 import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -16,7 +16,6 @@ from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import ANY_FILE, Manifest
-from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.prefetcher import LocalShards, ShardSource, open_shard_source
 from galaxydist.shards.shard_usage import extend, usage_of_evaluation
 from galaxydist.shards.tar import BLOCK, header_key, parse_index
@@ -38,14 +37,12 @@ class ImageError(UserError):
         self.problem = problem
 
 
-@dataclass(frozen=True, slots=True)
-class StoredImage:
-    """Location of a stored image: shard, offset and length in bytes."""
+# Location of a stored image: shard, and offset and length of its file in bytes.
+Location = tuple[int, int, int]
+NOWHERE = (-1, 0, 0)
 
-    sample: int
-    shard: int
-    offset: int
-    length: int
+# Neighbours in a shard are read at once, with the labels and metadata between them: the largest gap and the most bytes at a time.
+LARGEST_GAP, MOST_BYTES = 8192, 1 << 20
 
 
 def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 1.0) -> int:
@@ -77,9 +74,12 @@ class ImageDecoder:
 
     def __init__(self, manifest: Manifest, split: str, factor: int = 1, source: ShardSource | None = None) -> None:
         self._manifest, self._split = manifest, split
-        self._encoding = manifest.encoding
-        self._factor = factor if self._encoding == "jpeg" else 1
+        self._factor = factor if manifest.encoding == "jpeg" else 1
         self.size = manifest.image_size // self._factor
+        self._shape = self.size, self.size, 3
+        jpeg = self._decode_jpeg if self._factor == 1 else self._decode_smaller_jpeg
+        self._decode = {"jpeg": jpeg, ANY_FILE: self._decode_any_file}.get(manifest.encoding, _decode_png)
+        self._is_raw = manifest.encoding == "raw"
         shards = manifest.shards(split)
         self._starts = np.concatenate([[0], np.cumsum(shards["samples"])])
         self._shard_bytes = shards["bytes"]
@@ -87,39 +87,56 @@ class ImageDecoder:
         self._source = source or LocalShards(manifest, split)
         self._raw_header = raw_header(manifest.image_size)
 
-    def locate(self, samples: NDArray[np.int64]) -> list[StoredImage]:
+    def read(self, samples: NDArray[np.int64], pixels_BHWC: Pixels, first: int = 0) -> dict[int, UserError]:
+        """Decode images into the rows of a batch from ``first`` on; may be called from several threads.
+
+        Args:
+            samples: stored sample numbers.
+            pixels_BHWC: B x ``size`` x ``size`` x 3 uint8, contiguous.
+            first: row of the first image.
+
+        Returns:
+            The errors by row, whose pixels are then 0. ``ImageError``: the image is truncated, does not decode or has another
+            size. Another ``UserError``: the shard is missing, cannot be opened, or has another size than in the manifest.
+        """
+        errors: dict[int, UserError] = {}
+        images = [*self.locate(samples), NOWHERE]
+        block, block_shard, start, end = b"", -1, 0, 0
+        for number in range(samples.size):
+            shard, offset, length = images[number]
+            pixels = pixels_BHWC[first + number]
+            try:
+                file = self._source.open(shard)  # kept: the descriptor is closed with the last reference
+                if file.num_bytes != self._shard_bytes[shard]:
+                    raise self._size_error(shard, samples[number], file.num_bytes)
+                if self._is_raw:
+                    self._read_raw(file.descriptor, offset, length, pixels)
+                    continue
+                if shard == block_shard and start <= offset <= end - length:
+                    data = block[offset - start : offset - start + length]
+                elif shard == images[number + 1][0]:
+                    block, block_shard, start = _read_neighbours(file.descriptor, images[number:-1]), shard, offset
+                    end, data = start + len(block), block[:length]
+                else:
+                    data = os.pread(file.descriptor, length, offset)
+                if len(data) != length:
+                    raise ValueError("the shard is truncated")
+                shape = self._decode(data, pixels)
+                if shape != self._shape:
+                    raise ValueError(f"it has {shape[1]} x {shape[0]} pixels instead of {self.size} x {self.size}")
+            except UserError as error:
+                errors[first + number] = error
+            except (ValueError, OSError, SyntaxError) as error:
+                errors[first + number] = self._image_error(shard, samples[number], error)
+        for row in errors:
+            pixels_BHWC[row] = 0
+        return errors
+
+    def locate(self, samples: NDArray[np.int64]) -> list[Location]:
         """Return the locations of stored samples."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
-        columns = samples, shards, self._offsets[samples], self._lengths[samples]
-        return [StoredImage(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-
-    def read_into(self, image: StoredImage, pixels: Pixels) -> None:
-        """Decode an image into ``size`` x ``size`` x 3 uint8 contiguous pixels.
-
-        Raises:
-            ImageError: the image is truncated, does not decode or has another size; names shard and galaxy.
-            UserError: the shard is missing, cannot be opened, or has another size than in the manifest.
-        """
-        file = self._open(image)
-        try:
-            if self._encoding == "raw":
-                self._read_raw(file.descriptor, image, pixels)
-                return
-            data = os.pread(file.descriptor, image.length, image.offset)
-            if len(data) != image.length:
-                raise ValueError("the shard is truncated")
-            if self._encoding == ANY_FILE:
-                decode_any_file(data, self.size, pixels)
-                return
-            shape = self._decode_jpeg(data, pixels) if self._encoding == "jpeg" else _decode_png(data, pixels)
-            if shape != pixels.shape:
-                raise ValueError(f"it has {shape[1]} x {shape[0]} pixels instead of {self.size} x {self.size}")
-        except (ValueError, OSError, SyntaxError) as error:
-            raise ImageError(
-                f"{self._name(image)}: its image does not decode ({error})",
-                f"look for more with: galaxydist data check {self._manifest.location}, "
-                f"then {self._manifest.remedy}, or train without it: data.on_error=skip",
-            ) from None
+        columns = shards, self._offsets[samples], self._lengths[samples]
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def close(self) -> None:
         """Release the shards; later reads may raise."""
@@ -130,30 +147,53 @@ class ImageDecoder:
         self._source.advance(step)
 
     def _decode_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
-        smaller = {"min_height": self.size, "min_width": self.size, "min_factor": self._factor} if self._factor > 1 else {}
-        return tuple(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, **smaller).shape)
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape  # type: ignore[no-any-return]
 
-    def _read_raw(self, descriptor: int, image: StoredImage, pixels: Pixels) -> None:
+    def _decode_smaller_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
+        smaller = {"min_height": self.size, "min_width": self.size, "min_factor": self._factor}
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, **smaller).shape  # type: ignore[no-any-return]
+
+    def _decode_any_file(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
+        return decode_any_file(data, self.size, pixels).shape
+
+    def _read_raw(self, descriptor: int, offset: int, length: int, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
-        length = os.preadv(descriptor, [header, pixels.data.cast("B")], image.offset)
-        if length != image.length:
+        if os.preadv(descriptor, [header, pixels.data.cast("B")], offset) != length:
             raise ValueError("the shard is truncated")
         if header != self._raw_header:
             raise ValueError(f"not a .npy file of {self.size} x {self.size} x 3 uint8")
 
-    def _open(self, image: StoredImage) -> SharedFile:
-        file = self._source.open(image.shard)
-        if file.num_bytes != self._shard_bytes[image.shard]:
-            raise UserError(
-                f"{self._name(image)}: the shard has {file.num_bytes} bytes where the manifest says "
-                f"{self._shard_bytes[image.shard]}: it was truncated or replaced. List all damage with: "
-                f"galaxydist data check {self._manifest.location}; then copy it again, or {self._manifest.remedy}"
-            )
-        return file
+    def _size_error(self, shard: int, sample: int, num_bytes: int) -> UserError:
+        return UserError(
+            f"{self._name(shard, sample)}: the shard has {num_bytes} bytes where the manifest says "
+            f"{self._shard_bytes[shard]}: it was truncated or replaced. List all damage with: "
+            f"galaxydist data check {self._manifest.location}; then copy it again, or {self._manifest.remedy}"
+        )
 
-    def _name(self, image: StoredImage) -> str:
-        key = sample_key(self._manifest, self._split, image.sample)
-        return f"shard {self._manifest.shard_location(self._split, image.shard)}, galaxy {key}"
+    def _image_error(self, shard: int, sample: int, error: Exception) -> ImageError:
+        return ImageError(
+            f"{self._name(shard, sample)}: its image does not decode ({error})",
+            f"look for more with: galaxydist data check {self._manifest.location}, "
+            f"then {self._manifest.remedy}, or train without it: data.on_error=skip",
+        )
+
+    def _name(self, shard: int, sample: int) -> str:
+        key = sample_key(self._manifest, self._split, sample)
+        return f"shard {self._manifest.shard_location(self._split, shard)}, galaxy {key}"
+
+
+def _read_neighbours(descriptor: int, images: Sequence[Location]) -> bytes:
+    """Read the bytes from the first image to the last of the images that follow it in its shard, without large gaps."""
+    shard, start, length = images[0]
+    end = start + length
+    for next_shard, offset, next_length in images[1:]:
+        if next_shard != shard or not end <= offset <= end + LARGEST_GAP or offset + next_length > start + MOST_BYTES:
+            break
+        end = offset + next_length
+    if end > start + length:
+        with contextlib.suppress(OSError):  # of one of them, perhaps: each is then read alone
+            return os.pread(descriptor, end - start, start)
+    return os.pread(descriptor, length, start)
 
 
 def sample_key(manifest: Manifest, split: str, sample: int) -> str:
@@ -210,11 +250,12 @@ def read_samples(
     )
     decoders = [ImageDecoder(manifest, split, factor, source) for factor in factors]
     try:
-        for image in decoders[0].locate(samples):
-            found = tuple(np.empty((decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
+        for sample in samples:
+            found = tuple(np.empty((1, decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
             for decoder, pixels in zip(decoders, found, strict=True):
-                decoder.read_into(image, pixels)
-            yield image.sample, found
-            source.advance(image.sample)
+                for error in decoder.read(sample[None], pixels).values():
+                    raise error
+            yield int(sample), tuple(pixels[0] for pixels in found)
+            source.advance(int(sample))
     finally:
         source.close()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.loading.decode import ImageDecoder, StoredImage, reduction
+from galaxydist.loading.decode import ImageDecoder, reduction
 from galaxydist.recipe.schema import DataConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
@@ -180,7 +180,7 @@ class BatchPlan:
 class _Pending:
     plan: BatchPlan
     pixels: NDArray[np.uint8]
-    tasks: list["Future[list[tuple[int, UserError]]]"]
+    tasks: list["Future[dict[int, UserError]]"]
 
 
 # Positions of the order that are looked up at a time: one batch alone takes as long as ten, and decoding waits meanwhile.
@@ -215,7 +215,7 @@ class _Loader(Iterator[Batch]):
             if not self._pending:
                 raise StopIteration
             pending = self._pending.popleft()
-            batch = self._finish(pending, dict(failure for task in pending.tasks for failure in task.result()))
+            batch = self._finish(pending, dict(failure for task in pending.tasks for failure in task.result().items()))
             self.wait_s += time.perf_counter() - started
             self._images.advance(batch.step)
             if batch.errors and self._raises:
@@ -242,25 +242,20 @@ class _Loader(Iterator[Batch]):
     def _submit(self, plan: BatchPlan) -> _Pending:
         size = self._images.size
         pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
-        real = np.flatnonzero(plan.samples >= 0)
-        pixels[real.size :] = 0
-        images = self._images.locate(plan.samples[real])
-        share = max(1, math.ceil(len(images) / self._threads))
+        samples = plan.samples[plan.samples >= 0]
+        pixels[samples.size :] = 0
+        share = self._share(samples.size)
         tasks = [
-            self._executor.submit(self._decode, images[first : first + share], pixels, first)
-            for first in range(0, len(images), share)
+            self._executor.submit(self._images.read, samples[first : first + share], pixels, first)
+            for first in range(0, samples.size, share)
         ]
         return _Pending(plan, pixels, tasks)
 
-    def _decode(self, images: list[StoredImage], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
-        failures = []
-        for row, image in enumerate(images, first):
-            try:
-                self._images.read_into(image, pixels[row])
-            except UserError as error:
-                pixels[row] = 0
-                failures.append((row, error))
-        return failures
+    def _share(self, num_images: int) -> int:
+        """Return the number of images that a thread decodes at a time: larger shares wake threads and the caller less often."""
+        if not self._pending:  # the first batch is wanted soon
+            return max(1, math.ceil(num_images / self._threads))
+        return max(1, math.ceil(num_images * (self._prefetch + 1) / (2 * self._threads)))
 
     def _finish(self, pending: _Pending, failed: Mapping[int, UserError]) -> Batch:
         plan = pending.plan

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from galaxydist.devices import uses_gpu
 from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import read_run_recipe
-from galaxydist.job_environment import wants_cpu
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, Chunks, RankInfo
 from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Output, WorkFolder
@@ -103,7 +103,7 @@ def label_source(
     """
     options = options or LabelOptions()
     recipe = read_run_recipe(RunFolder(run))
-    precision = precision_on(recipe, has_gpu=torch.cuda.is_available() and not wants_cpu(environ))
+    precision = precision_on(recipe, has_gpu=uses_gpu(environ))
     # A process that has labelled its share waits for the others, whose images may lie on a slower disk.
     with open_world(precision, environ, timeout=LONG_TIMEOUT, threads=recipe.train.threads) as world:
         world.run_on_main(lambda: check_output(out, overwrite=options.overwrite))
@@ -230,7 +230,7 @@ class Labelling:
             form=self.form,
             data=self.trained.recipe.data,
             ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
-            threads=self.trained.recipe.data.threads or world.cores,
+            threads=self.trained.recipe.data.threads or world.decode_threads,
             pin=world.device.type == "cuda",
         )
         # A chunk is written while the next one is labelled.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from galaxydist.cpus import available_cores, bounded_map
+from galaxydist.devices import resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import softmax
 from galaxydist.prediction.image_form import ImageForm
@@ -106,7 +107,8 @@ class Predictor:
         self.trained, self.device = trained, _find_device(device)
         self._batch_size = trained.recipe.eval.batch_size
         self._threads = available_cores()
-        precision = precision_on(trained.recipe, has_gpu=self.device.type == "cuda")
+        capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+        precision = resolve_precision(precision_on(trained.recipe, has_gpu=capability is not None), [capability])
         self._forward = trained.forward_on(self.device, precision, threads=self._threads)
 
     @property

@@ -1,6 +1,5 @@
 """A trained model with everything that its predictions need, opened from a run folder alone."""
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
-from galaxydist.distributed import Precision, resolve_precision
+from galaxydist.devices import Precision, autocast
 from galaxydist.errors import UserError
 from galaxydist.evaluation.calibration import fit_temperature
 from galaxydist.evaluation.evaluator import MODEL_GROUPS, find_checkpoint, load_model, read_run_recipe, stored_validation
@@ -121,25 +120,15 @@ class TrainedModel:
             model,
             build_augment(self.recipe, self.trained_on, threads=threads).normalise,
             dtype,
-            lambda: _autocast(device, precision),
+            lambda: autocast(device, precision),
             layout,
             self.recipe.eval.tta,
         )
 
 
-def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Return the context that Accelerate enters for this precision."""
-    if precision in ("no", "fp64"):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def precision_on(recipe: Recipe, *, has_gpu: bool) -> Precision:
-    """Return the recipe's precision on a device; float32 instead of fp16 without a GPU."""
-    wanted = recipe.train.precision
-    if wanted == "fp16" and not has_gpu:
-        return "no"
-    return resolve_precision(wanted, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
+def precision_on(recipe: Recipe, *, has_gpu: bool) -> Precision | Literal["auto"]:
+    """Return the recipe's precision for predictions: float32 instead of fp16 without a GPU."""
+    return "no" if recipe.train.precision == "fp16" and not has_gpu else recipe.train.precision
 
 
 def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoice | None = None) -> TrainedModel:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from galaxydist.atomic_files import disk_error, remove_stale
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError
-from galaxydist.galaxy import STORED_SPLITS, EncodedImage, Galaxy, Survey
+from galaxydist.galaxy import STORED_SPLITS, VARIANTS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
 from galaxydist.surveys.image_files import decode_file, encode_png
-from galaxydist.surveys.image_folder import TREES
+from galaxydist.surveys.official_split import NAME as GALAXY10
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 
 _BATCH = 16  # galaxies per task of a thread
@@ -61,9 +61,10 @@ def export_image_folders(
     classes: str | None = None,
     options: SourceOptions | None = None,
 ) -> list[ExportedTree]:
-    """Write ``Galaxy10_DECaLS/{train,val,test}/<class>/*.png`` and ``Galaxy10_DECaLS_Balanced/{train,test}/...``.
+    """Write ``NAME/{train,val,test}/<class>/*.png`` and ``NAME_balanced/{train,test}/...`` of a data set.
 
-    Each tree appears under its name once it is complete. An existing tree of the same galaxies is left unchanged.
+    Those of Galaxy10 have their published names, ``Galaxy10_DECaLS`` and ``Galaxy10_DECaLS_Balanced``. Each tree appears under
+    its name once it is complete. An existing tree of the same galaxies is left unchanged.
 
     Args:
         source: anything that ``open_survey`` takes.
@@ -75,9 +76,9 @@ def export_image_folders(
     Raises:
         UserError: the source cannot be used, another file or folder has a tree's name, or the disk is full.
     """
-    surveys = [open_survey(source, variant, classes=classes, source=options) for variant in TREES]
+    surveys = [open_survey(source, variant, classes=classes, source=options) for variant in VARIANTS]
     out_dir.mkdir(parents=True, exist_ok=True)
-    exists = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
+    exists = [_is_exported(survey, _target(survey, out_dir)) for survey in surveys]
     missing = [_start_tree(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]
     try:
         if missing:
@@ -91,10 +92,15 @@ def export_image_folders(
             shutil.rmtree(tree.temporary, ignore_errors=True)
     return [
         ExportedTree(
-            survey.variant, out_dir / TREES[survey.variant], {split: len(rows) for split, rows in survey.splits.items()}, existed
+            survey.variant, _target(survey, out_dir), {split: len(rows) for split, rows in survey.splits.items()}, existed
         )
         for survey, existed in zip(surveys, exists, strict=True)
     ]
+
+
+def _target(survey: Survey, out_dir: Path) -> Path:
+    name, ending = ("Galaxy10_DECaLS", "_Balanced") if survey.name == GALAXY10 else (survey.name, "_balanced")
+    return out_dir / (name + ending if survey.variant == "balanced" else name)
 
 
 def _is_exported(survey: Survey, target: Path) -> bool:
@@ -108,7 +114,7 @@ def _is_exported(survey: Survey, target: Path) -> bool:
 
 
 def _start_tree(survey: Survey, out_dir: Path) -> _Tree:
-    target = out_dir / TREES[survey.variant]
+    target = _target(survey, out_dir)
     temporary = out_dir / f".{target.name}.{os.getpid()}.partial"
     remove_stale(out_dir, f".{target.name}.*.partial")
     split_of_row = np.full(len(survey.labels), -1, np.int8)

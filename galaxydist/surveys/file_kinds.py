@@ -1,13 +1,11 @@
 """Kinds of files by their content, so that a file is opened and named as what it is, whatever its suffix."""
 
-import gzip
-import zipfile
 import zlib
 from pathlib import Path
 
 from galaxydist.errors import UserError
 
-CSV, PARQUET, FITS, HDF5, TAR = "CSV", "Parquet", "FITS", "HDF5", "tar"
+CSV, PARQUET, FITS, HDF5, TAR, JSON_LINES = "CSV", "Parquet", "FITS", "HDF5", "tar", "JSON lines"
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # First bytes -> kind. Tars, HDF5 with a user block, zips and text need a closer look.
@@ -49,7 +47,8 @@ _ADVICE = {
     "Arrow (Feather) file": "convert it to Parquet",
     "FITS image": "give a FITS table",
 }
-_HEAD_BYTES = 4096
+# Bytes at the start of a file that its kind is known by.
+HEAD_BYTES = 4096
 
 
 def file_kind(path: Path) -> str:
@@ -60,30 +59,28 @@ def file_kind(path: Path) -> str:
     """
     try:
         with path.open("rb") as stream:
-            head = stream.read(_HEAD_BYTES)
+            return kind_of(stream.read(HEAD_BYTES), path)
     except OSError as error:
         raise UserError(f"cannot open {path}: {error.strerror}; make it readable for this account") from error
+
+
+def kind_of(head: bytes, path: object) -> str:
+    """Return the kind of a file by its first ``HEAD_BYTES``, for gzip that of the contents if it is read as well; see above."""
     if not head:
         raise UserError(f"{path} is empty (0 bytes); copy or write it again")
     if head.startswith(b"\x1f\x8b"):
         try:
-            with gzip.open(path) as unpacked:
-                head = unpacked.read(_HEAD_BYTES)
-        except (OSError, EOFError, zlib.error) as error:
+            kind = _kind(zlib.decompressobj(31).decompress(head, HEAD_BYTES))
+        except zlib.error as error:
             raise UserError(f"{path} is a damaged gzip file ({error}); copy it again") from error
-        kind = _kind(head)
         return {TAR: "gzip-compressed tar", PARQUET: "gzip-compressed Parquet file"}.get(kind, kind)
-    kind = _kind(head)
-    if kind == "zip archive" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        kind = "Excel workbook" if any(name.startswith("xl/") for name in names) else kind
-        kind = "NumPy archive" if names and all(name.endswith(".npy") for name in names) else kind
-    return kind
+    return _kind(head)
 
 
 def _kind(head: bytes) -> str:
     known = next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), None)
+    if known == "zip archive":  # the names of its first files stand in the head
+        return "Excel workbook" if b"xl/" in head else "NumPy archive" if b".npy" in head[30:286] else known
     if known is not None:
         return known
     if head[257:262] == b"ustar":
@@ -103,12 +100,15 @@ def _kind_of_text(head: bytes) -> str:
         "JSON file": (b"{", b"["),
     }
     kind = next((kind for kind, texts in starts.items() if start.startswith(texts)), CSV)
+    first, newline, _ = start.partition(b"\n")
+    if first.startswith(b"{") and (first.rstrip().endswith(b"}") or not newline):
+        return JSON_LINES
     return "VOTable" if kind == "XML file" and b"<votable" in start else kind
 
 
 def refuse_kind(path: object, kind: str, expected: str) -> UserError:
     """Return the error for a file of a kind that cannot be read here."""
     article = "an" if kind[0] in "AEIOaeio" or kind.startswith(("HDF", "XML")) else "a"
-    named = f"{kind} file" if kind in (CSV, PARQUET, FITS, HDF5, TAR) else kind
+    named = f"{kind} file" if kind in (CSV, PARQUET, FITS, HDF5, TAR, JSON_LINES) else kind
     advice = _ADVICE.get(kind, "convert it, or give another file")
     return UserError(f"{path} is {article} {named}, by its content, not {expected}: {advice}")

@@ -73,6 +73,19 @@ def read_info(folder: Path) -> FolderInfo | None:
     return info
 
 
+def exported_tree(folder: Path, variant: str) -> Path:
+    """Return the tree of a variant (else of the original one) in a folder that `data export` wrote, else the folder itself.
+
+    Raises:
+        UserError: the folder has the trees of several data sets.
+    """
+    trees = [(info, file.parent) for file in sorted(folder.glob(f"*/{DATASET_FILE}")) if (info := read_info(file.parent))]
+    if len(names := sorted({info.name for info, _ in trees})) > 1:
+        raise UserError(f"{folder} has exports of several data sets, {', '.join(names)}: give the folder of one")
+    found = {info.variant: tree for info, tree in trees}
+    return found.get(variant, found.get("original", folder))
+
+
 def write_metadata(folder: Path, rows: Iterable[tuple[str, str, Galaxy]]) -> None:
     """Write ``metadata.csv`` from (file relative to the folder, split, galaxy); all galaxies have the same extras."""
     with (folder / METADATA_FILE).open("w", newline="", encoding="utf-8") as stream:

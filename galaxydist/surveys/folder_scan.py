@@ -188,7 +188,7 @@ def known_split(name: str) -> str | None:
 
 def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[str, ...], dict[str, int]]:
     if len(found) < 2:
-        tables = sorted(path for ending in ("csv", "parquet", "fits") for path in root.glob(f"*.{ending}"))
+        tables = sorted(path for ending in ("csv", "jsonl", "parquet", "fits") for path in root.glob(f"*.{ending}"))
         hint = f". If {tables[0].name} lists the images with their classes, give --from {tables[0]}" if tables else ""
         raise UserError(
             f"{root} has {f'only the class {next(iter(found))!r}' if found else 'no class folder'}; "

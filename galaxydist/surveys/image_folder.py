@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.galaxy import STORED_SPLITS, Galaxy
 from galaxydist.surveys import official_split
-from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, read_info, read_metadata
+from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, exported_tree, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, file_ids, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.given_split import SplitOptions, choose_split, is_complete, split_code
 from galaxydist.surveys.hdf5_schema import SIMULATED
@@ -35,8 +35,6 @@ from galaxydist.surveys.split import (
 logger = logging.getLogger(__name__)
 
 _SLAB = 256
-# The trees that `data export` writes, by variant.
-TREES = {"original": "Galaxy10_DECaLS", "balanced": "Galaxy10_DECaLS_Balanced"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def open_image_folder(
     Raises:
         UserError: no images, an empty class, a class without training images.
     """
-    root = next((tree for tree in (path / TREES[variant], path / TREES["original"]) if tree.is_dir()), path)
+    root = exported_tree(path, variant)
     info = read_info(root)
     is_balanced = info is not None and info.variant == "balanced"
     if is_balanced and variant == "original":

@@ -355,7 +355,12 @@ def _positions(table: "pa.Table", columns: ColumnNames, location: str) -> tuple[
     """Return right ascensions and declinations in degrees, nan where unknown."""
     if columns.ra is None or columns.dec is None:
         return np.full(len(table), np.nan), np.full(len(table), np.nan)
-    ra, dec = (read_degrees(table.column(name), name, location) for name in (columns.ra, columns.dec))
+    fields = [table.schema.field(name) for name in (columns.ra, columns.dec)]
+    factors = [float((field.metadata or {}).get(b"degrees", 1)) for field in fields]
+    ra, dec = (
+        read_degrees(table.column(field.name), field.name, location) * factor
+        for field, factor in zip(fields, factors, strict=True)
+    )
     check_positions(ra, dec, name=lambda row: f"{location}, row {row + 1}")
     return ra, dec
 

@@ -1,26 +1,28 @@
 """Opening of any survey: an image folder, a table of images, or data that hold their images (HDF5, Parquet, tars)."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import is_url
-from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, PARQUET, file_kind, refuse_kind
+from galaxydist.galaxy import VARIANTS
+from galaxydist.object_store import Store, download, is_url
+from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, refuse_kind
 from galaxydist.surveys.folder_scan import check_name, safe_name
 from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
-from galaxydist.surveys.image_folder import TREES, FolderSurvey, open_image_folder
+from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, check_rows, open_table
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
+from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
-from galaxydist.surveys.tables.image_data import (
-    ImageData,
-    folder_kind,
-    read_hdf5_data,
-    read_parquet_data,
-)
+from galaxydist.surveys.tables.image_data import ImageData, folder_kind, read_hdf5_data, read_parquet_data, tree_origin
+from galaxydist.surveys.tables.image_urls import split_url
 from galaxydist.surveys.tables.listed_images import open_listed_images
+from galaxydist.surveys.tables.parquet_folders import read_card
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
 from galaxydist.surveys.tables.tar_images import read_tar_table
 from galaxydist.surveys.tables.tar_scan import ScanOptions, TarPatterns, find_tars, names_tars, scan_tars, tars_name
@@ -29,6 +31,7 @@ _CONFLICTING = ("keep", "drop")
 # Names of tables that say nothing about the data set.
 _PLAIN_NAMES = {"catalog", "catalogue", "data", "galaxies", "images", "index", "labels", "metadata", "table", "train"}
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".fits", ".fit", ".fts", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -120,33 +123,61 @@ def survey_name(path: str | Path, *, classes: str | None = None, source: SourceO
 
 def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     """Return the table of a source, None for an image folder and for a survey file."""
+    file, hdu = split_hdu(str(path))
     if is_url(path):
-        return read_parquet_data(path, source.arrays)
-    path = Path(path)
-    file, hdu = split_hdu(path)
+        if hdu is not None or is_table_url(file):
+            return _read_remote_table(file, hdu, source)
+        return read_parquet_data(str(path), source.arrays)
+    local = Path(file)
     kind: str | None
-    if path.is_dir():
-        kind = folder_kind(path)
+    if local.is_dir():
+        kind = folder_kind(local)
     else:
-        kind = file_kind(file) if file.is_file() else HDF5
-        kind = HDF5 if path.suffix.lower() in _HDF5_SUFFIXES else kind
+        kind = file_kind(local) if local.is_file() else HDF5
+        kind = HDF5 if local.suffix.lower() in _HDF5_SUFFIXES else kind
     if kind == PARQUET:
-        data = read_parquet_data(file, source.arrays)
-        return data if file.is_dir() else replace(data, name=_table_name(file))
+        data = read_parquet_data(local, source.arrays)
+        return data if local.is_dir() else replace(data, name=_table_name(local))
     if kind == HDF5:
-        is_survey_file = not file.exists() or (file.is_file() and _is_plain(source) and has_galaxy10_schema(file))
-        return None if is_survey_file else read_hdf5_data(file, source.arrays, source.columns.label)
+        is_survey_file = not local.exists() or (local.is_file() and _is_plain(source) and has_galaxy10_schema(local))
+        return None if is_survey_file else read_hdf5_data(local, source.arrays, source.columns.label)
     if kind is None:
         return None
-    if kind not in (CSV, FITS):
-        raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS) or a survey file (HDF5)")
-    location = str(file) if hdu is None else f"{file}[{hdu}]"
+    if kind not in (CSV, FITS, JSON_LINES):
+        raise refuse_kind(path, kind, "a table of images (CSV, Parquet, FITS, JSON lines) or a survey file (HDF5)")
+    return _read_table(local, str(path), hdu, source, str(local.parent))
+
+
+def _read_table(file: Path, location: str, hdu: str | None, source: SourceOptions, root: str) -> ImageData:
+    """Read a file as a table, whose relative file names start from ``root``."""
 
     def texts(names: list[str]) -> set[str]:  # ids and file names keep leading zeros and all digits
         columns = find_columns(names, source.columns, location, is_labelled=source.is_labelled)
         return {name for name in (columns.id, columns.file) if name is not None}
 
-    return ImageData(location, _table_name(file), read_table(file, hdu, texts), None, str(file.parent))
+    return ImageData(location, _table_name(file), read_table(file, hdu, texts, location), None, root)
+
+
+def is_table_url(url: str) -> bool:
+    """Return True for the URL of a CSV or FITS table or of JSON lines, by its ending."""
+    return urlsplit(url).path.lower().removesuffix(".gz").endswith(_TABLE_SUFFIXES)
+
+
+def _read_remote_table(url: str, hdu: str | None, source: SourceOptions) -> ImageData:
+    """Read a table at a URL from a copy of it, which is removed again; one on the Hub at the commit of its revision now."""
+    tree = open_tree(url)
+    address = tree.location if tree.protocol == "hf" else url
+    place, name = split_url(address)
+    plain, question_mark, query = address.partition("?")
+    root = plain.rpartition("/")[0]
+    with TemporaryDirectory(prefix="galaxydist-") as folder:
+        copy = Path(
+            folder, safe_name(root.rpartition("/")[2]), PurePosixPath(name).name
+        )  # a data set may be named after its folder
+        copy.parent.mkdir()
+        download(Store(place), name, copy, stop=threading.Event())
+        data = _read_table(copy, tree.location, hdu, source, f"{root}{question_mark}{query}")
+    return replace(data, origin=tree_origin(tree, read_card(tree)))
 
 
 def _open_tars(patterns: TarPatterns, source: SourceOptions, options: TableOptions) -> TableSurvey:
@@ -173,8 +204,8 @@ def _is_plain(source: SourceOptions) -> bool:
 
 def check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
     """Raise a UserError for values that no survey has, and for options that contradict each other."""
-    if variant not in TREES:
-        raise UserError(f"no variant {variant!r}; choose from {', '.join(TREES)}")
+    if variant not in VARIANTS:
+        raise UserError(f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     if conflicting not in _CONFLICTING:
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":

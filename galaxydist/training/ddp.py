@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.async_writer import CheckpointWriter
@@ -68,7 +69,7 @@ class Strategy(Protocol):
 
 
 class DDPStrategy:
-    """The ``ddp`` strategy: each process has the whole model, in DistributedDataParallel as Accelerate sets it up."""
+    """The ``ddp`` strategy: each process has the whole model, in torch's DistributedDataParallel."""
 
     is_collective = False
 
@@ -78,18 +79,21 @@ class DDPStrategy:
         self._average = copy.deepcopy(model).eval() if config.ema > 0 else None
         self.ema = MovingAverage(model, config.ema, self._average.state_dict()) if self._average is not None else None
         self.ema_state: HasBuffers | None = self._average
-        # torch advises another argument, which Accelerate does not know, and other strides of gradients, which cost nothing here.
+        # torch advises an argument that version 2.11 does not have, and other strides of gradients, which cost nothing here.
         for message in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
             warnings.filterwarnings("ignore", message=message)
-        self._prepared: nn.Module = world.accelerator.prepare(model)
+        self._wrapped = (
+            DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world.size > 1 else model
+        )
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        logits_BK: torch.Tensor = self._prepared(images_BCHW)
+        with self.world.mixed_precision.autocast():
+            logits_BK: torch.Tensor = self._wrapped(images_BCHW)
         return logits_BK
 
     def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = nullcontext() if is_last else self.world.accelerator.no_sync(self._prepared)
-        return context
+        wrapped = self._wrapped
+        return nullcontext() if is_last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
 
     def warm_up(self, images_BCHW: torch.Tensor) -> None:
         """Run two passes, after which DistributedDataParallel has rebuilt its buckets.

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_saving_group
 from galaxydist.checkpoints.store import Checkpoint
+from galaxydist.devices import autocast
 from galaxydist.distributed import World
 from galaxydist.errors import RunFailedError
 from galaxydist.recipe.schema import TrainConfig
@@ -38,15 +39,15 @@ class FSDPStrategy:
         mesh = open_mesh(world.device)
         self._whole = WholeCopy(model)
         self.model = shard_model(model, mesh)
-        self._device, self._is_mixed = world.device, world.precision == "bf16"
+        self._world = world
         self.ema = MovingAverage(model, config.ema) if config.ema > 0 else None
         self.ema_state: HasBuffers | None = self.ema
         # Checkpoints are written while the training continues: on groups of their own they cannot collide with its collectives.
         self._saving, self._loading = open_saving_group(), open_saving_group()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        # Accelerate does not wrap this model. Casts are not cached, since the whole weights exist for one block at a time.
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_mixed, cache_enabled=False):
+        # Casts are not cached, since the whole weights exist for one block at a time.
+        with autocast(self._world.device, self._world.precision, cached=False):
             logits_BK: Tensor = self.model(images_BCHW)
         return logits_BK
 

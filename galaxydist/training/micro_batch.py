@@ -291,7 +291,7 @@ class Probe:
         dtype = next(self.model.parameters()).dtype
         layout = choose_memory_format(self.recipe.train.channels_last, self.model, device, dtype)
         images_BCHW = torch.zeros(count, 3, size, size, dtype=dtype, device=device).to(memory_format=layout)
-        with self.world.accelerator.autocast():
+        with self.world.mixed_precision.autocast():
             logits_BK = self.model(images_BCHW)
         torch.autograd.backward(dummy_loss(logits_BK))
         if device.type == "cuda":

@@ -319,8 +319,8 @@ class Trainer:
         groups = [dict(group) for group in parameter_groups(self.model, recipe.optim.weight_decay, recipe.optim.layer_decay)]
         return TrainState(
             self.model,
-            world.accelerator.prepare(build_optimizer(groups, recipe.optim, world.device)),
-            world.accelerator.scaler,
+            world.mixed_precision.prepare(build_optimizer(groups, recipe.optim, world.device)),
+            world.mixed_precision.scaler,
             self.strategy.ema_state,
             stopping=EarlyStopping(config.metric, config.patience),
             skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
@@ -416,11 +416,12 @@ class Trainer:
         except BaseException as error:
             store, first = self.world.store, self.world.announce_failure(error)
             if store is not None and first is not None:
+                works = [*self.last_works, (store.wait_until_seen, SEEN_S)]
                 if isinstance(error, Exception) and first.rank != self.world.rank:  # whose end has broken the connections
-                    self._leave(first.to_error(), self.last_works)
+                    self._leave(first.to_error(), works)
                 if isinstance(error, Exception):
                     run_within(NOTE_S, partial(self._note_failure, error))
-                self._leave(error, [*self.last_works, (store.wait_until_seen, SEEN_S)])
+                self._leave(error, works)
             raise
 
     def _note_failure(self, error: Exception) -> None:
@@ -474,7 +475,7 @@ class Trainer:
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
             ranks=RankInfo(self.world.rank, self.world.size, self.world.ranks_on_node),
-            decode=DecodeOptions.of(data, threads=self.world.cores, pin=self.world.device.type == "cuda"),
+            decode=DecodeOptions.of(data, threads=self.world.decode_threads, pin=self.world.device.type == "cuda"),
             num_streams=data.num_streams,
             balance=data.balance,
             on_error="report",

@@ -1,15 +1,19 @@
 """The benchmarks of training as users run them, in the smallest runs: that both sides do the same, never how fast."""
 
+import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from galaxydist.bench.common import Lap
 from galaxydist.bench.startup import last_step
-from galaxydist.bench.trainer_speed import bare_turns, compare_losses
+from galaxydist.bench.trainer_speed import TOLERANCES, Turns, bare_turns, compare_losses
 from galaxydist.cli.main import main
 
 
@@ -37,12 +41,53 @@ def test_each_turn_of_the_bare_loop_is_taken_once_and_in_order(rounds: int) -> N
     assert all(abs(number - turn) <= 1 for turn, turns in enumerate(taken) for number in turns)
 
 
+class Recorder:
+    """The steps that a bare loop was asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.taken: list[range] = []
+
+    def prepare(self, _steps: range) -> Lap:
+        return Lap(0.5, 0.5)
+
+    def run(self, steps: range) -> Lap:
+        self.taken.append(steps)
+        return Lap(1.0, 1.0)
+
+
+def test_turns_time_all_steps_but_the_first_ones_of_a_turn() -> None:
+    bare: Any = Recorder()
+    turns = Turns(bare, steps=3, rounds=3, untimed=2)
+    ends = []
+    for step in range(16):
+        ends.append(turns(step))
+        time.sleep(0.2 * (step % 5 == 1) + 0.01 * (step % 5 == 3))  # the last untimed step takes long
+    assert ends == [False] * 15 + [True]
+    assert bare.taken == [range(3), range(3, 6), range(6, 9)]
+    assert all(0.01 <= seconds < 0.2 for seconds in turns.seconds(turns.trainer_laps)) and len(turns.trainer_laps) == 3
+    with_augmentation, without = turns.shares(augmented=True), turns.shares(augmented=False)
+    assert with_augmentation == pytest.approx([1.5 * share for share in without])
+
+
 def test_compare_losses_refuses_other_losses_and_step_counts() -> None:
     lines = [{"step": 2, "train/loss": 2.0}, {"step": 3, "train/loss": 1.0}]
-    assert compare_losses(lines, [2.5, 1.5, 1.00001]) == pytest.approx(1e-5, rel=1e-3)
+    assert compare_losses(lines, [2.5, 1.5, 1.00001], "no") == pytest.approx(1e-5, rel=1e-3)
     for bare in ([2.5, 1.501, 1.0], [2.5, 1.5, 1.2], [2.5, 1.5], [2.5, 1.5, 1.0, 1.0]):
         with pytest.raises(AssertionError):
-            compare_losses(lines, bare)
+            compare_losses(lines, bare, "no")
+
+
+def test_compare_losses_tolerates_the_rounding_of_each_precision() -> None:
+    lines = [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 1.0}]
+    for first, accepted in ((1e-11, {"fp64", "no", "tf32", "bf16"}), (3e-4, {"tf32", "bf16"}), (3e-3, {"bf16"}), (0.03, set())):
+        found = set()
+        for precision in TOLERANCES:
+            with contextlib.suppress(AssertionError):
+                compare_losses(lines, [1 + first, 1.0], precision)
+                found.add(precision)
+        assert found == accepted
 
 
 def test_last_step_ignores_a_half_written_line(tmp_path: Path) -> None:
@@ -54,14 +99,15 @@ def test_last_step_ignores_a_half_written_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_world")
 def test_bench_trainer_compares_runs_with_equal_losses(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--image-size", "32", "--batch-size", "8", "--width", "4"]
+    small = ["--image-size", "32", "--batch-size", "8", "--width", "4", "--precision", "fp64"]
     results = run(capsys, "trainer", "--rounds", "2", "--steps", "3", *small)
     assert [result["model"] for result in results] == ["custom_cnn", "resnet18"]
     for result in results:
-        assert result["task"] == "trainer" and result["ours"] > 0 and result["bare"] > 0
+        assert result["task"] == "trainer" and result["ours"] > 0 and result["bare"] > 0 and result["augment_s"] > 0
         assert result["ratio_least"] <= result["ratio"] <= result["ratio_greatest"]
+        assert result["ratio_to_bare"] < result["ratio"] and result["ratio_loader"] > 0
         assert result["tracker"] == "wandb offline"
-        assert 0 <= result["loss_difference"] < 1e-3
+        assert 0 <= result["loss_difference"] < 1e-9
         assert (result["image_size"], result["batch_size"], result["steps"], result["rounds"]) == (32, 8, 3, 2)
 
 

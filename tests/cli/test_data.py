@@ -72,7 +72,7 @@ def test_data_export_and_shard_reuse_existing_output(root: Path, capsys: pytest.
         assert command(root, "data", "export", "--dataset", "simulated") == 0
         assert command(root, "data", "shard", "--dataset", "simulated", "--variant", "both", "--image-size", "64") == 0
         assert capsys.readouterr().out.count("there already") == 4 * expected
-    assert (root / "images" / "simulated" / "Galaxy10_DECaLS" / "train" / "merging").is_dir()
+    assert (root / "images" / "simulated" / "simulated" / "train" / "merging").is_dir()
     original = read_manifest(root / "shards" / "simulated" / "original")
     assert sum(split.num_samples for split in original.splits.values()) == GALAXIES
     assert original.image_size == 64

@@ -147,6 +147,7 @@ def test_check_cpus_warns_of_fewer_cores_than_requested(changes: dict[str, dict[
         ({"visible_gpus": {0: "MIG-1,MIG-2,MIG-3"}}, "failure", "but SLURM gave GPUs 2,3 on n1 (rank 0)"),
         ({"gpu": {1: "GPU-0"}}, "failure", "ranks 0, 1 on n1 share one GPU"),
         ({"num_gpus": {2: 0, 3: 0}}, "failure", "none visible to torch on n2"),
+        ({"gpu": {2: None}}, "failure", "2 visible on n2 (rank 2), but none that this rank can use"),
     ],
 )
 def test_check_gpu_shares_fails_for_shared_missing_or_foreign_gpus(

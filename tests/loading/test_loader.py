@@ -1,10 +1,14 @@
 """Reading: the right images at the right positions, whatever the number of processes; errors that name their galaxy."""
 
+import errno
+import os
+import re
 import shutil
 import threading
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,19 +100,19 @@ def test_ranks_of_the_train_loader_share_each_global_batch(manifest: Manifest, w
 def test_train_loader_started_at_a_step_reads_no_earlier_images(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(manifest, 12)
     located: list[int] = []
-    locate = ImageDecoder.locate
+    read_images = ImageDecoder.read
 
-    def recorded(self: ImageDecoder, samples: np.ndarray) -> object:
+    def recorded(self: ImageDecoder, samples: np.ndarray, *arguments: Any) -> object:
         located.extend(samples.tolist())
-        return locate(self, samples)
+        return read_images(self, samples, *arguments)
 
-    monkeypatch.setattr(ImageDecoder, "locate", recorded)
+    monkeypatch.setattr(ImageDecoder, "read", recorded)
     late = read(manifest, 3, start_step=9, decode=DecodeOptions(prefetch=1))
     assert [batch.step for batch in late] == [9, 10, 11]
     for batch, expected in zip(late, whole[9:], strict=True):
         assert torch.equal(batch.images_BHWC, expected.images_BHWC)
         assert torch.equal(batch.positions_B, expected.positions_B)
-    assert located[:16] == whole[9].samples_B.tolist()
+    assert sorted(located[:16]) == sorted(whole[9].samples_B.tolist())
 
 
 def test_closed_loader_leaves_no_decode_thread(manifest: Manifest) -> None:
@@ -217,14 +221,50 @@ def test_truncated_shard_raises_naming_the_shard_and_a_lost_galaxy(copy: Manifes
 
 
 def test_shard_truncated_while_being_read_raises_naming_the_galaxy(copy: Manifest) -> None:
-    reader = ImageDecoder(copy, "test")
-    pixels = np.empty((32, 32, 3), np.uint8)
-    first, last = reader.locate(np.array([0, 3]))
-    reader.read_into(first, pixels)
+    reader, pixels = ImageDecoder(copy, "test"), np.empty((4, 32, 32, 3), np.uint8)
+    assert reader.read(np.arange(4), pixels) == {}
+    whole = pixels.copy()
     truncate(copy, "test", 3, 5)
-    with pytest.raises(ImageError, match=f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is truncated"):
-        reader.read_into(last, pixels)
+    for samples in ([0, 1, 2, 3], [2, 0, 3, 1]):  # read at once, and each alone
+        (row,) = errors = reader.read(np.array(samples), pixels)
+        assert samples[row] == 3 and isinstance(errors[row], ImageError) and not pixels[row].any()
+        assert re.search(f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is truncated", str(errors[row]))
+        assert all(np.array_equal(pixels[at], whole[sample]) for at, sample in enumerate(samples) if sample != 3)
     reader.close()
+
+
+def test_neighbours_in_a_shard_are_read_at_once_and_a_failed_read_is_repeated_for_each(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, pread, fails = manifest.lengths("train").tolist(), os.pread, False
+    calls: list[int] = []
+
+    def counted(descriptor: int, length: int, offset: int) -> bytes:
+        calls.append(length)
+        if fails and length not in lengths:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    reader, pixels = ImageDecoder(manifest, "train"), np.empty((2, 16, 32, 32, 3), np.uint8)
+    samples = np.arange(16)
+    num_shards = np.unique(np.searchsorted(np.cumsum(manifest.shards("train")["samples"]), samples, side="right")).size
+    assert reader.read(samples, pixels[0]) == {} and len(calls) == num_shards < 16
+    calls.clear()
+    fails = True
+    assert reader.read(samples, pixels[1]) == {} and np.array_equal(*pixels)
+    assert sorted(length for length in calls if length in lengths) == sorted(lengths[:16])
+    monkeypatch.setattr("galaxydist.loading.decode.MOST_BYTES", 1)
+    calls.clear()
+    assert reader.read(samples, pixels[1]) == {} and calls == lengths[:16]
+    reader.close()
+
+
+def test_shard_stays_open_while_a_thread_reads_it_though_others_take_its_place(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("galaxydist.shards.remote.prefetcher.MAX_OPEN", 1)
+    read(manifest, 40, decode=DecodeOptions(threads=8))
 
 
 def test_missing_shard_is_refused_or_reported_for_each_of_its_images(copy: Manifest) -> None:
@@ -242,12 +282,11 @@ def test_raw_shards_that_are_truncated_or_overwritten_are_refused(tmp_path: Path
         file.write(b"not numpy")
     with pytest.raises(UserError, match=r"not a \.npy file of 32 x 32 x 3 uint8"):
         list(EvalLoader(manifest, "val", batch_size=8))
-    reader, pixels = ImageDecoder(manifest, "val"), np.empty((32, 32, 3), np.uint8)
-    first, second = reader.locate(np.array([0, 1]))
-    reader.read_into(first, pixels)
+    reader, pixels = ImageDecoder(manifest, "val"), np.empty((1, 32, 32, 3), np.uint8)
+    assert reader.read(np.array([0]), pixels) == {}
     truncate(manifest, "val", 1, 1000)
-    with pytest.raises(ImageError, match=f"galaxy {keys(manifest, 'val')[1][:6]}.*truncated"):
-        reader.read_into(second, pixels)
+    error = reader.read(np.array([1]), pixels)[0]
+    assert isinstance(error, ImageError) and re.search(f"galaxy {keys(manifest, 'val')[1][:6]}.*truncated", str(error))
     reader.close()
 
 

@@ -197,7 +197,7 @@ def test_a_folder_may_have_a_margin_which_an_export_keeps(tmp_path: Path) -> Non
     assert all(name.startswith("margin-") for name in found[MARGIN])
     exported = export_image_folders(source, tmp_path / "out", workers=1)
     assert exported[0].num_galaxies == {"train": 8, "val": 4, "test": 4, "margin": 6}
-    assert len([*(tmp_path / "out/Galaxy10_DECaLS/margin").rglob("*.png")]) == 6
+    assert len([*(tmp_path / "out/mine/margin").rglob("*.png")]) == 6
     assert ids_by_split(tmp_path / "out") == found
     assert MARGIN not in ids_by_split(source, variant="balanced")
 

@@ -47,8 +47,8 @@ def contents(survey: Survey) -> Mapping[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("variant", ["original", "balanced"])
 def test_exported_image_folders_reopen_as_the_same_survey(source: Path, out_dir: Path, variant: str) -> None:
     expected = contents(open_survey(source, variant))
-    tree = {"original": "Galaxy10_DECaLS", "balanced": "Galaxy10_DECaLS_Balanced"}[variant]
-    for path in (out_dir, out_dir / tree, out_dir / "Galaxy10_DECaLS"):
+    tree = {"original": "simulated", "balanced": "simulated_balanced"}[variant]
+    for path in (out_dir, out_dir / tree, out_dir / "simulated"):
         survey = open_survey(path, variant)
         found = contents(survey)
         assert survey.name == "simulated" and survey.class_names == GALAXY10_CLASSES
@@ -69,13 +69,13 @@ def test_shards_from_the_survey_file_and_from_its_export_are_byte_equal(
 def test_torchvision_reads_both_trees(out_dir: Path) -> None:
     from torchvision.datasets import ImageFolder
 
-    for tree, splits in (("Galaxy10_DECaLS", ("test", "train", "val")), ("Galaxy10_DECaLS_Balanced", ("test", "train"))):
+    for tree, splits in (("simulated", ("test", "train", "val")), ("simulated_balanced", ("test", "train"))):
         assert tuple(sorted(path.name for path in (out_dir / tree).iterdir() if path.is_dir())) == splits
         for split in splits:
             folder = ImageFolder(str(out_dir / tree / split))
             assert folder.classes == sorted(GALAXY10_CLASSES)
             assert folder[0][0].size == (256, 256) and folder[0][0].mode == "RGB"
-    balanced = ImageFolder(str(out_dir / "Galaxy10_DECaLS_Balanced" / "train"))
+    balanced = ImageFolder(str(out_dir / "simulated_balanced" / "train"))
     assert np.bincount(balanced.targets).tolist() == [10] * 10
 
 
@@ -97,10 +97,10 @@ def test_export_of_another_survey_replaces_the_older_export(source: Path, out_di
 
 
 def test_export_refuses_to_replace_foreign_folders(source: Path, tmp_path: Path) -> None:
-    write_image(tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png")
+    write_image(tmp_path / "simulated" / "train" / "mine" / "1.png")
     with pytest.raises(UserError, match="did not write it"):
         export_image_folders(source, tmp_path)
-    assert (tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png").exists()
+    assert (tmp_path / "simulated" / "train" / "mine" / "1.png").exists()
 
 
 def test_file_size_limit_during_export_leaves_no_file(source: Path, tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ except UserError as error:
 
 def test_export_removes_only_partial_folders_older_than_a_day(source: Path, tmp_path: Path) -> None:
     for name, age in (("old", 2 * 86400), ("new", 60)):
-        folder = tmp_path / f".Galaxy10_DECaLS.{name}.partial"
+        folder = tmp_path / f".simulated.{name}.partial"
         folder.mkdir()
         os.utime(folder, (time.time() - age,) * 2)
     export_image_folders(source, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".Galaxy10_DECaLS.new.partial",
-        "Galaxy10_DECaLS",
-        "Galaxy10_DECaLS_Balanced",
+        ".simulated.new.partial",
+        "simulated",
+        "simulated_balanced",
     ]
 
 
@@ -135,7 +135,7 @@ def test_changed_export_is_warned_about_and_new_images_are_read(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     export_image_folders(source, tmp_path)
-    tree = tmp_path / "Galaxy10_DECaLS"
+    tree = tmp_path / "simulated"
     next((tree / "train" / "merging").iterdir()).unlink()
     write_image(tree / "train" / "merging" / "mine.png")
     survey = open_survey(tree)
@@ -150,13 +150,26 @@ def test_a_folder_of_images_that_is_exported_keeps_its_ids(tmp_path: Path) -> No
     export_image_folders(tmp_path / "mine", tmp_path / "out")
     before, after = (open_survey(tmp_path / name) for name in ("mine", "out"))
     found = {galaxy.id: galaxy.extras for galaxy in after.read(0, 20)}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine", "mine_balanced"]
     assert found == {galaxy.id: {"source_id": galaxy.extras["source_id"]} for galaxy in before.read(0, 20)}
     assert found["J3_5_a"] == {"source_id": "J3.5 a"}
 
 
+def test_exports_are_named_after_their_data_sets_and_told_apart(tmp_path: Path) -> None:
+    for name in ("mine", "galaxy10_decals"):
+        for number in range(20):
+            write_image(tmp_path / name / "ab"[number % 2] / f"{number}.png", number)
+        export_image_folders(tmp_path / name, tmp_path / "out")
+    names = ["Galaxy10_DECaLS", "Galaxy10_DECaLS_Balanced", "mine", "mine_balanced"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    with pytest.raises(UserError, match="exports of several data sets, galaxy10_decals, mine: give the folder of one"):
+        open_survey(tmp_path / "out")
+    assert open_survey(tmp_path / "out" / "mine").name == "mine"
+
+
 def test_balanced_export_cannot_be_opened_as_the_original_variant(out_dir: Path) -> None:
     with pytest.raises(UserError, match="only the balanced variant"):
-        open_survey(out_dir / "Galaxy10_DECaLS_Balanced")
+        open_survey(out_dir / "simulated_balanced")
 
 
 def test_foreign_dataset_json_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:
         found.has_image,
         found.class_names,
         folder.columns,
-        _origin(folder),
+        tree_origin(tree, folder.card),
     )
 
 
@@ -176,18 +176,16 @@ def _split_column(folder: ParquetFolder, num_rows: Sequence[int]) -> "pa.Array":
     return pa.chunked_array(parts)
 
 
-def _origin(folder: ParquetFolder) -> DataOrigin | None:
-    """Return what the card of a data set states, with its commit and address."""
-    licence, citation = (folder.card.get(key) for key in ("license_name", "citation"))
-    licence = licence or folder.card.get("license")
-    texts: dict[str, Any] = {"revision": folder.tree.revision}
-    if isinstance(licence, str) and licence.lower() not in ("other", "unknown"):
-        texts["licence"] = spdx(licence)
-    if isinstance(citation, str):
-        texts["citation"] = citation
-    if folder.tree.protocol == "hf":
-        texts["url"] = f"https://huggingface.co/{folder.tree.root.partition('@')[0]}"
-    origin = DataOrigin(**texts)
+def tree_origin(tree: FileTree, card: Mapping[str, Any]) -> DataOrigin | None:
+    """Return what the card of a data set states, with its commit and address; None if nothing is known."""
+    licence, citation = card.get("license_name") or card.get("license"), card.get("citation")
+    is_known = isinstance(licence, str) and licence.lower() not in ("other", "unknown")
+    origin = DataOrigin(
+        licence=spdx(str(licence)) if is_known else None,
+        citation=citation if isinstance(citation, str) else None,
+        revision=tree.revision,
+        url=f"https://huggingface.co/{tree.root.partition('@')[0]}" if tree.protocol == "hf" else None,
+    )
     return origin if origin.is_known else None
 
 

@@ -29,7 +29,7 @@ _PARTITION = re.compile(r"Norder=(\d+)/Dir=\d+/Npix=(\d+)(?:\.parquet|/[^/]+\.pa
 _HATS_COLUMNS = ("_healpix_29", "_hipscat_index", "Norder", "Dir", "Npix")
 # Folders that stand for no configuration of a data set.
 _PLAIN_FOLDERS = {"data", "default", "parquet"}
-_NO_REMOTE_FILES = (".h5", ".hdf5", ".csv", ".fits", ".fit", ".zip", ".tar", ".arrow")
+_NO_REMOTE_FILES = (".h5", ".hdf5", ".zip", ".tar", ".arrow")
 _ARROW_FILES = ("dataset_dict.json", "state.json")
 
 
@@ -75,14 +75,15 @@ def find_parquet(tree: FileTree) -> ParquetFolder | None:
         suffix = PurePosixPath(tree.inside).suffix.lower()
         if not tree.is_local and suffix in _NO_REMOTE_FILES:
             raise UserError(
-                f"{tree.location}: files of the kind {suffix} are not read from URLs, Parquet is; copy it to this machine"
+                f"{tree.location}: files of the kind {suffix} are not read from URLs, but tables and Parquet are; copy it to "
+                "this machine"
             )
-        return ParquetFolder(tree, tree.files, card=_read_card(tree))
+        return ParquetFolder(tree, tree.files, card=read_card(tree))
     files = [file for file in tree.files if file.endswith(".parquet") and not PurePosixPath(file).name.startswith("_")]
     if not files:
         _refuse_arrow(tree)
         return None
-    card = _read_card(tree)
+    card = read_card(tree)
     declared = _declared_files(tree, card, files)
     if declared is not None:
         files, splits = [*declared], [*declared.values()]
@@ -133,7 +134,7 @@ def _find_hats(tree: FileTree) -> ParquetFolder | None:
         left_out=tuple(name for name in _HATS_COLUMNS if name != healpix),
         columns={key: name for key, name in columns.items() if name},
         num_rows=int(rows) if rows.isdecimal() else None,
-        card=_read_card(tree),
+        card=read_card(tree),
     )
 
 
@@ -152,7 +153,7 @@ def _partitions(tree: FileTree, folder: str, properties: Mapping[str, str]) -> t
     return tuple(f"{folder}dataset/Norder={order}/Dir={cell // 10000 * 10000}/Npix={cell}{suffix}" for order, cell in cells)
 
 
-def _read_card(tree: FileTree) -> Mapping[str, Any]:
+def read_card(tree: FileTree) -> Mapping[str, Any]:
     """Return the header of README.md; empty without one."""
     from huggingface_hub import RepoCard
 

@@ -1,4 +1,4 @@
-"""Tables of galaxies in files: CSV and FITS, read as Arrow tables."""
+"""Tables of galaxies in files: CSV, FITS and JSON lines, read as Arrow tables."""
 
 import csv
 import logging
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.surveys.file_kinds import CSV, FITS, file_kind, refuse_kind
+from galaxydist.surveys.file_kinds import CSV, FITS, JSON_LINES, file_kind, refuse_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-_EXPECTED = "a table (CSV, Parquet or FITS)"
+_EXPECTED = "a table (CSV, Parquet, FITS or JSON lines)"
 _HDU = re.compile(r"(?P<file>.+)\[(?P<hdu>[^\[\]]+)\]")
 # Cells without a value in columns of numbers.
 _NO_VALUE = ["", "na", "n/a", "nan", "null", "none", "--", "#n/a"]
@@ -25,47 +25,52 @@ _LEADING_ZERO = r"^[+-]?0[0-9]"
 _DECIMAL_COMMA = r"^-?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?$"
 
 
-def split_hdu(path: Path) -> tuple[Path, str | None]:
+def split_hdu(path: str) -> tuple[str, str | None]:
     """Return the file and the extension of ``TABLE.fits[2]`` or ``TABLE.fits[NAME]``; None for a path without an extension."""
-    match = _HDU.fullmatch(str(path))
-    if match is None or path.exists():
-        return path, None
-    return Path(match["file"]), match["hdu"]
+    match = _HDU.fullmatch(path)
+    return (path, None) if match is None or Path(path).exists() else (match["file"], match["hdu"])
 
 
-def read_table(path: Path, hdu: str | None = None, texts: Callable[[list[str]], set[str]] = lambda _: set()) -> "pa.Table":
-    """Return the rows of a CSV or FITS table, known by its content; columns of arrays are left out.
+def read_table(
+    path: Path, hdu: str | None = None, texts: Callable[[list[str]], set[str]] = lambda _: set(), location: str = ""
+) -> "pa.Table":
+    """Return the rows of a CSV or FITS table or of JSON lines, known by its content; columns of arrays are left out.
+
+    Columns of a FITS table whose unit is one of angles or hours have ``degrees`` in their fields' metadata: the factor that turns
+    their values into degrees.
 
     Args:
-        path: the file; CSV and FITS may be compressed with gzip.
+        path: the file; it may be compressed with gzip.
         hdu: number or name of a FITS extension; None: the first table with rows.
         texts: returns those of a CSV table's columns that stay text, even if all their cells are numbers.
+        location: the table in messages; empty: its path.
 
     Raises:
         UserError: another kind of file, or one that is damaged.
     """
-    kind = file_kind(path)
+    kind, location = file_kind(path), location or str(path)
     if kind == CSV:
-        return _read_csv(path, texts)
+        return _read_csv(path, location, texts)
+    if kind == JSON_LINES:
+        return _read_json_lines(path, location)
     if kind == FITS:
-        return _read_fits(path, hdu)
-    raise refuse_kind(path, kind, _EXPECTED)
+        return _read_fits(path, location, hdu)
+    raise refuse_kind(location, kind, _EXPECTED)
 
 
-def _read_csv(path: Path, texts: Callable[[list[str]], set[str]]) -> "pa.Table":
+def _read_csv(path: Path, location: str, texts: Callable[[list[str]], set[str]]) -> "pa.Table":
     """Read text with ``,``, ``;`` or tabs between the cells; the types of columns are found from all their values."""
     import pyarrow as pa
     import pyarrow.csv as arrow_csv
 
     try:
-        with pa.input_stream(str(path), compression="gzip" if _is_gzip(path) else None) as stream:
-            data = stream.read_buffer()
+        data = _read_bytes(path)
         head = data[: min(len(data), 1 << 20)].to_pybytes().decode("utf-8-sig", "ignore")
         lines = head.splitlines()
         # SkyServer writes `#Table1` above the header.
         skipped = next((number for number, line in enumerate(lines) if line.strip() and not _is_comment(line)), None)
         if skipped is None:
-            raise UserError(f"{path} has no header line; the first line of a table names its columns")
+            raise UserError(f"{location} has no header line; the first line of a table names its columns")
         delimiter = max(",;\t", key=lines[skipped].count)
         names = [name.strip() for name in next(csv.reader([lines[skipped].lstrip("#")], delimiter=delimiter), [])]
         if len(lines) == skipped + 1:
@@ -78,8 +83,10 @@ def _read_csv(path: Path, texts: Callable[[list[str]], set[str]]) -> "pa.Table":
         )
     except (pa.ArrowInvalid, csv.Error, OSError, EOFError) as error:
         if "UTF8" in str(error):
-            raise UserError(f'{path} is not UTF-8 text ({error}); save it as "CSV UTF-8"') from error
-        raise UserError(f"{path} is not a table of comma-, semicolon- or tab-separated cells ({error}); save it again") from error
+            raise UserError(f'{location} is not UTF-8 text ({error}); save it as "CSV UTF-8"') from error
+        raise UserError(
+            f"{location} is not a table of comma-, semicolon- or tab-separated cells ({error}); save it again"
+        ) from error
     is_text = texts(names)
     columns = [
         column if name in is_text else _typed(column, decimal_comma=delimiter == ";")
@@ -88,9 +95,25 @@ def _read_csv(path: Path, texts: Callable[[list[str]], set[str]]) -> "pa.Table":
     return pa.Table.from_arrays(columns, names=names)
 
 
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(2) == b"\x1f\x8b"
+def _read_json_lines(path: Path, location: str) -> "pa.Table":
+    """Read a JSON object for each row, as in Hugging Face's ``metadata.jsonl``."""
+    import pyarrow as pa
+    import pyarrow.json as arrow_json
+
+    try:
+        data = _read_bytes(path)
+        return arrow_json.read_json(pa.BufferReader(data), arrow_json.ReadOptions(block_size=min(len(data) + 1, 1 << 30)))
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise UserError(f"{location} is not a table of JSON lines, one object for each row ({error}); write it again") from error
+
+
+def _read_bytes(path: Path) -> "pa.Buffer":
+    import pyarrow as pa
+
+    with pa.input_stream(str(path), compression=None) as plain:
+        is_gzip = plain.read(2) == b"\x1f\x8b"
+    with pa.input_stream(str(path), compression="gzip" if is_gzip else None) as stream:
+        return stream.read_buffer()
 
 
 def _is_comment(line: str) -> bool:
@@ -122,12 +145,7 @@ def _typed(column: "pa.ChunkedArray", *, decimal_comma: bool) -> "pa.ChunkedArra
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
-def _report_left_out(path: Path, names: list[str]) -> None:
-    if names:
-        logger.warning("%s: columns of lists, structures or bytes are not in the catalogue: %s", path, name_some(names, 20))
-
-
-def _read_fits(path: Path, hdu: str | None) -> "pa.Table":
+def _read_fits(path: Path, location: str, hdu: str | None) -> "pa.Table":
     """Read a table extension: native byte order, text without padding, null for masked values."""
     import pyarrow as pa
     from astropy.io import fits
@@ -138,26 +156,42 @@ def _read_fits(path: Path, hdu: str | None) -> "pa.Table":
         with warnings.catch_warnings(action="ignore"), fits.open(path) as hdus:
             tables = [number for number, one in enumerate(hdus) if isinstance(one, fits.BinTableHDU | fits.TableHDU)]
             if not tables:
-                raise refuse_kind(path, "FITS image", _EXPECTED)
-            number = _choose_hdu(path, hdus, tables, hdu)
+                raise refuse_kind(location, "FITS image", _EXPECTED)
+            number = _choose_hdu(location, hdus, tables, hdu)
             table = Table.read(hdus[number], character_as_bytes=True)
             columns = {name: _fits_column(table[name]) for name in table.colnames}
+            fields = {name: _degrees(table[name].unit) for name in table.colnames}
     except UserError:
         raise
     except (OSError, ValueError, TypeError, EOFError, KeyError) as error:
-        raise UserError(f"{path} is a truncated or damaged FITS file ({error}); copy or write it again") from error
-    _report_left_out(path, [name for name, column in columns.items() if column is None])
-    return pa.table({name: column for name, column in columns.items() if column is not None})
+        raise UserError(f"{location} is a truncated or damaged FITS file ({error}); copy or write it again") from error
+    if left_out := [name for name, column in columns.items() if column is None]:
+        logger.warning(
+            "%s: columns of lists, structures or bytes are not in the catalogue: %s", location, name_some(left_out, 20)
+        )
+    found = {name: column for name, column in columns.items() if column is not None}
+    return pa.table(found, pa.schema([pa.field(name, column.type, metadata=fields[name]) for name, column in found.items()]))
 
 
-def _choose_hdu(path: Path, hdus: Any, tables: list[int], hdu: str | None) -> int:
+def _degrees(unit: Any) -> dict[str, str] | None:
+    """Return the metadata of a column with a unit of angles or hours."""
+    from astropy import units
+
+    try:
+        known = units.Unit(str(unit))  # FITS itself has no hour angles
+        return {"degrees": str(float(15 if known in (units.hour, units.hourangle) else known.to(units.deg)))}
+    except (TypeError, ValueError):  # no unit, another one, or one that is not known
+        return None
+
+
+def _choose_hdu(location: str, hdus: Any, tables: list[int], hdu: str | None) -> int:
     listed = ", ".join(f"{number} ({hdus[number].name or 'unnamed'}, {hdus[number].header['NAXIS2']} rows)" for number in tables)
     if hdu is None:
         with_rows = [number for number in tables if hdus[number].header["NAXIS2"]]
         return (with_rows or tables)[0]
     chosen = [number for number in tables if hdu == str(number) or hdu.lower() == hdus[number].name.lower()]
     if not chosen:
-        raise UserError(f"{path} has no table extension [{hdu}]; its tables are {listed}")
+        raise UserError(f"{location} has no table extension [{hdu}]; its tables are {listed}")
     return chosen[0]
 
 

@@ -22,13 +22,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
-from galaxydist.rank_store import LONG_TIMEOUT, LastWork, RankFailure, RankStore, end_process
+from galaxydist.rank_store import LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.health import guard_process
@@ -308,8 +307,9 @@ class Watchdog:
 
     def _follow(self, failure: RankFailure) -> NoReturn:
         """Leave because another rank has failed: this one would wait for it for ever."""
-        report = partial(_write, f"{failure}; {self.world_size - 1} others leave too") if self.rank == 0 else lambda: None
-        self._leave(failure.code, [(report, REPORT_S), *self.last_works])
+        assert self.store is not None
+        report: list[LastWork] = [(lambda: _write(str(failure)), REPORT_S)] if self.rank == 0 else []
+        self._leave(failure.code, [*report, *self.last_works, (self.store.wait_until_seen, SEEN_S)])
 
     def _leave(self, code: int, works: Sequence[LastWork]) -> NoReturn:
         if self.timeout_s > 0:

@@ -1,10 +1,13 @@
 """Images that a table lists: paths as people write them, and URLs."""
 
+import gzip
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from astropy.table import Table
 
 from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.errors import DamagedImageError, UserError
@@ -66,6 +69,34 @@ def test_images_at_urls_are_fetched_once_with_retries_and_missing_ones_left_out(
     with pytest.raises(DamagedImageError, match=r"row 4 of .*galaxies\.csv has no image"):
         next(survey.read(3, 4))
     assert not [*(tmp_path / "cache").rglob("*.part")]
+
+
+@pytest.mark.parametrize("form", ["table.csv", "table.csv.gz", "table.fits", "table.jsonl"])
+def test_table_at_a_url_gives_the_same_as_the_local_one(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "server" / "zoo"
+    rows = [{"file": f"sky/{n}.png", "label": "ab"[n % 2], "ra": n * 1.5, "dec": -n} for n in range(12)]
+    for number, row in enumerate(rows):
+        write_image(folder / str(row["file"]), number)
+    if form == "table.fits":
+        Table(rows).write(folder / form)
+    elif form == "table.jsonl":
+        (folder / form).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        write_csv(folder / "table.csv", rows)
+        (folder / "table.csv.gz").write_bytes(gzip.compress((folder / "table.csv").read_bytes()))
+    (folder / "web.csv").write_text("<!DOCTYPE html>")
+    local = open_survey(folder / form)
+    with FileServer(folder.parent) as server:
+        source = SourceOptions(cache_dir=tmp_path / "cache")
+        remote = open_survey(f"{server.address}/zoo/{form}?token=secret", source=source)
+        assert "token=secret" in server.asked["zoo/sky/3.png"][0] and remote.location == f"{server.address}/zoo/{form}"
+        with pytest.raises(UserError, match=r"/zoo/web.csv is a web page, by its content, not a table"):
+            open_survey(f"{server.address}/zoo/web.csv", source=source)
+        with pytest.raises(UserError, match=r"/zoo/gone.csv does not exist"):
+            open_survey(f"{server.address}/zoo/gone.csv", source=source)
+    assert (remote.name, remote.ids, remote.extras) == (local.name, local.ids, local.extras) and local.name == "zoo"
+    assert [*map(list, remote.splits.values())] == [*map(list, local.splits.values())]
+    assert [galaxy.image.data for galaxy in remote.read(0, 12)] == [galaxy.image.data for galaxy in local.read(0, 12)]
 
 
 def test_server_that_denies_access_is_an_error_and_the_next_call_continues(tmp_path: Path) -> None:

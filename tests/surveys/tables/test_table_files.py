@@ -1,6 +1,7 @@
 """CSV and FITS tables as other programs write them."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,12 @@ import pyarrow as pa
 import pytest
 
 from galaxydist.errors import UserError
+from galaxydist.surveys.folder_scan import safe_name
+from galaxydist.surveys.image_table import TableSurvey
+from galaxydist.surveys.survey_sources import open_survey
 from galaxydist.surveys.table_columns import ColumnNames, find_columns
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
+from tests.helpers.survey_files import write_image
 
 
 def test_fits_table_is_read_in_native_order_without_padding_or_masked_values(
@@ -39,12 +44,51 @@ def test_fits_table_is_read_in_native_order_without_padding_or_masked_values(
     (tmp_path / "t.fits.gz").write_bytes(gzip.compress((tmp_path / "t.fits").read_bytes()))
     assert read_table(tmp_path / "t.fits.gz").equals(table)
     for hdu, names in (("3", ["Y"]), ("galaxies", table.column_names), ("EMPTY", ["X"])):
-        path, found = split_hdu(tmp_path / f"t.fits[{hdu}]")
-        assert read_table(path, found).column_names == names
+        path, found = split_hdu(f"{tmp_path}/t.fits[{hdu}]")
+        assert read_table(Path(path), found).column_names == names
     with pytest.raises(
         UserError, match=r"no table extension \[4\]; its tables are 1 \(EMPTY, 0 rows\), 2 \(GALAXIES, 3 rows\), 3 \("
     ):
         read_table(tmp_path / "t.fits", "4")
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("h", 15), ("hourangle", 15), ("rad", 180 / np.pi), ("deg", 1), (None, 1)])
+def test_positions_of_a_fits_table_are_read_in_the_unit_of_their_column(tmp_path: Path, unit: str | None, factor: float) -> None:
+    from astropy.io import fits
+
+    ra, names = np.linspace(0, 6, 10), [f"{n}.png" for n in range(10)]
+    for number, name in enumerate(names):
+        write_image(tmp_path / name, number)
+    columns = [
+        fits.Column("file", "8A", array=names),
+        fits.Column("label", "J", array=np.arange(10) % 2),
+        fits.Column("RA", "D", unit, array=ra),
+        fits.Column("DEC", "D", "deg", array=-ra),
+    ]
+    fits.BinTableHDU.from_columns(columns).writeto(tmp_path / "t.fits")
+    survey = open_survey(tmp_path / "t.fits")
+    assert isinstance(survey, TableSurvey)
+    np.testing.assert_allclose(survey.ra, ra * factor, rtol=1e-15)
+    np.testing.assert_array_equal(survey.dec, -ra)
+
+
+def test_json_lines_as_hugging_face_puts_them_beside_images_are_a_table(tmp_path: Path) -> None:
+    lines = [{"file_name": f"{n}.png", "label": "ab"[n % 2], "size": n or None, "boxes": [[n]]} for n in range(10)]
+    for number, line in enumerate(lines):
+        write_image(tmp_path / str(line["file_name"]), number)
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    survey = open_survey(path)
+    assert isinstance(survey, TableSurvey) and survey.class_names == ("a", "b") and survey.name == safe_name(tmp_path.name)
+    assert survey.extras.column_names == ["source_id", "size", "file"] and survey.extras["size"].to_pylist() == [
+        None,
+        *range(1, 10),
+    ]
+    with pytest.raises(UserError, match=r"one folder of images for each class.* If metadata.jsonl lists the images"):
+        open_survey(tmp_path)
+    path.write_text('{"file_name": "0.png", "label": "a"}\n{"file_name": 7, "label": "b"}')
+    with pytest.raises(UserError, match=r"metadata.jsonl is not a table of JSON lines, one object for each row"):
+        open_survey(path)
 
 
 @pytest.mark.parametrize(
