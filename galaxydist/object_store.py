@@ -411,10 +411,10 @@ def download(
                 "Copy the whole folder of shards there again, manifest.json last."
             ) from None
 
-    _retried(attempt, store.url(name), stop, attempts)
+    retried(attempt, store.url(name), stop, attempts)
 
 
-def _retried(attempt: Callable[[], T], url: str, stop: threading.Event, attempts: int) -> T:
+def retried(attempt: Callable[[], T], url: str, stop: threading.Event, attempts: int) -> T:
     """Call a function until it raises no ``TransientError``, with growing pauses; raises as :func:`download` does."""
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
     from tenacity.nap import sleep_using_event
@@ -447,7 +447,7 @@ def check_version(store: Store, name: str, num_bytes: int | None, version: str, 
     Raises:
         UserError: the file was replaced; or as :func:`download`.
     """
-    size, found = _retried(lambda: store.stat(name), store.url(name), stop, ATTEMPTS)
+    size, found = retried(lambda: store.stat(name), store.url(name), stop, ATTEMPTS)
     if (num_bytes is not None and size != num_bytes) or (version and found != version):
         raise UserError(
             f"{store.url(name)} was replaced after it was indexed ({num_bytes} bytes of version {version or 'unknown'} then, "
@@ -517,7 +517,7 @@ class RemoteFile(io.RawIOBase):
         return len(found)
 
     def _retry(self, attempt: Callable[[], T]) -> T:
-        return _retried(attempt, self._store.url(self._name), self._stop, ATTEMPTS)
+        return retried(attempt, self._store.url(self._name), self._stop, ATTEMPTS)
 
 
 def list_files(pattern: str) -> list[str]:

@@ -21,9 +21,11 @@ from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
+from galaxydist.surveys.image_folder import open_image_folder
+from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.simulate.population import plan_survey
 from galaxydist.surveys.simulate.survey import draw_rows
+from galaxydist.surveys.tables.listed_images import ListedImages
 from galaxydist.training.trainer import train
 
 # Balanced accuracy of ten classes above which the simulation is too easy.
@@ -201,16 +203,17 @@ def measure_transfer(
     return result
 
 
-def split_by_row(survey: FolderSurvey) -> FolderSurvey:
+def split_by_row(survey: TableSurvey) -> TableSurvey:
     """Split a survey into the first rows of each class as ``train`` (the tuning half) and the others as ``test`` (held out).
 
     Raises:
         UserError: files whose names are not row numbers.
     """
     rows: list[int] = []
-    for file in survey.files:
+    assert isinstance(survey.images, ListedImages)
+    for file in survey.images.files:
         if (match := re.fullmatch(r"\d+", Path(file).stem)) is None:
-            raise UserError(f"{survey.root / file} is not named after its row in the official file, as <label>/<row>.jpg")
+            raise UserError(f"{survey.images.root / file} is not named after its row in the official file, as <label>/<row>.jpg")
         rows.append(int(match[0]))
     is_tuning = np.zeros(len(rows), bool)
     for label in np.unique(survey.labels):

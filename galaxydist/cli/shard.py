@@ -209,8 +209,7 @@ def _index_tars(
 ) -> None:
     """Index tars in place, unless the index exists."""
     from galaxydist.shards.tar_index import IndexOptions, index_tars
-    from galaxydist.surveys.image_table import TableOptions
-    from galaxydist.surveys.survey_sources import check_options, check_tar_options
+    from galaxydist.surveys.survey_sources import check_tar_options, table_options
     from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
 
     given = table_source(arguments)
@@ -219,19 +218,15 @@ def _index_tars(
     if arguments.encoding != "jpeg" or arguments.quality != QUALITY or arguments.shard_size is not None:
         raise UserError("--encoding, --quality and --shard-size are for shards that are written: leave them out with --in-place")
     check_tar_options(given)
-    check_options(variant, arguments.conflicting, arguments.name, arguments.fold)
     locations = find_tars({None: str(source)} if isinstance(source, str | Path) else source)
-    classes, class_names = class_options(arguments.classes)
-    table = TableOptions(
-        name=_name(arguments, source) or tars_name(locations),
-        columns=given.columns,
-        classes=classes,
-        class_names=class_names,
-        variant=variant,
+    table = table_options(
+        given,
+        variant,
         conflicting=arguments.conflicting,
+        name=_name(arguments, source) or tars_name(locations),
         fold=arguments.fold,
+        classes=class_options(arguments.classes)[0],
         has_val=arguments.val != NO_VAL,
-        is_labelled=given.is_labelled,
     )
     out_dir = arguments.out or shards_dir(root, table.name, variant, conflicting=arguments.conflicting)
     written_before = _written_at(out_dir)
@@ -278,7 +273,7 @@ def _print_notes(manifest: "Manifest") -> None:
 
 def _print_lossy(survey: "Survey", quality: int) -> None:
     """Print the number of lossless images that are stored as JPEG."""
-    files = getattr(getattr(survey, "images", survey), "files", ())
+    files = getattr(getattr(survey, "images", None), "files", ())
     endings = Counter(Path(file).suffix.lower() for file in files)
     lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
     if lossless:
@@ -300,10 +295,6 @@ def _name(arguments: argparse.Namespace, source: "str | Path | TarPatterns") -> 
         return name
     from galaxydist.surveys.folder_scan import fold_name
     from galaxydist.surveys.survey_sources import survey_name
-    from galaxydist.surveys.tables.tar_scan import find_tars, names_tars, tars_name
 
-    if not isinstance(source, str | Path) or names_tars(source):  # opening them reads them
-        patterns: TarPatterns = {None: str(source)} if isinstance(source, str | Path) else source
-        return fold_name(name or tars_name(find_tars(patterns)), *arguments.fold)
     classes = class_options(arguments.classes)[0]
     return fold_name(name or survey_name(source, classes=classes, source=table_source(arguments)), *arguments.fold)

@@ -24,13 +24,15 @@ from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, header_key
 from galaxydist.shards.writer.encode import decode_stored
-from galaxydist.surveys.galaxy10 import Galaxy10Survey
+from galaxydist.surveys.file_kinds import names_table
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.survey_sources import SourceOptions, is_table_url, open_survey
+from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.tables.file_tree import open_tree
+from galaxydist.surveys.tables.hdf5_images import Hdf5Images
 from galaxydist.surveys.tables.table_files import split_hdu
+from galaxydist.surveys.tables.tar_scan import names_tars
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -318,20 +320,21 @@ def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, location: str | Path) -> ExploredDataset:
+def survey_population(survey: TableSurvey, location: str | Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
     for number, name in enumerate(names):
         codes[survey.splits[name]] = number
     numbers_N = np.flatnonzero(codes >= 0)
-    kind = {FolderSurvey: "folder of images", TableSurvey: "table of images"}.get(type(survey), "HDF5 file")
+    kind = "HDF5 file" if isinstance(survey.images, Hdf5Images) else "table of images"
+    kind = "folder of images" if isinstance(survey, FolderSurvey) else kind
     return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
         kind=kind,
         location=str(location),
-        source_hash=survey.source_hash if isinstance(survey, Galaxy10Survey) else "",
+        source_hash=vars(survey).get("source_hash", ""),  # where it is known already
         class_names=survey.class_names,
         labels_N=np.asarray(survey.labels[numbers_N], np.int64),
         split_names=names,
@@ -344,7 +347,7 @@ def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, locat
 class SurveyImages:
     """Reads images and positions from a survey; ``numbers_N`` are the survey's rows of the data set's N galaxies."""
 
-    survey: FolderSurvey | Galaxy10Survey | TableSurvey
+    survey: TableSurvey
     numbers_N: NDArray[np.int64]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -366,25 +369,12 @@ class SurveyImages:
                     yield ExploredImage(row, self.survey.image_name(number), None, str(error))
 
     def positions(self) -> Positions:
-        if isinstance(self.survey, Galaxy10Survey):
-            columns = self.survey.file.columns
-            found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
-        elif isinstance(self.survey, TableSurvey):
-            extras = self.survey.extras  # without columns it has no rows either
-            redshift = _column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
-            found = [column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)]
-        else:
-            rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
-            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
-            found = [np.array([_number(value) for value in column]) for column in zip(*values, strict=True)]
-        return Positions(*found)
+        extras = self.survey.extras  # without columns it has no rows either
+        redshift = _column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
+        return Positions(*(column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)))
 
     def candidates(self, number: int, seed: int) -> None:
         """Return None: any row is cheap to read."""
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else np.nan
 
 
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:
@@ -424,7 +414,7 @@ def open_population(
                 "leave out --variant, or give the other variant's manifest"
             )
         population = shard_population(manifest)
-    elif path.exists() or is_url(location):
+    elif path.exists() or is_url(location) or names_tars(location) or Path(split_hdu(location)[0]).exists():
         population = survey_population(open_survey(location, variant or "original", classes=classes, source=source), location)
     else:
         raise UserError(
@@ -438,7 +428,7 @@ def open_population(
 
 def _is_url_of_shards(location: str) -> bool:
     """Return True for a URL, unless it is one of a table or of Parquet files: their suffix, or a data set without a manifest."""
-    if not is_url(location) or location.endswith(".parquet") or is_table_url(split_hdu(location)[0]):
+    if not is_url(location) or location.endswith(".parquet") or names_table(split_hdu(location)[0]) or names_tars(location):
         return False
     if not location.startswith("hf://datasets/") or location.endswith(MANIFEST_NAME):
         return True

@@ -14,12 +14,12 @@ from galaxydist.prediction.sources import SOURCE_ID, PredictionSource, ShardsToL
 from galaxydist.shards.manifest import MANIFEST_NAME
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
+from galaxydist.surveys.file_kinds import folder_kind
 from galaxydist.surveys.folder_scan import CLUTTER, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
 from galaxydist.surveys.image_table import TableOptions, open_table
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
-from galaxydist.surveys.tables.image_data import folder_kind
 from galaxydist.surveys.tables.listed_images import ListedImages
 from galaxydist.surveys.tables.tar_scan import names_tars
 

@@ -197,6 +197,9 @@ class TrainConfig(Section):
         "auto",
         "store images and convolutions in memory as B H W C, with the channels last; auto: for convolutional models on a GPU",
     )
+    deterministic: bool = later_field(
+        False, "use deterministic kernels only, so that a run on a GPU repeats and continues bit for bit: slower"
+    )
     compile: bool = run_field(False, "compile the model with torch.compile: slower to start, often faster afterwards")
     gradient_checkpointing: bool = run_field(
         False, "compute activations again in the backward pass instead of storing them: less memory, about a third slower"

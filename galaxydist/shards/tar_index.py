@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from galaxydist.atomic_files import NO_SPACE, whole_file
+from galaxydist.atomic_files import whole_file
 from galaxydist.counter_rng import Stream, hash64
 from galaxydist.cpus import available_cores
 from galaxydist.errors import DamagedImageError, UserError, name_some
@@ -39,8 +39,6 @@ from galaxydist.shards.manifest import (
     Manifest,
     Split,
     catalogue_name,
-    column_name,
-    file_sha256,
     read_manifest,
 )
 from galaxydist.shards.writer.damaged import (
@@ -53,8 +51,8 @@ from galaxydist.shards.writer.damaged import (
     write_left_out,
 )
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_any_file, decode_image, hash_pixels, resize_square
-from galaxydist.shards.writer.stages import channel_statistics, pixel_sums, write_array
-from galaxydist.shards.writer.writer import publish, read_existing, with_origin, write_manifest, writer_lock
+from galaxydist.shards.writer.stages import channel_statistics, pixel_sums
+from galaxydist.shards.writer.writer import publish, read_existing, with_origin, work_folder, write_columns, write_manifest
 from galaxydist.surveys.data_origin import DataOrigin, origin_of
 from galaxydist.surveys.image_files import parse_image, read_header
 from galaxydist.surveys.image_table import TableOptions, TableSurvey
@@ -114,27 +112,18 @@ def index_tars(
     if existing := _existing(out_dir, settings, overwrite=options.overwrite):
         return with_origin(existing, origin, overwrite=options.overwrite)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
-    with writer_lock(work_dir):
-        try:
-            (work_dir / _SCANS).mkdir(parents=True, exist_ok=True)
-            (work_dir / "columns").mkdir(exist_ok=True)
-            scans = _checked_sizes(_scans(work_dir / _SCANS, locations, options), options)
-            samples = read_tar_table(scans, locations, table.columns, is_labelled=table.is_labelled)
-            survey = samples.survey(table)
-            folder, names = _relative(locations, out_dir)
-            manifest = _write_columns(work_dir, samples, survey, names, options)
-            write_manifest(replace(manifest, settings=settings, tars=folder))
-            shutil.rmtree(work_dir / _SCANS)
-            with_origin(read_manifest(work_dir), origin, overwrite=True)
-            publish(work_dir, out_dir)
-        except OSError as error:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            if error.errno in NO_SPACE:
-                raise UserError(f"no space left while writing {out_dir} ({error.strerror}): free some, or take another") from None
-            raise
-        except Exception:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            raise
+    with work_folder(work_dir, out_dir):
+        (work_dir / _SCANS).mkdir(parents=True, exist_ok=True)
+        (work_dir / "columns").mkdir(exist_ok=True)
+        scans = _checked_sizes(_scans(work_dir / _SCANS, locations, options), options)
+        samples = read_tar_table(scans, locations, table.columns, is_labelled=table.is_labelled)
+        survey = samples.survey(table)
+        folder, names = _relative(locations, out_dir)
+        manifest = _write_columns(work_dir, samples, survey, names, options)
+        write_manifest(replace(manifest, settings=settings, tars=folder))
+        shutil.rmtree(work_dir / _SCANS)
+        with_origin(read_manifest(work_dir), origin, overwrite=True)
+        publish(work_dir, out_dir)
     return read_manifest(out_dir)
 
 
@@ -169,10 +158,7 @@ def _write_columns(
             "offsets": samples.images.offset[rows].astype(COLUMNS["offsets"]),
             "lengths": samples.images.length[rows].astype(COLUMNS["lengths"]),
         }
-        for name, array in arrays.items():
-            path = work_dir / column_name(split, name)
-            write_array(path, array)
-            columns[column_name(split, name)] = file_sha256(path)
+        columns |= write_columns(work_dir, split, arrays)
         catalogue = _catalogue(survey, facts, rows)
         catalogues[catalogue_name(split)] = write_catalogue(work_dir / catalogue_name(split), catalogue.schema, [catalogue])
         labels = survey.labels[rows]
@@ -363,30 +349,14 @@ def _relative(locations: Sequence[TarLocation], out_dir: Path) -> tuple[str, lis
 
 
 def _catalogue(survey: TableSurvey, facts: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
-    """Return the catalogue of these rows: columns of the types that the writer of shards gives them."""
+    """Return the catalogue of these rows; the columns that texts in tars make have the types of our own catalogues already."""
     columns = {
         ID: pa.array([survey.ids[row] for row in rows.tolist()], pa.string()),
         **{name: pa.array(values[rows], pa.float64(), from_pandas=True) for name, values in ((RA, survey.ra), (DEC, survey.dec))},
     }
-    for name, column in (*zip(survey.extras.column_names, survey.extras.columns, strict=True), (PIXEL_HASH, facts[PIXEL_HASH])):
-        values = column.take(pa.array(rows))
-        if pa.types.is_integer(values.type):
-            values = _as_int64(values)
-        elif pa.types.is_floating(values.type):
-            values = pc.cast(values, pa.float64())
-            values = pc.if_else(pc.is_finite(values), values, None)
-        elif not pa.types.is_boolean(values.type):
-            values = pc.cast(values, pa.string())
-        if values is not None and values.null_count < len(values):
-            columns[name] = values
-    return pa.table(columns)
-
-
-def _as_int64(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    try:
-        return pc.cast(values, pa.int64())
-    except pa.ArrowInvalid:  # beyond 64 bits with a sign
-        return None
+    own = dict(zip(survey.extras.column_names, survey.extras.columns, strict=True)) | {PIXEL_HASH: facts[PIXEL_HASH]}
+    taken = {name: column.take(pa.array(rows)) for name, column in own.items()}
+    return pa.table(columns | {name: values for name, values in taken.items() if values.null_count < len(values)})
 
 
 def _statistics(images: TarImages, facts: pa.Table, rows: NDArray[np.int64], size: int) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError
 from galaxydist.galaxy import STORED_SPLITS, VARIANTS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
+from galaxydist.surveys.folder_scan import CLUTTER, safe_name
 from galaxydist.surveys.image_files import decode_file, encode_png
 from galaxydist.surveys.official_split import NAME as GALAXY10
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
@@ -50,7 +51,7 @@ class _Tree:
             return None
         # The balanced tree has only train and test folders, as published; metadata.csv marks its validation galaxies.
         folder = "train" if STORED_SPLITS[code] == "val" and self.survey.variant == "balanced" else STORED_SPLITS[code]
-        return f"{folder}/{self.survey.class_names[galaxy.label]}/{galaxy.id}.png"
+        return f"{folder}/{_class_folder(self.survey.class_names[galaxy.label])}/{galaxy.id}.png"
 
 
 def export_image_folders(
@@ -74,9 +75,12 @@ def export_image_folders(
         options: for other sources than image folders and survey files.
 
     Raises:
-        UserError: the source cannot be used, another file or folder has a tree's name, or the disk is full.
+        UserError: the source cannot be used, two classes need one folder, another file or folder has a tree's name, or the disk
+            is full.
     """
     surveys = [open_survey(source, variant, classes=classes, source=options) for variant in VARIANTS]
+    if len({_class_folder(name) for name in surveys[0].class_names}) < len(surveys[0].class_names):
+        raise UserError(f"{source} has classes that cannot be told apart as names of folders: rename some with --classes")
     out_dir.mkdir(parents=True, exist_ok=True)
     exists = [_is_exported(survey, _target(survey, out_dir)) for survey in surveys]
     missing = [_start_tree(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]
@@ -103,6 +107,12 @@ def _target(survey: Survey, out_dir: Path) -> Path:
     return out_dir / (name + ending if survey.variant == "balanced" else name)
 
 
+def _class_folder(name: str) -> str:
+    """Return the folder of a class: its name, unless that is no visible folder beside the others."""
+    is_plain = "/" not in name and not name.startswith((".", "__")) and name.lower() not in CLUTTER
+    return name if is_plain else safe_name(name)
+
+
 def _is_exported(survey: Survey, target: Path) -> bool:
     """Return True if ``target`` already holds this survey; raise UserError if `data export` did not write it."""
     if not target.exists():
@@ -122,7 +132,7 @@ def _start_tree(survey: Survey, out_dir: Path) -> _Tree:
         split_of_row[rows] = STORED_SPLITS.index(split)
     for folder in ("train", "test") if survey.variant == "balanced" else survey.splits:
         for name in survey.class_names:
-            (temporary / folder / name).mkdir(parents=True, exist_ok=True)
+            (temporary / folder / _class_folder(name)).mkdir(parents=True, exist_ok=True)
     return _Tree(survey, target, temporary, split_of_row)
 
 

@@ -1,11 +1,15 @@
 """Kinds of files by their content, so that a file is opened and named as what it is, whatever its suffix."""
 
+import os
 import zlib
 from pathlib import Path
 
 from galaxydist.errors import UserError
+from galaxydist.surveys.folder_scan import natural_key
+from galaxydist.surveys.image_files import EXTENSIONS
 
 CSV, PARQUET, FITS, HDF5, TAR, JSON_LINES = "CSV", "Parquet", "FITS", "HDF5", "tar", "JSON lines"
+TAR_GZ = "gzip-compressed tar"
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # First bytes -> kind. Tars, HDF5 with a user block, zips and text need a closer look.
@@ -36,7 +40,7 @@ _ADVICE = {
     "zip archive": "unpack it first",
     "RAR archive": "unpack it first",
     "7-Zip archive": "unpack it first",
-    "gzip-compressed tar": "unpack it first: `tar xzf FILE`",
+    TAR_GZ: "unpack it first: `gunzip FILE`",
     "bzip2 file": "unpack it first",
     "xz file": "unpack it first",
     "zstd file": "unpack it first",
@@ -47,6 +51,11 @@ _ADVICE = {
     "Arrow (Feather) file": "convert it to Parquet",
     "FITS image": "give a FITS table",
 }
+_TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".fits", ".fit", ".fts", ".jsonl", ".ndjson")
+# Files that only a HATS catalogue, and a folder of `datasets.save_to_disk`, have.
+_DATA_MARKS = {"hats.properties", "collection.properties", "dataset_dict.json", "dataset_info.json"}
+# Folders of a folder that are looked into to know its kind, and images that may lie beside data.
+_NUM_LOOKED_INTO, _FEW_IMAGES = 50, 20
 # Bytes at the start of a file that its kind is known by.
 HEAD_BYTES = 4096
 
@@ -73,7 +82,7 @@ def kind_of(head: bytes, path: object) -> str:
             kind = _kind(zlib.decompressobj(31).decompress(head, HEAD_BYTES))
         except zlib.error as error:
             raise UserError(f"{path} is a damaged gzip file ({error}); copy it again") from error
-        return {TAR: "gzip-compressed tar", PARQUET: "gzip-compressed Parquet file"}.get(kind, kind)
+        return {TAR: TAR_GZ, PARQUET: "gzip-compressed Parquet file"}.get(kind, kind)
     return _kind(head)
 
 
@@ -104,6 +113,35 @@ def _kind_of_text(head: bytes) -> str:
     if first.startswith(b"{") and (first.rstrip().endswith(b"}") or not newline):
         return JSON_LINES
     return "VOTable" if kind == "XML file" and b"<votable" in start else kind
+
+
+def names_table(name: str) -> bool:
+    """Return True if a path or URL ends as those of CSV and FITS tables and of JSON lines do."""
+    return name.partition("?")[0].lower().removesuffix(".gz").endswith(_TABLE_ENDINGS)
+
+
+def folder_kind(folder: Path) -> str | None:
+    """Return ``Parquet``, ``HDF5`` or ``tar`` for a folder of such data, None for one of images; a few folders are looked into.
+
+    Some images beside Parquet files do not make it a folder of images, and a table beside many images does not make it data. Tars
+    have no images beside them.
+    """
+    found: set[str] = set()
+    num_images = 0
+    for number, (_, folders, files) in enumerate(os.walk(folder)):
+        folders.sort(key=natural_key)
+        if {*files} & _DATA_MARKS:
+            return PARQUET
+        if any(name.startswith("healpix=") for name in folders):
+            return HDF5
+        endings = [name.removesuffix(".gz").rpartition(".")[2].lower() for name in files]
+        found |= {*endings} & {"parquet", "tar"}
+        num_images += sum(f".{ending}" in EXTENSIONS for ending in endings)
+        if num_images > _FEW_IMAGES or number == _NUM_LOOKED_INTO:
+            break
+    if "tar" in found and not num_images:
+        return TAR
+    return PARQUET if "parquet" in found and num_images <= _FEW_IMAGES else None
 
 
 def refuse_kind(path: object, kind: str, expected: str) -> UserError:

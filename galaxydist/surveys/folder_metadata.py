@@ -1,5 +1,6 @@
 """Metadata of an image folder: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -79,7 +80,10 @@ def exported_tree(folder: Path, variant: str) -> Path:
     Raises:
         UserError: the folder has the trees of several data sets.
     """
-    trees = [(info, file.parent) for file in sorted(folder.glob(f"*/{DATASET_FILE}")) if (info := read_info(file.parent))]
+    trees: list[tuple[FolderInfo, Path]] = []
+    for file in sorted(folder.glob(f"*/{DATASET_FILE}")):
+        with contextlib.suppress(UserError):  # another program's file
+            trees += [(info, file.parent) for info in [read_info(file.parent)] if info is not None]
     if len(names := sorted({info.name for info, _ in trees})) > 1:
         raise UserError(f"{folder} has exports of several data sets, {', '.join(names)}: give the folder of one")
     found = {info.variant: tree for info, tree in trees}

@@ -133,7 +133,7 @@ def file_ids(file: str) -> tuple[str, str, str, str]:
     return parts[-1], "-".join(parts[-2:]), "-".join(parts), file.replace("/", "-")
 
 
-def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[ImageFile]]:
+def scan_folder(root: Path, *, as_galaxy10: bool = False, may_be_empty: bool = False) -> tuple[tuple[str, ...], list[ImageFile]]:
     """Return class names and images of ``root/[train|val|test|margin/]<class>/**``, classes and files in natural order.
 
     Folders with the names of Galaxy10's ten classes get Galaxy10's labels. A folder or file that links reach a second time is
@@ -142,6 +142,7 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     Args:
         root: the folder.
         as_galaxy10: the folders are Galaxy10's classes, named by class or by the numbers 0-9.
+        may_be_empty: a class folder without images is no error.
 
     Raises:
         UserError: no such folder, no class folders, an empty class, a single class, val or test without a train folder, or
@@ -165,7 +166,7 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     else:
         class_folders = [(name, name, None) for name in top]
     class_names, labels = _labels({name for _, name, _ in class_folders}, root, as_galaxy10=as_galaxy10)
-    found = finder.find([folder for folder, _, _ in class_folders])
+    found = finder.find([folder for folder, _, _ in class_folders], may_be_empty=may_be_empty)
     images = [ImageFile(file, split, labels[name]) for folder, name, split in class_folders for file in found[folder]]
     order: dict[str | None, int] = {None: 0, **{split: code for code, split in enumerate(STORED_SPLITS)}}
     return class_names, sorted(images, key=lambda image: (order[image.split], image.label))
@@ -252,7 +253,7 @@ class _Finder:
                 folders.append(entry.name)
         return sorted(folders, key=natural_key)
 
-    def find(self, folders: Sequence[str]) -> dict[str, list[str]]:
+    def find(self, folders: Sequence[str], *, may_be_empty: bool) -> dict[str, list[str]]:
         """Return the image files of each class folder, relative to the root, in natural order; warn about files left out.
 
         Raises:
@@ -273,7 +274,7 @@ class _Finder:
                 self._follow(folder, path)
         self._warn()
         for folder, files in self._files.items():
-            if not files:
+            if not files and not may_be_empty:
                 raise self._empty(folder)
             files.sort(key=natural_key)
         return self._files

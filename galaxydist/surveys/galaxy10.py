@@ -1,16 +1,16 @@
 """Surveys in Galaxy10's HDF5 schema: the official file, a simulated one or the user's own."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.errors import DamagedImageError, UserError
-from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS, Galaxy
+from galaxydist.errors import UserError
+from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.hdf5_schema import (
@@ -24,6 +24,8 @@ from galaxydist.surveys.hdf5_schema import (
     describe_damage,
     open_hdf5,
 )
+from galaxydist.surveys.image_arrays import ArrayLayout
+from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.split import (
     NONE,
     Codes,
@@ -37,11 +39,14 @@ from galaxydist.surveys.split import (
     split_fold,
     split_original,
 )
+from galaxydist.surveys.tables.file_tree import sample_bytes
+from galaxydist.surveys.tables.hdf5_images import Hdf5Images
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Limits of rows per slab: about 6 MB if a chunk is one image, and never more than 400 MB, however long the chunks are.
 _MIN_SLAB, _MAX_SLAB = 32, 2048
-# Samples of the file's bytes that enter its hash.
-_NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,50 +63,6 @@ class SurveyFile:
         return self.columns[LABELS].astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Galaxy10Survey:
-    """A survey file as a :class:`galaxydist.galaxy.Survey`; it holds columns but no images and can be pickled."""
-
-    file: SurveyFile
-    name: str
-    variant: str
-    labels: NDArray[np.int64]
-    splits: Mapping[str, NDArray[np.int64]]
-    source_hash: str
-    id_prefix: str
-    slab_length: int
-    original: Codes = field(repr=False)
-    conflicting: NDArray[np.bool_] = field(repr=False)
-    class_names: tuple[str, ...] = GALAXY10_CLASSES
-    reads_single_files: ClassVar[bool] = False
-
-    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of ``slab_length`` rows.
-
-        Raises:
-            UserError: the file's images cannot be read (truncated, damaged).
-        """
-        for first, images in read_images(self.file, start, stop):
-            for offset, image in enumerate(images):
-                yield self._galaxy(first + offset, image)
-
-    def image_name(self, row: int) -> str:
-        """Return the id of the galaxy in ``row``."""
-        return f"{self.id_prefix}-{row:05d}"
-
-    def _galaxy(self, row: int, image: NDArray[np.uint8]) -> Galaxy:
-        numbers = {name: _plain(self.file.columns[name][row]) for name in ("ra", "dec", "redshift", "pxscale")}
-        code = int(self.original[row])
-        extras = {
-            "row": row,
-            "redshift": numbers["redshift"],
-            "pxscale": numbers["pxscale"],
-            "conflicting": bool(self.conflicting[row]),
-            "original_split": None if code == NONE else SPLITS[code],
-        }
-        return Galaxy(self.image_name(row), image, int(self.labels[row]), numbers["ra"], numbers["dec"], extras)
-
-
 def open_galaxy10(
     path: Path,
     variant: str = "original",
@@ -109,7 +70,7 @@ def open_galaxy10(
     conflicting: str = "keep",
     name: str | None = None,
     fold: tuple[int, int] | None = None,
-) -> Galaxy10Survey:
+) -> TableSurvey:
     """Open a survey file, and load or compute its split.
 
     Args:
@@ -135,18 +96,33 @@ def open_galaxy10(
         codes = split_balanced(galaxies, original)
     if conflicting == "drop":
         codes = np.where(galaxies.sky.conflicting, NONE, codes).astype(np.int8)
-    return Galaxy10Survey(
-        file=file,
+    known = [np.asarray(file.columns[column], np.float64) for column in ("ra", "dec")]
+    prefix = {official_split.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name)
+    survey = TableSurvey(
+        location=str(path),
         name=name or found_name,
         variant=variant,
+        class_names=GALAXY10_CLASSES,
         labels=file.labels,
         splits=rows_by_split(codes),
-        source_hash=_source_hash(file, name or found_name, codes),
-        slab_length=file.slab_length,
-        id_prefix={official_split.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
-        original=original,
-        conflicting=galaxies.sky.conflicting,
+        ids=[f"{prefix}-{row:05d}" for row in range(len(codes))],
+        ra=known[0],
+        dec=known[1],
+        extras=_extras(file, galaxies.sky.conflicting, original),
+        images=Hdf5Images((path,), (0, len(codes)), IMAGES, ArrayLayout(IMAGES, -1, (0, 1, 2), None), file.slab_length),
     )
+    vars(survey)["source_hash"] = _source_hash(file, survey.name, codes)  # that of the official file does not read all of it
+    return survey
+
+
+def _extras(file: SurveyFile, conflicting: NDArray[np.bool_], original: Codes) -> "pa.Table":
+    import pyarrow as pa
+
+    numbers = {
+        name: pa.array(values, mask=~np.isfinite(values)) for name in ("redshift", "pxscale") for values in (file.columns[name],)
+    }
+    splits = pa.array([None if code == NONE else SPLITS[code] for code in original.tolist()], pa.string())
+    return pa.table({"row": np.arange(len(original)), **numbers, "conflicting": conflicting, "original_split": splits})
 
 
 def read_survey_file(path: Path) -> SurveyFile:
@@ -177,20 +153,6 @@ def read_survey_file(path: Path) -> SurveyFile:
     # A slab is a multiple of the chunk length (up to _MAX_SLAB), so that each chunk is decoded once.
     slab_length = min(chunk_rows * -(-_MIN_SLAB // chunk_rows), _MAX_SLAB)
     return SurveyFile(path, columns, attributes, slab_length)
-
-
-def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield (first row, B x 256 x 256 x 3 uint8) for rows ``start`` ... ``stop - 1``, cut at multiples of the slab length."""
-    end = stop
-    try:
-        with open_hdf5(file.path) as h5:
-            images = h5[IMAGES]
-            while start < stop:
-                end = min(stop, (start // file.slab_length + 1) * file.slab_length)
-                yield start, images[start:end]
-                start = end
-    except OSError as error:
-        raise DamagedImageError(describe_damage(file.path, error, f"images of rows {start} ... {end - 1}")) from error
 
 
 def _check_schema(path: Path, h5: Any) -> Any:
@@ -285,10 +247,7 @@ def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
     for column in COLUMNS:
         digest.update(file.columns[column].tobytes())
     digest.update(codes.tobytes())
-    with file.path.open("rb") as stream:
-        for number in range(_NUM_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+    sample_bytes(file.path, digest)
     return digest.hexdigest()
 
 

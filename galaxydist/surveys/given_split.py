@@ -27,23 +27,21 @@ from galaxydist.surveys.split import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SplitOptions:
     """The user's options for the split of a folder or a table.
 
     Args:
         variant: ``original``, or ``balanced``: every class undersampled to the smallest.
-        conflicting: ``keep`` or ``drop`` galaxies with two labels.
+        conflicting: ``keep`` or ``drop`` galaxies with two labels, by position, equal files or a mark in the metadata.
         fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation.
         has_val: False for no validation split; its galaxies stay in train.
-        needs_all_classes: a class without training images is an error, not a warning.
     """
 
     variant: str = "original"
     conflicting: str = "keep"
     fold: tuple[int, int] | None = None
     has_val: bool = True
-    needs_all_classes: bool = True
 
 
 def choose_split(
@@ -55,12 +53,14 @@ def choose_split(
 ) -> Codes:
     """Return the (N,) split codes of a source: the given ones, completed, or new ones.
 
+    A class without training images is an error of a folder; of a table it is a warning.
+
     Args:
         location: the folder or table, for messages.
         galaxies: the N galaxies.
         given: the codes that the source gives, -1 for a galaxy in no split; None if it gives none.
         options: the user's options; its ``conflicting`` concerns the galaxies that ``galaxies`` marks so.
-        new_split: makes and reports the split of a source that gives none; None: stratified by class.
+        new_split: makes and reports the split of a table that gives none; None for a folder: stratified by class.
 
     Raises:
         UserError: a fold of a source with a split of its own, or classes that are too small.
@@ -125,7 +125,7 @@ def _complete(
     """Return new codes, or cut the wanted splits that the source lacks from train, with a warning."""
     if codes is None:
         if new_split is not None:
-            return _warn_of_absent(location, galaxies, new_split(), options)
+            return _warn_of_absent(location, galaxies, new_split(), options, is_error=False)
         report_new_split(location, "by class", has_val=options.has_val)
         return split_original(galaxies)
     for target, split in ((TEST, "test"), *(((VAL, "val"),) if options.has_val else ())):
@@ -133,16 +133,16 @@ def _complete(
             logger.warning("%s has no %s split: a tenth of each class of train is used for it", location, split)
             counts = galaxies.counts(codes == TRAIN)
             before, codes = codes, cut(galaxies, codes, target)
-            if not options.needs_all_classes:  # the only galaxy of a class stays in train
+            if new_split is not None:  # the only galaxy of a class stays in train
                 codes = np.where((counts == 1)[galaxies.labels], before, codes).astype(np.int8)
-    return _warn_of_absent(location, galaxies, codes, options)
+    return _warn_of_absent(location, galaxies, codes, options, is_error=new_split is None)
 
 
-def _warn_of_absent(location: object, galaxies: SplitCandidates, codes: Codes, options: SplitOptions) -> Codes:
+def _warn_of_absent(location: object, galaxies: SplitCandidates, codes: Codes, options: SplitOptions, *, is_error: bool) -> Codes:
     """Warn about classes without images in a split, and return the codes; such a class of train may be an error."""
     for code, split in enumerate(SPLITS):
         absent = [galaxies.class_names[label] for label in np.flatnonzero(galaxies.counts(codes == code) == 0).tolist()]
-        if absent and code == TRAIN and options.needs_all_classes:
+        if absent and code == TRAIN and is_error:
             raise UserError(f"{location}: class {absent[0]!r} has no training images; add some or remove the class everywhere")
         if absent and (options.has_val or code != VAL):
             share = f"{len(absent)} of {galaxies.num_classes} classes: " if len(absent) > 1 else ""

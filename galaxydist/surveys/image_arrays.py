@@ -84,8 +84,8 @@ def array_layout(
         bands = tuple(range(count))
     else:
         raise UserError(
-            f"{name} has {count} bands without names (its shape is {_show(shape)}): give --bands with the numbers of those for "
-            f"red, green and blue, in this order, from 0 to {count - 1}"
+            f"{name} has {count} bands without names (its shape is {show_shape(shape)}): give --bands with the numbers of those "
+            f"for red, green and blue, in this order, from 0 to {count - 1}"
         )
     if first.dtype.kind not in "iuf":
         raise UserError(f"{name} holds {first.dtype}, not pixels; choose another data set with --image-column")
@@ -121,7 +121,7 @@ def _band_axis(name: str, shape: Sequence[int], names: Sequence[str] | None) -> 
         if min(first, last) <= _MOST_BANDS:
             return 0 if first < last else -1
     raise UserError(
-        f"{name} has the shape {_show(shape)}; images are N x height x width x 3, N x 3 x height x width, or other bands"
+        f"{name} has the shape {show_shape(shape)}; images are N x height x width x 3, N x 3 x height x width, or other bands"
     )
 
 
@@ -143,5 +143,6 @@ def _chosen(name: str, wanted: Sequence[str], names: Sequence[str] | None, count
     return tuple(found)
 
 
-def _show(shape: Sequence[int]) -> str:
+def show_shape(shape: Sequence[int]) -> str:
+    """Return ``60 x 16 x 16``."""
     return " x ".join(map(str, shape))

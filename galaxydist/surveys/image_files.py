@@ -186,24 +186,12 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
     return found
 
 
-def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Group files of equal bytes, as :func:`group_equal_images` does; ``files`` are relative to ``root``."""
-
-    def is_blank_file(row: int) -> bool:
-        try:
-            return is_blank((root / files[row]).read_bytes(), files[row])
-        except OSError:
-            return True
-
-    return group_equal_images(root, files, digests, labels, is_blank_file)
-
-
 def group_equal_images(
     location: object,
     names: Sequence[str],
     digests: Sequence[str],
     labels: NDArray[np.integer],
-    is_blank_row: Callable[[int], bool],
+    read_row: Callable[[int], NDArray[np.uint8] | EncodedImage],
 ) -> NDArray[np.int64]:
     """Group images of equal bytes, with a warning about copies and about copies with two labels.
 
@@ -211,7 +199,7 @@ def group_equal_images(
         location, names: the data set and the N images, for messages.
         digests: N hashes of the images' bytes; those that begin with ``UNREADABLE`` are equal to none.
         labels: (N,) class numbers.
-        is_blank_row: returns True for an image of a single colour, or one that cannot be read.
+        read_row: returns the image of a row; raises DamagedImageError if it cannot be read.
 
     Returns:
         (N,) group numbers, equal for equal images; -1 for a unique image and for images of a single colour, which show nothing.
@@ -221,7 +209,7 @@ def group_equal_images(
     order = np.argsort(number_N, kind="stable")
     members = np.split(order, np.cumsum(count)[:-1])
     found = [rows for rows in members if len(rows) > 1 and not digests[rows[0]].startswith(UNREADABLE)]
-    found = sorted((rows for rows in found if not is_blank_row(int(rows[0]))), key=lambda rows: int(rows[0]))
+    found = sorted((rows for rows in found if not _is_blank(read_row, int(rows[0]))), key=lambda rows: int(rows[0]))
     for number, rows in enumerate(found):
         groups[rows] = number
     two_labels = [rows for rows in found if len(set(labels[rows].tolist())) > 1]
@@ -266,21 +254,16 @@ def group_equal_rows(
                 digests.append(f"{UNREADABLE} {len(digests)}")
                 bar.update()
 
-    def is_blank_row(row: int) -> bool:
-        (image,) = read(row, row + 1)
-        if isinstance(image, EncodedImage):
-            return is_blank(image.data, row)
-        return bool((image == image[:1, :1]).all())
-
     names = [f"row {row + 1}" for row in range(len(labels))]
-    return group_equal_images(location, names, digests, labels, is_blank_row)
+    return group_equal_images(location, names, digests, labels, lambda row: next(iter(read(row, row + 1))))
 
 
-def is_blank(data: bytes, name: object) -> bool:
-    """Return True if an image file has a single colour or cannot be read; reading it later reports the error."""
+def _is_blank(read_row: Callable[[int], NDArray[np.uint8] | EncodedImage], row: int) -> bool:
+    """Return True if an image has a single colour or cannot be read; reading it later reports the error."""
     try:
-        pixels = decode_file(data, name)
-    except UserError:
+        image = read_row(row)
+        pixels = decode_file(image.data, row) if isinstance(image, EncodedImage) else image
+    except DamagedImageError:
         return True
     return bool((pixels == pixels[:1, :1]).all())
 

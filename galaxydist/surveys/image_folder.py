@@ -1,26 +1,27 @@
 """Surveys from image folders: one folder per class, with or without train, val and test above them."""
 
 import hashlib
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.galaxy import STORED_SPLITS, Galaxy
+from galaxydist.galaxy import STORED_SPLITS
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, exported_tree, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, file_ids, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.given_split import SplitOptions, choose_split, is_complete, split_code
 from galaxydist.surveys.hdf5_schema import SIMULATED
-from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
+from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.split import (
     NONE,
     Codes,
@@ -31,74 +32,33 @@ from galaxydist.surveys.split import (
     join_groups,
     rows_by_split,
 )
+from galaxydist.surveys.tables.listed_images import ListedImages
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-_SLAB = 256
-
 
 @dataclass(frozen=True)
-class FolderSurvey:
-    """An image folder as a :class:`galaxydist.galaxy.Survey`; images are read on demand."""
+class FolderSurvey(TableSurvey):
+    """An image folder as a table of its files; its hash is that of versions before there were tables."""
 
-    root: Path
-    name: str
-    variant: str
-    class_names: tuple[str, ...]
-    labels: NDArray[np.int64]
-    splits: Mapping[str, NDArray[np.int64]]
-    files: tuple[str, ...] = field(repr=False)
-    rows: tuple[FolderRow, ...] = field(repr=False)
-    source_ids: tuple[str | None, ...] = field(repr=False)
-    slab_length: int = _SLAB
-    first_row: int = 0  # of those that are held, above 0 for a part
-    reads_single_files: ClassVar[bool] = True
+    rows: tuple[FolderRow, ...] = field(repr=False, default=())
 
-    def image_name(self, row: int) -> str:
-        """Return the image file of a row."""
-        return self.files[row]
-
-    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """Yield the galaxies of rows ``start`` ... ``stop - 1``: RGB JPEG and PNG files as bytes, others as pixels.
-
-        Extras contain ``file`` and ``source_id``, the user's own id, except for galaxies that `data export` wrote.
-
-        Raises:
-            UserError: a file cannot be read or is not an image (truncation is detected only by the decoder).
-        """
-        for number in range(start - self.first_row, stop - self.first_row):
-            row, source_id = self.rows[number], self.source_ids[number]
-            extras = row.extras
-            if source_id is not None:
-                extras = {"source_id": source_id, **row.extras, "file": _printable(self.files[number])}
-            image = read_image(self.root / self.files[number])
-            yield Galaxy(row.id, image, int(self.labels[number]), row.ra, row.dec, extras)
-
-    def part(self, start: int, stop: int) -> "FolderSurvey":
-        """Return a survey that can only read rows ``start`` ... ``stop - 1``, to send to a process."""
-        own = slice(start - self.first_row, stop - self.first_row)
-        return replace(
-            self,
-            labels=self.labels[own],
-            splits={},
-            files=self.files[own],
-            rows=self.rows[own],
-            source_ids=self.source_ids[own],
-            first_row=start,
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the rows out of a pickle: workers do not need the hash."""
+        return super().__getstate__() | {"rows": ()}
 
     @cached_property
     def source_hash(self) -> str:
         """SHA-256 of names, labels, splits and the files' bytes, which are read at first access."""
-        return self.hash_of(hash_files(self.root, self.files, self.name))
-
-    def hash_of(self, digests: list[str]) -> str:
-        """Return ``source_hash``, given the hashes of the files."""
+        assert isinstance(self.images, ListedImages)
         digest = hashlib.sha256(f"{self.name} {self.class_names}".encode())
         digest.update(self.labels.tobytes())
         for split, rows in self.splits.items():
             digest.update(split.encode() + rows.tobytes())
-        for row, hexdigest in zip(self.rows, digests, strict=True):
+        for row, hexdigest in zip(self.rows, self.images.digests, strict=True):
             digest.update(f"{row} {hexdigest}".encode())
         return digest.hexdigest()
 
@@ -133,33 +93,53 @@ def open_image_folder(
     if is_balanced and variant == "original":
         raise UserError(f"{root} holds only the balanced variant; give the folder of the original one, or data.variant=balanced")
     is_galaxy10 = classes == "galaxy10" or (info is not None and info.name in (official_split.NAME, SIMULATED))
-    class_names, images = scan_folder(root, as_galaxy10=is_galaxy10)
+    class_names, images = scan_folder(root, as_galaxy10=is_galaxy10, may_be_empty=info is not None)
     images, rows, source_ids = _with_metadata(root, images)
     galaxies = _candidates([image.label for image in images], class_names, rows)
     given = _folder_codes(root, images, rows)
-    files = tuple(image.file for image in images)
-    digests: list[str] | None = None
+    labels = np.asarray(galaxies.labels, np.int64)
+    name = name or (info.name if info else safe_name(root.resolve().name))
+    listed = ListedImages(name, root, tuple(image.file for image in images))
     if info is None and (variant == "balanced" or not is_complete(root, given, has_val=has_val)):
-        digests = hash_files(root, files, name or root.name)
-        equal = group_equal_files(root, files, digests, galaxies.labels)
-        galaxies = replace(galaxies, sky=join_groups(galaxies.sky, equal, galaxies.labels))
-    codes = choose_split(root, galaxies, given, SplitOptions("original" if is_balanced else variant, conflicting, fold, has_val))
+        galaxies = replace(galaxies, sky=join_groups(galaxies.sky, listed.group_equal(labels), labels))
+    options = SplitOptions(variant="original" if is_balanced else variant, conflicting=conflicting, fold=fold, has_val=has_val)
+    codes = choose_split(root, galaxies, given, options)
     if conflicting == "drop":  # the marks of an exported folder's metadata
         codes = np.where([bool(row.extras.get("conflicting")) for row in rows], NONE, codes).astype(np.int8)
-    survey = FolderSurvey(
-        root=root,
-        name=name or (info.name if info else safe_name(root.resolve().name)),
+    ra, dec = _positions(rows)
+    return FolderSurvey(
+        location=str(root),
+        name=name,
         variant=variant,
         class_names=class_names,
-        labels=np.asarray(galaxies.labels, np.int64),
+        labels=labels,
         splits=rows_by_split(codes),
-        files=files,
+        ids=[row.id for row in rows],
+        ra=ra,
+        dec=dec,
+        extras=_extras(rows, listed.files, source_ids),
+        images=listed,
         rows=tuple(rows),
-        source_ids=tuple(source_ids),
     )
-    if digests is not None:
-        vars(survey)["source_hash"] = survey.hash_of(digests)  # avoids hashing the files again
-    return survey
+
+
+def _extras(rows: Sequence[FolderRow], files: Sequence[str], source_ids: Sequence[str | None]) -> "pa.Table":
+    """Return the metadata's own columns, and of galaxies that `data export` did not write the user's id and the file."""
+    import pyarrow as pa
+
+    columns: dict[str, Sequence[Any]] = {
+        name: [row.extras.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row.extras)
+    }
+    if any(name is not None for name in source_ids):
+        shown = [None if name is None else _printable(file) for name, file in zip(source_ids, files, strict=True)]
+        columns = {"source_id": source_ids, **columns, "file": shown}
+    found = {}
+    for name, values in columns.items():
+        try:
+            found[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):  # values of several types
+            found[name] = pa.array([value if isinstance(value, str | None) else json.dumps(value) for value in values])
+    return pa.table(found)
 
 
 def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile], list[FolderRow], list[str | None]]:

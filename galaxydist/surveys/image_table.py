@@ -9,8 +9,8 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -49,6 +49,7 @@ from galaxydist.surveys.table_columns import (
     find_columns,
     is_scalar,
     is_text,
+    log_once,
     read_degrees,
     read_labels,
     text_values,
@@ -105,18 +106,14 @@ class DivisibleImages(Protocol):
 
 
 @dataclass(frozen=True)
-class TableOptions:
-    """The user's options for a table.
+class TableOptions(SplitOptions):
+    """The user's options for a table, beside those for its split.
 
     Args:
         name: the data set's name.
         columns: the columns that the user names.
         classes: ``galaxy10``: the labels are Galaxy10's classes, by name or number; None: as they are.
         class_names: names of the classes 0, 1, ...; None: the label column holds the names.
-        variant: ``original`` or ``balanced``.
-        conflicting: ``keep`` or ``drop`` galaxies with two labels, by position, equal files or a column ``conflicting``.
-        fold: ``(k, n)``: fold k of an n-fold cross-validation.
-        has_val: False for no validation split.
         is_labelled: False for galaxies without labels: all rows are in the split ``test``, and there are no classes.
     """
 
@@ -124,10 +121,6 @@ class TableOptions:
     columns: ColumnNames = field(default_factory=ColumnNames)
     classes: str | None = None
     class_names: tuple[str, ...] | None = None
-    variant: str = "original"
-    conflicting: str = "keep"
-    fold: tuple[int, int] | None = None
-    has_val: bool = True
     is_labelled: bool = True
 
 
@@ -182,7 +175,8 @@ class TableSurvey:
 
     def image_name(self, row: int) -> str:
         """Return the file of a row's image if it has one, else the galaxy's id."""
-        return str(self.extras.column("file")[row]) if "file" in self.extras.column_names else self.ids[row]
+        file = self.extras["file"][row].as_py() if "file" in self.extras.column_names else None
+        return file or self.ids[row]
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``; raises DamagedImageError at a row whose image cannot be read."""
@@ -256,9 +250,8 @@ def open_table(
     Raises:
         UserError: an empty table, wrong columns or values, ids that occur twice, or no row with an image and a label.
     """
-    check_rows(table, location)
     check_name(options.name)
-    columns = find_columns(table.column_names, options.columns, location, is_labelled=options.is_labelled)
+    columns = read_columns(table, options.columns, location, is_labelled=options.is_labelled)
     given, without_split = _given_split(table, columns, location)
     reasons = {
         "without an image": ~has_image if has_image is not None else np.zeros(len(table), np.bool_),
@@ -272,7 +265,7 @@ def open_table(
     if not len(kept):
         raise UserError(f"{location}: no row can be used: {_describe(reasons)}")
     if len(kept) < len(table):
-        _report_left_out(location, f"{len(table) - len(kept):,} of {len(table):,} rows are left out: {_describe(reasons)}")
+        log_once(f"{location}: {len(table) - len(kept):,} of {len(table):,} rows are left out: {_describe(reasons)}")
     ids, source_ids = _ids(table, columns, kept, location, options.name)
     ra, dec = _positions(table, columns, location)
     codes = np.full(len(table), NONE, np.int8)
@@ -302,12 +295,24 @@ def open_table(
     )
 
 
-def check_rows(table: "pa.Table", location: str) -> None:
-    """Raise a UserError if a table has no rows."""
+def read_columns(table: "pa.Table", wanted: ColumnNames, location: str, *, is_labelled: bool) -> ColumnNames:
+    """Return the columns of a table, as ``find_columns`` does.
+
+    Raises:
+        UserError: the table has no rows, or a column has lists, structures or bytes; or as ``find_columns``.
+    """
     if not len(table):
         raise UserError(
             f"{location} has no rows{f', only the header {name_some(table.column_names)}' if table.num_columns else ''}"
         )
+    columns = find_columns(table.column_names, wanted, location, is_labelled=is_labelled)
+    for kind, name in asdict(columns).items():
+        if name is not None and not is_scalar(table.schema.field(name).type):
+            raise UserError(
+                f"{location}, column {name!r} has values of type {table.schema.field(name).type}, not single numbers or text; "
+                f"name another column with --{kind}"
+            )
+    return columns
 
 
 def _labels(
@@ -426,9 +431,8 @@ class _RowsToSplit:
         )
         sky = join_groups(galaxies.sky, equal, self.labels)
         galaxies = replace(galaxies, sky=replace(sky, conflicting=sky.conflicting | marked))
-        wanted = SplitOptions(options.variant, options.conflicting, options.fold, options.has_val, needs_all_classes=False)
         return choose_split(
-            self.location, galaxies, given, wanted, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
+            self.location, galaxies, given, options, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
         )
 
     def _new_split(self, galaxies: SplitCandidates, equal: NDArray[np.int64], *, has_val: bool) -> Codes:
@@ -517,12 +521,6 @@ def _left_out(
 def _describe(reasons: Mapping[str, NDArray[np.bool_]]) -> str:
     """Return ``9 without an image, 3 without a label``."""
     return ", ".join(f"{int(mask.sum()):,} {reason}" for reason, mask in reasons.items() if mask.any())
-
-
-@cache
-def _report_left_out(location: str, text: str) -> None:
-    """Log once for each table: a command may open it several times."""
-    logger.warning("%s: %s", location, text)
 
 
 def _hash_column(digest: Any, array: "pa.Array") -> None:

@@ -5,21 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 from galaxydist.object_store import Store, download, is_url
-from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, refuse_kind
+from galaxydist.surveys.file_kinds import CSV, FITS, HDF5, JSON_LINES, PARQUET, file_kind, folder_kind, names_table, refuse_kind
 from galaxydist.surveys.folder_scan import check_name, safe_name
-from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
+from galaxydist.surveys.galaxy10 import open_galaxy10
 from galaxydist.surveys.image_arrays import ArrayOptions
-from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
-from galaxydist.surveys.image_table import TableOptions, TableSurvey, check_rows, open_table
+from galaxydist.surveys.image_folder import open_image_folder
+from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table, read_columns
 from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
-from galaxydist.surveys.tables.image_data import ImageData, folder_kind, read_hdf5_data, read_parquet_data, tree_origin
+from galaxydist.surveys.tables.image_data import ImageData, read_hdf5_data, read_parquet_data, tree_origin
 from galaxydist.surveys.tables.image_urls import split_url
 from galaxydist.surveys.tables.listed_images import open_listed_images
 from galaxydist.surveys.tables.parquet_folders import read_card
@@ -31,7 +30,6 @@ _CONFLICTING = ("keep", "drop")
 # Names of tables that say nothing about the data set.
 _PLAIN_NAMES = {"catalog", "catalogue", "data", "galaxies", "images", "index", "labels", "metadata", "table", "train"}
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
-_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".fits", ".fit", ".fts", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def open_survey(
     classes: str | None = None,
     has_val: bool = True,
     source: SourceOptions | None = None,
-) -> FolderSurvey | Galaxy10Survey | TableSurvey:
+) -> TableSurvey:
     """Open an image folder, a table of images (CSV, Parquet, FITS), or Parquet files, HDF5 files or tars that hold their images.
 
     Files are known by their content, not by their suffix alone; docs/other_formats.md lists the formats.
@@ -83,21 +81,8 @@ def open_survey(
     Raises:
         UserError: the source is missing or unusable, or the options contradict each other.
     """
-    check_options(variant, conflicting, name, fold)
-    if classes not in (None, "galaxy10"):
-        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     given = source or SourceOptions()
-    options = TableOptions(
-        name=name or "",
-        columns=given.columns,
-        classes=classes,
-        class_names=given.class_names,
-        variant=variant,
-        conflicting=conflicting,
-        fold=fold,
-        has_val=has_val,
-        is_labelled=given.is_labelled,
-    )
+    options = table_options(given, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
     if isinstance(path, Mapping) or names_tars(path):
         return _open_tars(path if isinstance(path, Mapping) else {None: str(path)}, given, options)
     data = _read_data(path, given)
@@ -115,8 +100,10 @@ def open_survey(
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)
 
 
-def survey_name(path: str | Path, *, classes: str | None = None, source: SourceOptions | None = None) -> str:
+def survey_name(path: str | Path | TarPatterns, *, classes: str | None = None, source: SourceOptions | None = None) -> str:
     """Return the name that a source's data set has if the user gives none; no image is read, and no split made for a table."""
+    if isinstance(path, Mapping) or names_tars(path):
+        return tars_name(find_tars(path if isinstance(path, Mapping) else {None: str(path)}))
     data = _read_data(path, source or SourceOptions())
     return open_survey(path, classes=classes).name if data is None else data.name
 
@@ -125,7 +112,7 @@ def _read_data(path: str | Path, source: SourceOptions) -> ImageData | None:
     """Return the table of a source, None for an image folder and for a survey file."""
     file, hdu = split_hdu(str(path))
     if is_url(path):
-        if hdu is not None or is_table_url(file):
+        if hdu is not None or names_table(file):
             return _read_remote_table(file, hdu, source)
         return read_parquet_data(str(path), source.arrays)
     local = Path(file)
@@ -156,11 +143,6 @@ def _read_table(file: Path, location: str, hdu: str | None, source: SourceOption
         return {name for name in (columns.id, columns.file) if name is not None}
 
     return ImageData(location, _table_name(file), read_table(file, hdu, texts, location), None, root)
-
-
-def is_table_url(url: str) -> bool:
-    """Return True for the URL of a CSV or FITS table or of JSON lines, by its ending."""
-    return urlsplit(url).path.lower().removesuffix(".gz").endswith(_TABLE_SUFFIXES)
 
 
 def _read_remote_table(url: str, hdu: str | None, source: SourceOptions) -> ImageData:
@@ -202,16 +184,42 @@ def _is_plain(source: SourceOptions) -> bool:
     return replace(source, images=None, cache_dir=None) == SourceOptions()
 
 
-def check_options(variant: str, conflicting: str, name: str | None, fold: tuple[int, int] | None) -> None:
-    """Raise a UserError for values that no survey has, and for options that contradict each other."""
+def table_options(
+    source: SourceOptions,
+    variant: str,
+    *,
+    conflicting: str,
+    name: str | None,
+    fold: tuple[int, int] | None,
+    classes: str | None,
+    has_val: bool,
+) -> TableOptions:
+    """Return the options of ``open_survey`` for a table.
+
+    Raises:
+        UserError: values that no survey has, or options that contradict each other.
+    """
     if variant not in VARIANTS:
         raise UserError(f"no variant {variant!r}; choose from {', '.join(VARIANTS)}")
     if conflicting not in _CONFLICTING:
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":
         raise UserError("a cross-validation uses the original variant; remove variant or fold")
+    if classes not in (None, "galaxy10"):
+        raise UserError(f"classes={classes!r}: give galaxy10, or the names of the classes as a list")
     if name is not None:
         check_name(name)
+    return TableOptions(
+        name=name or "",
+        columns=source.columns,
+        classes=classes,
+        class_names=source.class_names,
+        is_labelled=source.is_labelled,
+        variant=variant,
+        conflicting=conflicting,
+        fold=fold,
+        has_val=has_val,
+    )
 
 
 def _refuse_table_options(path: Path, kind: str, source: SourceOptions | None) -> None:
@@ -230,14 +238,12 @@ def _table_name(file: Path) -> str:
 
 def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> TableSurvey:
     """Open a table with the images that it holds, or with those that it names."""
-    check_rows(data.table, data.location)
-    options = data.options(options)
-    columns = find_columns(data.table.column_names, options.columns, data.location, is_labelled=options.is_labelled)
-    data = data.without_index(columns.used())
+    table, options = data.prepared(options)
+    columns = read_columns(table, options.columns, data.location, is_labelled=options.is_labelled)
     if data.images is not None:
         if given.images is not None:
             raise UserError(f"{data.location} holds its images itself; leave out --images")
-        survey = open_table(data.table, data.images, data.location, options, data.has_image)
+        survey = open_table(table, data.images, data.location, options, data.has_image)
     else:
         if given.arrays != ArrayOptions():
             raise UserError(
@@ -247,9 +253,9 @@ def _open_data(data: ImageData, given: SourceOptions, options: TableOptions) -> 
         if columns.file is None:
             raise UserError(
                 f"{data.location} has no column with the names of image files; name it with --file. Its columns are "
-                f"{', '.join(data.table.column_names)}"
+                f"{', '.join(table.column_names)}"
             )
-        files = text_values(data.table.column(columns.file))
+        files = text_values(table.column(columns.file))
         images, has_image = open_listed_images(files, given.images or data.root, data.location, columns.file, given.cache_dir)
-        survey = open_table(data.table, images, data.location, options, has_image)
+        survey = open_table(table, images, data.location, options, has_image)
     return replace(survey, origin=data.origin)

@@ -25,20 +25,8 @@ logger = logging.getLogger(__name__)
 USUAL_NAMES = {
     "file": (
         *("file", "file_name", "filename", "file_path", "filepath", "path", "file_loc", "image_path", "image_file", "image_name"),
-        *(
-            "img_path",
-            "image",
-            "img",
-            "jpg_loc",
-            "png_loc",
-            "jpeg",
-            "png",
-            "url",
-            "image_url",
-            "img_url",
-            "jpeg_url",
-            "cutout_url",
-        ),
+        *("img_path", "image", "img", "jpg_loc", "png_loc", "jpeg", "png", "url", "image_url", "img_url", "jpeg_url"),
+        "cutout_url",
     ),
     "id": (
         *("id", "id_str", "galaxy_id", "galaxyid", "object_id", "objectid", "obj_id", "iauname", "iau_name", "dr8_id"),
@@ -123,14 +111,14 @@ def find_columns(names: Sequence[str], wanted: ColumnNames, location: object, *,
                 raise UserError(f"{location}: --{other} {found[other]} names one coordinate; name the other with --{missing}")
         found["ra"] = found["dec"] = None
     if named := ", ".join(f"{kind}={name}" for kind, name in guessed.items() if found[kind] is not None):
-        _report_guess(location, named)
+        log_once(f"{location}: columns by their usual names: {named} (options such as --label name others)", logging.INFO)
     return replace(ColumnNames(), **found)
 
 
 @cache
-def _report_guess(location: object, columns: str) -> None:
-    """Log once for each table: a command may open it several times."""
-    logger.info("%s: columns by their usual names: %s (options such as --label name others)", location, columns)
+def log_once(text: str, level: int = logging.WARNING) -> None:
+    """Log a message about a source only once: a command may open it several times."""
+    logger.log(level, "%s", text)
 
 
 def _named(names: Sequence[str], given: str, kind: str, location: object) -> str:
@@ -143,7 +131,7 @@ def _named(names: Sequence[str], given: str, kind: str, location: object) -> str
     lowered = {name.lower(): name for name in names}
     close = get_close_matches(given.lower(), list(lowered), n=1)
     hint = f"; did you mean {lowered[close[0]]}?" if close else ""
-    raise UserError(f"{location} has no column {given!r} (--{kind}){hint} Its columns are {name_some(list(names), 40)}")
+    raise UserError(f"{location} has no column {given!r} (--{kind}){hint or '.'} Its columns are {name_some(list(names), 40)}")
 
 
 def text_values(column: "pa.ChunkedArray") -> "pa.Array":
@@ -157,8 +145,9 @@ def text_values(column: "pa.ChunkedArray") -> "pa.Array":
 
     array = decoded(column)
     if pa.types.is_floating(array.type):
-        whole = pc.cast(pc.if_else(pc.is_finite(array), array, None), pa.float64())
-        is_whole = pc.all(pc.equal(whole, pc.trunc(whole))).as_py()
+        array = pc.cast(array, pa.float64())
+        whole = pc.if_else(pc.is_finite(array), array, None)
+        is_whole = pc.all(pc.and_(pc.equal(whole, pc.trunc(whole)), pc.less(pc.abs(whole), 2.0**63))).as_py()
         array = pc.cast(whole, pa.int64()) if is_whole is not False else whole
     text = pc.utf8_trim_whitespace(pc.cast(array, pa.string()))
     return pc.if_else(pc.is_in(pc.utf8_lower(text), value_set=pa.array(_EMPTY_TEXT)), None, text)
@@ -176,6 +165,26 @@ def decoded(column: "pa.ChunkedArray") -> "pa.Array":
     if is_text(array.type):
         array = pc.cast(array, pa.string())
     return array
+
+
+def arrow_column(values: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> "pa.Array | None":
+    """Return numbers of any byte order, truth values or text (N) as a column; None for arrays and other kinds of values.
+
+    Args:
+        values: text without padding, or padded with spaces or zeros.
+        mask: (N,) True where there is no value; None: nowhere.
+    """
+    import pyarrow as pa
+
+    if values.ndim != 1 or values.dtype.kind not in "biufSUO":
+        return None
+    if values.dtype.kind in "biuf":
+        is_usual = values.dtype.kind != "f" or values.dtype.itemsize in (4, 8)
+        return pa.array(values.astype(values.dtype.newbyteorder("=") if is_usual else np.float64), mask=mask)
+    texts = [text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else text for text in values.tolist()]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return pa.array([text.strip() for text in texts], pa.string(), mask=mask)
 
 
 def is_text(kind: Any) -> bool:
@@ -240,8 +249,6 @@ def _check_label_values(found: Sequence[str], num_labelled: int, column: "pa.Chu
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-        raise UserError(f"{where} has values of type {kind}, which are no class names; name another column with --label")
     if pa.types.is_floating(kind) and any("." in text or "e" in text for text in found):
         example = next(text for text in found if "." in text or "e" in text)
         raise UserError(f"{where} has numbers with fractions ({example}), which are no classes; name another column with --label")

@@ -299,6 +299,33 @@ class Probe:
         del ballast
 
 
+def check_deterministic(world: World, recipe: Recipe, model: nn.Module) -> None:
+    """Refuse a model with operations that have no deterministic algorithm on its device.
+
+    Args:
+        world, recipe: of the run.
+        model: on its device, neither wrapped nor compiled.
+
+    Raises:
+        EveryRankError: equally on all ranks; the text names the operation.
+    """
+    size = recipe.data.image_size
+    images_BCHW = torch.zeros(2, 3, size, size, dtype=world.dtype, device=world.device)
+    try:
+        with unchanged(model, world.device):
+            with world.mixed_precision.autocast():
+                logits_BK = model(images_BCHW)
+            torch.autograd.backward(dummy_loss(logits_BK))
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise EveryRankError(
+            f"train.deterministic=true: {recipe.model.name} uses {operation.split()[-1]}, for which torch has no deterministic "
+            f"algorithm on {world.device.type}. Use another model, or set train.deterministic=false."
+        ) from error
+
+
 @contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Set the model to training mode without gradients, and restore it afterwards bit for bit.

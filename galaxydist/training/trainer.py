@@ -40,6 +40,7 @@ from galaxydist.models.performance import (
     choose_memory_format,
     compile_model,
     cudnn_benchmark,
+    deterministic_algorithms,
     remove_broken_libraries,
     set_memory_format,
     set_tf32,
@@ -63,7 +64,7 @@ from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
-from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
+from galaxydist.training.micro_batch import check_deterministic, choose_micro_batch, explained_out_of_memory, is_out_of_memory
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
@@ -99,7 +100,10 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Le
     """
     config = resolved.recipe.train
     timeout = collective_timeout(config.hang_timeout)
-    with open_world(config.precision, environ, timeout=timeout, threads=config.threads) as world:
+    with (
+        deterministic_algorithms(config.deterministic, environ),
+        open_world(config.precision, environ, timeout=timeout, threads=config.threads) as world,
+    ):
         stop_signal = Trainer(resolved, world, environ, leave).run()
         world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
     return stop_signal
@@ -192,6 +196,8 @@ class Trainer:
         stored = world.run_on_main(lambda: StoredImages.of(self.manifest))
         self.trained_on = world.run_on_all(lambda: TrainingData.of(self.manifest, recipe, self.model, stored))
         check_passes(recipe, world, self.model)
+        if recipe.train.deterministic:
+            check_deterministic(world, recipe, self.model.to(device=world.device, dtype=world.dtype))
 
     def _check_data(self) -> None:
         """Rank 0: find errors that would otherwise end the run after the training."""
@@ -449,7 +455,7 @@ class Trainer:
         self.step.timer.window(1)  # the time since the step was built does not count
         with contextlib.ExitStack() as stack:
             # All passes have one shape, or two if the micro-batches differ by one.
-            stack.enter_context(cudnn_benchmark(self.world.device.type == "cuda"))
+            stack.enter_context(cudnn_benchmark(self.world.device.type == "cuda" and not self.recipe.train.deterministic))
             loader = stack.enter_context(self.world.run_on_all(self.open_loader))
             batches = stack.enter_context(DevicePrefetcher(loader, self.world.device))
             stack.enter_context(self.checkpointer.writer)
@@ -479,6 +485,7 @@ class Trainer:
             num_streams=data.num_streams,
             balance=data.balance,
             on_error="report",
+            draw=self.step.draw,
             start_step=self.state.step,
         )
 

@@ -56,7 +56,7 @@ def test_the_tuning_half_is_the_first_rows_of_each_class(real_sample: Path) -> N
     tuning, held_out = survey.splits["train"], survey.splits["test"]
     assert len(tuning) == 10 * TUNING_ROWS and len(tuning) + len(held_out) == 999
     assert not set(tuning) & set(held_out)
-    row_of = np.array([int(Path(file).stem) for file in survey.files])
+    row_of = np.array([int(Path(file).stem) for file in survey.images.files])
     for label in range(10):
         of_class = survey.labels == label
         assert row_of[tuning][of_class[tuning]].max() < row_of[held_out][of_class[held_out]].min()

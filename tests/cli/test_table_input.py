@@ -77,6 +77,14 @@ def fits_image(path: Path) -> None:
     fits.PrimaryHDU(np.zeros((4, 4))).writeto(path)
 
 
+def json_lines_of_lists(path: Path) -> None:
+    path.write_text("\n".join(json.dumps({"file": file, "label": [label]}) for file, label in zip(FILES, LABELS, strict=True)))
+
+
+def empty_parquet_of_arrays(path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.list_(pa.list_(pa.float32()))), "label": pa.array([], "string")}), path)
+
+
 def with_columns(**columns: list[object]) -> Callable[[Path], None]:
     return lambda path: table(path, **columns)
 
@@ -117,7 +125,9 @@ def with_bytes(data: bytes) -> Callable[[Path], None]:
         (with_bytes(b'[{"file": 1}]'), [], "is a JSON file, by its content"),
         (zipped, [], "is a zip archive, by its content"),
         (excel, [], 'is an Excel workbook, by its content, not a table of images'),
-        (truncated_parquet, [], "Parquet"),
+        (truncated_parquet, [], "is truncated or damaged ("),
+        (json_lines_of_lists, [], "column 'label' has values of type list<item: string>, not single numbers or text; name"),
+        (empty_parquet_of_arrays, [], "the column 'image' has no image in its first rows"),
         (truncated_fits, [], "is a truncated or damaged FITS file"),
         (fits_image, [], "is a FITS image, by its content"),
     ],

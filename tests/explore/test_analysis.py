@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from astropy.table import Table
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -26,7 +27,8 @@ from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.survey_sources import open_survey
 from tests.helpers.blobs import BlobSurvey
-from tests.helpers.survey_files import write_survey
+from tests.helpers.foreign_tars import drawn_tars
+from tests.helpers.survey_files import write_image, write_survey
 
 PROVENANCE = {"command": "galaxydist data explore", "version": "1", "versions": "numpy 2"}
 
@@ -88,6 +90,15 @@ def survey_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards_path(tmp_path_factory: pytest.TempPathFactory, survey_path: Path) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "shards"
     return write_shards(open_survey(survey_path), folder, encoding="png", image_size=64, shard_size=16, workers=1).path
+
+
+def test_an_extension_of_a_fits_file_and_a_pattern_of_tars_are_explored(tmp_path: Path) -> None:
+    drawn_tars(tmp_path / "tars", 20, 10)
+    for number in range(12):
+        write_image(tmp_path / f"{number}.png", number)
+    Table({"file": [f"{n}.png" for n in range(12)], "label": np.arange(12) % 2}).write(tmp_path / "t.fits")
+    for location, count in ((f"{tmp_path}/t.fits[1]", 12), (f"{tmp_path}/tars/part-{{000..001}}.tar", 20)):
+        assert len(open_population(location, None, CacheConfig(tmp_path / "cache"))) == count
 
 
 def test_explore_of_a_survey_and_its_shards_gives_the_same_findings(tmp_path: Path, survey_path: Path, shards_path: Path) -> None:

@@ -140,7 +140,11 @@ def test_changed_export_is_warned_about_and_new_images_are_read(
     write_image(tree / "train" / "merging" / "mine.png")
     survey = open_survey(tree)
     assert "1 images of its metadata are missing, 1 images are not in it" in caplog.text
-    assert next(survey.read(119, 120)).extras == {"file": "train/merging/mine.png", "source_id": "mine"}
+    extras = next(survey.read(119, 120)).extras
+    assert {name: value for name, value in extras.items() if value is not None} == {
+        "file": "train/merging/mine.png",
+        "source_id": "mine",
+    }
 
 
 def test_a_folder_of_images_that_is_exported_keeps_its_ids(tmp_path: Path) -> None:
@@ -167,6 +171,21 @@ def test_exports_are_named_after_their_data_sets_and_told_apart(tmp_path: Path) 
     assert open_survey(tmp_path / "out" / "mine").name == "mine"
 
 
+@pytest.mark.parametrize("names", [("E/S0", "../Sb"), ("E/S0", "E_S0")])
+def test_classes_of_a_table_that_are_no_names_of_folders_stay_in_their_tree(tmp_path: Path, names: tuple[str, str]) -> None:
+    lines = [f"{number}.png,{names[number % 2]}" for number in range(20)]
+    for number in range(20):
+        write_image(tmp_path / f"{number}.png", number)
+    (tmp_path / "mine.csv").write_text("\n".join(["file,label", *lines]))
+    if names[1] == "E_S0":
+        with pytest.raises(UserError, match="classes that cannot be told apart as names of folders"):
+            export_image_folders(tmp_path / "mine.csv", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    export_image_folders(tmp_path / "mine.csv", tmp_path / "out")
+    assert open_survey(tmp_path / "out").class_names == ("E_S0", "Sb")
+
+
 def test_balanced_export_cannot_be_opened_as_the_original_variant(out_dir: Path) -> None:
     with pytest.raises(UserError, match="only the balanced variant"):
         open_survey(out_dir / "simulated_balanced")
@@ -179,6 +198,10 @@ def test_foreign_dataset_json_is_refused(tmp_path: Path) -> None:
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=r"dataset\.json was not written by"):
             open_survey(tmp_path)
+    (tmp_path / "dataset.json").rename(tmp_path / "a" / "dataset.json")
+    for number in range(2, 20):
+        write_image(tmp_path / "ab"[number % 2] / f"{number}.png", number)
+    assert open_survey(tmp_path).class_names == ("a", "b"), "in a class folder it may be anything"
 
 
 def test_exported_metadata_keeps_the_types_of_values(tmp_path: Path) -> None:

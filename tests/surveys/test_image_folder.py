@@ -197,7 +197,7 @@ def test_image_folder_order_does_not_depend_on_directory_listing_order(tmp_path:
             folder_scan, "_entries", lambda path, way=reverse: sorted(listed(path), key=lambda entry: entry.name, reverse=way)
         )
         survey = open_survey(tmp_path)
-        found.append((survey.class_names, survey.files, survey.source_hash))
+        found.append((survey.class_names, survey.images.files, survey.source_hash))
     assert found[0] == found[1]
     assert found[0][0] == ("010", "10", "z") and found[0][1][:4] == ("010/01.png", "010/1.png", "010/002.png", "010/2.png")
 
@@ -215,7 +215,7 @@ def test_image_reached_twice_through_links_is_read_once(tmp_path: Path, caplog: 
     (root / "b" / "one.jpg").symlink_to(pool / "p" / "p_0.jpg")
     (root / "b" / "new.jpg").symlink_to(write_image(tmp_path / "elsewhere.jpg"))
     survey = open_survey(root)
-    assert survey.files == (
+    assert survey.images.files == (
         *(f"a/a_{number}.jpg" for number in range(6)),
         *(f"b/b_{number}.jpg" for number in range(6)),
         *("b/new.jpg", "b/one.jpg", "b/pool/p/p_1.jpg", "b/pool/p/p_2.jpg"),
@@ -301,7 +301,7 @@ def test_other_image_suffixes_are_read_and_unreadable_ones_counted(tmp_path: Pat
     write_image(tmp_path / "loose.png")
     (tmp_path / "@eaDir").mkdir()
     survey = open_survey(tmp_path)
-    assert survey.class_names == ("class2", "class10", "new") and len(survey.files) == 12
+    assert survey.class_names == ("class2", "class10", "new") and len(survey.images.files) == 12
     assert {galaxy.image.format if isinstance(galaxy.image, EncodedImage) else "pixels" for galaxy in survey.read(8, 12)} == {
         "jpg",
         "pixels",
@@ -395,16 +395,16 @@ def test_byte_equal_images_are_in_the_same_split_and_conflicting_ones_train(
         write_blank(tmp_path / "class10" / f"blank_{number}.png")
     survey = open_survey(tmp_path)
     assert isinstance(survey, FolderSurvey)
-    split_of = {survey.files[row]: split for split, rows in survey.splits.items() for row in rows.tolist()}
+    split_of = {survey.images.files[row]: split for split, rows in survey.splits.items() for row in rows.tolist()}
     assert all(split_of[file] == split_of[copy] for file, copy in copies.items())
     assert all(len(rows) for rows in survey.splits.values())
     assert "31 images are copies of others, byte for byte" in caplog.text
     assert "1 images are in two classes, byte for byte: class2/other.jpg = class10/class10_0.jpg" in caplog.text
     assert split_of["class2/other.jpg"] == "train", "a galaxy with two labels judges nobody"
     dropped = open_survey(tmp_path, conflicting="drop")
-    assert sum(map(len, dropped.splits.values())) == len(survey.files) - 2
+    assert sum(map(len, dropped.splits.values())) == len(survey.images.files) - 2
     for k in range(3):
-        test = {survey.files[row] for row in open_survey(tmp_path, fold=(k, 3)).splits["test"].tolist()}
+        test = {survey.images.files[row] for row in open_survey(tmp_path, fold=(k, 3)).splits["test"].tolist()}
         assert all((file in test) == (copy in test) for file, copy in copies.items())
 
 

@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from galaxydist.galaxy import GALAXY10_COUNTS
-from galaxydist.surveys.official_split import TABLE, TABLE_SHA256, OfficialSplit, format_table, read_official_split, write_table
+from galaxydist.surveys.official_split import TABLE, TABLE_SHA256, OfficialSplit, read_official_split
 from galaxydist.surveys.split import NONE, TEST, TRAIN, VAL, close_pairs
+from tests.helpers.split_table import format_table, write_table
 
 PUBLISHED_TEST = [108, 185, 264, 203, 34, 205, 183, 263, 142, 187]
 

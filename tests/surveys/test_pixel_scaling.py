@@ -58,11 +58,9 @@ def test_unscaled_pixels_are_refused_with_their_range(pixels: np.ndarray, exampl
     assert example in str(caught.value)
 
 
-def test_eight_bit_pixels_pass_and_refuse_a_scale() -> None:
-    pixels = np.zeros((2, 3), np.uint8)
-    assert to_eight_bits(pixels, None, "x") is not None
-    with pytest.raises(UserError, match="leave out --scale"):
-        to_eight_bits(pixels, PixelScaling(0, 1), "x")
+def test_eight_bit_pixels_stay_and_impossible_scales_are_refused() -> None:
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert to_eight_bits(pixels, None, "x") is pixels
     with pytest.raises(UserError, match="lower and a higher"):
         PixelScaling(1, 1)
     with pytest.raises(UserError, match="choose from linear, asinh"):

@@ -43,9 +43,9 @@ def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
         return
     augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
     decode = DecodeOptions(job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, threads=job.workers)
-    with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode) as loader:
+    with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode, draw=augment.draw) as loader:
         for batch in loader:
-            yield augment(batch.images_BHWC, batch.epoch, batch.positions_B), batch.labels_B, []
+            yield augment(batch.images_BHWC, batch.draws), batch.labels_B, []
 
 
 def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:

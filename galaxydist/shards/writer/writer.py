@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.atomic_files import NO_SPACE, rename, whole_file
@@ -85,10 +86,7 @@ def finish_manifest(
             own = slice(shard.start - shards[0].start, shard.stop - shards[0].start)
             for name, field in (("labels", "label"), ("offsets", "offset"), ("lengths", "length")):
                 rows[name][own] = packed[field]
-        for name, column in {"shards": table, **rows}.items():
-            path = work_dir / column_name(split, name)
-            write_array(path, column)
-            columns[column_name(split, name)] = file_sha256(path)
+        columns |= write_columns(work_dir, split, {"shards": table, **rows})
         # Two passes over the shards, the first for the schema, so that memory holds one at a time.
         schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
         tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
@@ -117,6 +115,14 @@ def finish_manifest(
         origin=origin_of(survey),
     )
     write_manifest(manifest)
+
+
+def write_columns(work_dir: Path, split: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """Write the columns of a split, and return the SHA-256 (hex) of each file by its name in the folder."""
+    paths = {column_name(split, name): array for name, array in arrays.items()}
+    for name, array in paths.items():
+        write_array(work_dir / name, array)
+    return {name: file_sha256(work_dir / name) for name in paths}
 
 
 logger = logging.getLogger(__name__)
@@ -177,27 +183,10 @@ def write_shards(
         return with_origin(existing, origin, overwrite=overwrite)
     if survey.class_names and len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
-    with writer_lock(work_dir):
-        try:
-            _write(survey, work_dir, settings, workers or available_cores(), max_errors)
-            with_origin(read_manifest(work_dir), origin, overwrite=True)
-            publish(work_dir, out_dir)
-        except OSError as error:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            if error.errno in NO_SPACE:
-                raise UserError(
-                    f"no space left while writing shards to {out_dir} ({error.strerror}); the unfinished shards are removed. "
-                    "Free some space, or choose another folder, and give the same command again"
-                ) from None
-            raise
-        except BrokenExecutor:
-            raise UserError(
-                f"a process that wrote shards to {out_dir} was killed, perhaps because memory ran out; "
-                "the same command continues from the finished parts: try it with fewer workers"
-            ) from None
-        except Exception:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            raise
+    with work_folder(work_dir, out_dir):
+        _write(survey, work_dir, settings, workers or available_cores(), max_errors)
+        with_origin(read_manifest(work_dir), origin, overwrite=True)
+        publish(work_dir, out_dir)
     return read_manifest(out_dir)
 
 
@@ -294,6 +283,30 @@ def writer_lock(work_dir: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def work_folder(work_dir: Path, out_dir: Path) -> Iterator[None]:
+    """Hold the writer's lock; an error removes the work folder, but an interruption or a killed process leaves it."""
+    with writer_lock(work_dir):
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(work_dir, ignore_errors=True)
+            if error.errno in NO_SPACE:
+                raise UserError(
+                    f"no space left while writing to {out_dir} ({error.strerror}); what was written is removed. Free some space, "
+                    "or choose another folder, and give the same command again"
+                ) from None
+            raise
+        except BrokenExecutor:
+            raise UserError(
+                f"a process that wrote shards to {out_dir} was killed, perhaps because memory ran out; "
+                "the same command continues from the finished parts: try it with fewer workers"
+            ) from None
+        except Exception:
+            shutil.rmtree(work_dir, ignore_errors=True)
+            raise
 
 
 def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> None:

@@ -3,26 +3,31 @@
 import contextlib
 import hashlib
 import importlib.util
+import io
 import logging
+import os
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import PROTOCOLS, MissingError, TransientError, classify_error, is_url
+from galaxydist.object_store import ATTEMPTS, PROTOCOLS, MissingError, RemoteFile, Store, classify_error, is_url, retried
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.image_files import hash_files
 
 logger = logging.getLogger(__name__)
 
-# Properties of a remote file that change with its contents, of all file systems; those on the Hub hash the contents.
+# Properties of a listed file that change with its contents, of all stores; those on the Hub hash the contents.
 _FINGERPRINTS = ("size", "lfs", "blob_id", "xet_hash", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 _LARGEST_TEXT = 1 << 22
 # Largest size of all files on this machine of which every byte is hashed; samples of the bytes of each larger one.
 MOST_HASHED_BYTES = 16 << 30
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+# Bytes of a remote file that are read at a time.
+_REQUEST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class FileTree:
     root: str
     inside: str = ""
     revision: str | None = None
+    _stores: dict[tuple[str, int], Store] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open connections out of a pickle."""
+        return vars(self) | {"_stores": {}}
 
     @property
     def is_local(self) -> bool:
@@ -55,32 +65,44 @@ class FileTree:
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """All files that the user gave, relative to ``root``, in natural order."""
-        with self.explained(""):
-            system = self._system()
-            start = system._strip_protocol(f"{self.root}/{self.inside}".rstrip("/"))
-            found = [start] if system.isfile(start) else system.find(start)
+        """All files that the user gave, relative to ``root``, in natural order; of a web server only a single file."""
+        if self.protocol in ("http", "https"):
+            return (self.inside,) if self.inside else ()
+        system = self._system()
+        start = system._strip_protocol(f"{self.root}/{self.inside}".rstrip("/"))
+
+        def found() -> list[str]:
+            with self.explained(""):
+                return [start] if system.isfile(start) else system.find(start)
+
         prefix = f"{system._strip_protocol(self.root)}/"
-        names = [name.removeprefix(prefix) for name in found]
+        names = [name.removeprefix(prefix) for name in retried(found, self.location, threading.Event(), ATTEMPTS)]
         return tuple(sorted((name for name in names if not _is_hidden(name)), key=natural_key))
 
     def open(self, file: str) -> IO[bytes]:
         """Open a file for reading at any place; the caller closes it.
 
         Raises:
-            UserError: there is no such file, or no access to it.
-            TransientError: another attempt may succeed.
+            UserError: there is no such file, no access to it, or its store cannot be read in several attempts.
         """
-        with self.explained(file):
-            if self.is_local:
+        if self.is_local:
+            with self.explained(file):
                 return Path(self.root, file).open("rb")
-            stream: IO[bytes] = self._system().open(f"{self.root}/{file}", "rb")
-            return stream
+        return cast("IO[bytes]", io.BufferedReader(self._open_remote(file), _REQUEST_BYTES))
+
+    def _open_remote(self, file: str) -> RemoteFile:
+        # Only a web server's address may have a query; its root is a whole URL.
+        name, mark, query = file.partition("?") if self.protocol in ("http", "https") else (file, "", "")
+        root = self.root if "://" in self.root else f"{self.protocol}://{self.root}"
+        folder = f"{root}{mark}{query}"
+        key = folder, os.getpid()  # a forked process must not use its parent's connections
+        store = self._stores[key] = self._stores.get(key) or Store(folder)
+        return RemoteFile(store, name, threading.Event())
 
     def read_text(self, file: str) -> str | None:
         """Return the start of a text file (4 MB), or None if there is no such file."""
         try:
-            with self.open(file) as stream, self.explained(file):
+            with self.open(file) as stream:
                 return stream.read(_LARGEST_TEXT).decode("utf-8", "replace")
         except MissingError:
             return None
@@ -94,25 +116,26 @@ class FileTree:
         if self.is_local:
             return hash_data([Path(self.root, file) for file in files], self.location)
         digest = hashlib.sha256()
-        system = self._system()
         for file in files:
-            with self.explained(file):
-                info = system.info(f"{self.root}/{file}")
-            digest.update(f"{file} {[str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]}\n".encode())
+            if self.protocol in ("http", "https"):
+                with self._open_remote(file) as remote:
+                    version = [str(remote.num_bytes), remote.version]
+            else:  # known from the listing
+                with self.explained(file):
+                    info = self._system().info(f"{self.root}/{file}")
+                version = [str(info[key]) for key in _FINGERPRINTS if info.get(key) is not None]
+            digest.update(f"{file} {version}\n".encode())
         return digest.hexdigest()
 
     @contextlib.contextmanager
     def explained(self, file: str) -> Iterator[None]:
-        """Turn errors of the file system while a file is read into those of :meth:`open`."""
-        kind = "http" if self.protocol == "hf" else PROTOCOLS[self.protocol][0]
+        """Turn errors of the file system while a file is opened, or the files are listed, into those of ``classify_error``."""
         try:
             yield
-        except (UserError, TransientError):
+        except UserError:
             raise
         except Exception as error:
-            is_of_contents = type(error).__module__.startswith("pyarrow") or (self.is_local and type(error) is OSError)
-            if is_of_contents:
-                raise
+            kind = "http" if self.protocol == "hf" else PROTOCOLS[self.protocol][0]
             explained = classify_error(error, self.path(file) if file else self.location, kind)
             if explained is error:
                 raise
@@ -145,13 +168,18 @@ def hash_data(paths: Sequence[Path], name: str) -> str:
         return hashlib.sha256(repr(hash_files(Path(), [str(path) for path in paths], name)).encode()).hexdigest()
     digest = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with path.open("rb") as stream:
-            for number in range(_NUM_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
+        digest.update(f"{path.stat().st_size}\n".encode())
+        sample_bytes(path, digest)
     return digest.hexdigest()
+
+
+def sample_bytes(path: Path, digest: Any) -> None:
+    """Add 64 evenly spread samples of a file's bytes to a hash."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        for number in range(_NUM_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
 
 
 def open_tree(location: str | Path) -> FileTree:

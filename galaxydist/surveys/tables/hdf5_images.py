@@ -20,8 +20,9 @@ from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGES, LABELS, describe_damage, open_hdf5
-from galaxydist.surveys.image_arrays import ArrayLayout, ArrayOptions, array_layout, is_image_shape
+from galaxydist.surveys.image_arrays import ArrayLayout, ArrayOptions, array_layout, is_image_shape, show_shape
 from galaxydist.surveys.image_files import group_equal_rows
+from galaxydist.surveys.table_columns import arrow_column, is_text
 from galaxydist.surveys.tables.file_tree import hash_data, is_hashed_whole
 
 if TYPE_CHECKING:
@@ -96,15 +97,6 @@ class Hdf5Images:
         return hashlib.sha256(f"{self.column} {self.layout} {digest}".encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Hdf5Columns:
-    """The columns of HDF5 files, their images, and the class names by label column that the files give."""
-
-    table: "pa.Table"
-    images: Hdf5Images
-    class_names: Mapping[str, tuple[str, ...]]
-
-
 def find_hdf5(folder: Path) -> list[Path]:
     """Return the HDF5 files of a folder in the Multimodal Universe's layout (``**/healpix=*/*.hdf5``), in natural order."""
     found = [path for ending in ("hdf5", "h5") for path in folder.glob(f"**/healpix=*/*.{ending}") if path.is_file()]
@@ -123,7 +115,9 @@ def has_galaxy10_schema(path: Path) -> bool:
         return True  # its reader says what is wrong
 
 
-def read_hdf5(files: Sequence[Path], options: ArrayOptions, label: str | None = None) -> Hdf5Columns:
+def read_hdf5(
+    files: Sequence[Path], options: ArrayOptions, label: str | None = None
+) -> tuple["pa.Table", Hdf5Images, Mapping[str, tuple[str, ...]]]:
     """Read the columns of HDF5 files of one schema, and find their images.
 
     Args:
@@ -131,41 +125,43 @@ def read_hdf5(files: Sequence[Path], options: ArrayOptions, label: str | None = 
         options: the user's choices for the images.
         label: the label column that the user names; an N x K array of ones and zeros becomes class numbers.
 
+    Returns:
+        The table without the images, the images, and the class names by label column that the files give.
+
     Raises:
         UserError: not HDF5, no or several data sets of images, an unusable shape, or files of different schemas.
     """
     import pyarrow as pa
 
     column, layout, image_shape, chunk_rows = _find_images(files[0], options)
-    tables: list[dict[str, pa.Array | None]] = []
-    counts: list[int] = []
+    tables: list[pa.Table] = []
     class_names: dict[str, tuple[str, ...]] = {}
     for path in files:
         try:
             with open_hdf5(path) as h5:
                 sets = _data_sets(h5)
-                images = _same_images(path, sets, column, image_shape)
-                arrays = _columns(path, sets, len(images), label)
+                found = sets.get(column)
+                if found is None or tuple(found.shape[1:]) != image_shape:
+                    kind = "no such data set" if found is None else f"the shape {show_shape(found.shape)}"
+                    raise UserError(
+                        f"{path}: {column!r} has {kind}, in the first file it has N x {show_shape(image_shape)}; give files of "
+                        "one schema"
+                    )
+                tables.append(_columns(path, sets, len(found), label))
                 class_names |= _class_names(h5, sets)
         except OSError as error:
             raise UserError(f"{describe_damage(path, error, 'its columns')}; fetch or make the file again") from error
-        tables.append({name: _arrow(path, name, values) for name, values in arrays.items()})
-        counts.append(len(images))
-    names = [name for name in tables[0] if all(name in table for table in tables)]
-    if missing := [name for table in tables for name in {*tables[0]} ^ {*table}]:
-        logger.warning(
-            "%s: data sets that not all %d files have are left out: %s", files[0].parent, len(files), name_some(missing)
-        )
-    table = pa.concat_tables(
-        [_table(table, names, count) for table, count in zip(tables, counts, strict=True)], promote_options="permissive"
-    )
+    table = pa.concat_tables(tables, promote_options="permissive")
     if not len(table):
         raise UserError(f"{files[0]}: {column!r} has no images")
-    known = _known_classes(names, image_shape)
+    names = table.column_names
+    known = {"gz10_label": GALAXY10_CLASSES} if "gz10_label" in names else {}
+    if {*COLUMNS} <= {*names} or (image_shape == _SDSS_IMAGE and LABELS in names):
+        known[LABELS] = GALAXY10_CLASSES if {*COLUMNS} <= {*names} else GALAXY10_SDSS_CLASSES
     row_bytes = int(np.prod(image_shape)) * 4
     slab = max(1, min(chunk_rows * -(-_MIN_SLAB // chunk_rows), max(chunk_rows, _SLAB_BYTES // row_bytes)))
-    starts = tuple(itertools.accumulate(counts, initial=0))
-    return Hdf5Columns(table, Hdf5Images(tuple(files), starts, column, layout, slab), known | class_names)
+    starts = tuple(itertools.accumulate(map(len, tables), initial=0))
+    return table, Hdf5Images(tuple(files), starts, column, layout, slab), known | class_names
 
 
 def _find_images(path: Path, options: ArrayOptions) -> tuple[str, ArrayLayout, tuple[int, ...], int]:
@@ -221,7 +217,7 @@ def _choose(path: Path, sets: Mapping[str, Any], wanted: str | None) -> str:
 
 
 def _listed(sets: Mapping[str, Any]) -> str:
-    shapes = [f"{name} ({' x '.join(map(str, found.shape))} {found.dtype})" for name, found in sets.items()]
+    shapes = [f"{name} ({show_shape(found.shape)} {found.dtype})" for name, found in sets.items()]
     return f"it has {name_some(shapes, 20) or 'no data sets'}"
 
 
@@ -236,32 +232,26 @@ def _band_names(path: Path, sets: Mapping[str, Any], column: str) -> list[str] |
     return [str(band) for band in rows[0]]
 
 
-def _same_images(path: Path, sets: Mapping[str, Any], column: str, image_shape: tuple[int, ...]) -> Any:
-    """Return the data set with the images of another file; raise UserError if it differs from the first file's."""
-    found = sets.get(column)
-    if found is None or tuple(found.shape[1:]) != image_shape:
-        kind = "no such data set" if found is None else f"the shape {' x '.join(map(str, found.shape))}"
-        wanted = " x ".join(["N", *map(str, image_shape)])
-        raise UserError(f"{path}: {column!r} has {kind}, in the first file it has {wanted}; give files of one schema")
-    return found
-
-
-def _columns(path: Path, sets: Mapping[str, Any], count: int, label: str | None) -> dict[str, NDArray[Any]]:
+def _columns(path: Path, sets: Mapping[str, Any], count: int, label: str | None) -> "pa.Table":
     """Return all data sets with one value per image: 1-d ones, fields of records, and class numbers of a one-hot array."""
+    import pyarrow as pa
+
     columns: dict[str, NDArray[Any]] = {}
     for name, found in sets.items():
-        if found.shape[0] != count:
+        if found.shape[0] != count or found.ndim > 2:
             continue
-        if found.ndim == 2 and found.shape[1] == 1 and found.dtype.kind in "iufbSO":
-            columns[name] = found[:, 0]
-        elif found.ndim == 2 and (name == label or (label is None and name.lower() in ("y", "label", "labels", "ans"))):
-            columns[name] = _class_numbers(path, name, found[:])
-        elif found.ndim == 1 and found.dtype.names is not None:
-            records = found[:]
-            columns |= {field: records[field] for field in found.dtype.names if records[field].ndim == 1}
-        elif found.ndim == 1:
-            columns[name] = found[:]
-    return columns
+        is_label = name == label or (label is None and name.lower() in ("y", "label", "labels", "ans"))
+        if found.ndim == 2 and found.shape[1] > 1 and not is_label:
+            continue
+        values = found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found[:]
+        if values.ndim == 2:
+            values = _class_numbers(path, name, values)
+        columns |= {name: values} if values.dtype.names is None else {field: values[field] for field in values.dtype.names}
+    arrays = {name: arrow_column(values) for name, values in columns.items()}
+    if left_out := [name for name, array in arrays.items() if array is None]:
+        logger.warning("%s: data sets with neither numbers nor text are left out: %s", path, name_some(left_out))
+    # A table without columns has no rows.
+    return pa.table({name: array for name, array in arrays.items() if array is not None} or {"row": pa.array(np.arange(count))})
 
 
 def _class_numbers(path: Path, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
@@ -274,61 +264,21 @@ def _class_numbers(path: Path, name: str, values: NDArray[Any]) -> NDArray[np.in
     return np.asarray(values.argmax(axis=1), np.int64)
 
 
-def _arrow(path: Path, name: str, values: NDArray[Any]) -> "pa.Array | None":
-    """Return a column as an Arrow array; None for values that are neither numbers nor text."""
-    import pyarrow as pa
-
-    if values.dtype.kind in "SO":
-        texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values.tolist()]
-        if not all(isinstance(text, str) for text in texts):
-            logger.warning("%s: %r holds neither numbers nor text and is left out", path, name)
-            return None
-        return pa.array(texts, pa.string())
-    if values.dtype.kind not in "iufb":
-        logger.warning("%s: %r holds %s, neither numbers nor text, and is left out", path, name, values.dtype)
-        return None
-    if values.dtype.kind == "f" and values.dtype.itemsize not in (4, 8):
-        values = values.astype(np.float64)
-    return pa.array(values.astype(values.dtype.newbyteorder("=")))
-
-
-def _table(columns: Mapping[str, "pa.Array | None"], names: Sequence[str], count: int) -> "pa.Table":
-    import pyarrow as pa
-
-    arrays = {name: array for name in names if (array := columns[name]) is not None}
-    return pa.table(arrays or {"row": pa.array(np.arange(count))})
-
-
 def _class_names(h5: Any, sets: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the class names that attributes of the file or of a data set list, by data set ("" for the file's)."""
+    """Return the class names that attributes of the file or of a data set list, by data set ("" for the file's).
+
+    An attribute may be an array of text, a JSON list, or text with commas.
+    """
     found = {}
     for name, item in (("", h5), *sets.items()):
-        for attribute in _CLASS_ATTRIBUTES:
-            if attribute in item.attrs and (names := _name_list(item.attrs[attribute])):
-                found[name] = names
-                break
+        value = next((item.attrs[attribute] for attribute in _CLASS_ATTRIBUTES if attribute in item.attrs), None)
+        if isinstance(value, bytes | str):
+            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = text.split(",")
+        names = arrow_column(np.asarray(value)) if isinstance(value, list | np.ndarray) else None
+        if names is not None and len(names) and is_text(names.type):
+            found[name] = tuple(names.to_pylist())
     return found
-
-
-def _name_list(value: Any) -> tuple[str, ...]:
-    """Return the names of an attribute: an array of text, a JSON list, or text with commas; empty for anything else."""
-    if isinstance(value, bytes | str):
-        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text.split(",")
-    if not isinstance(value, list | np.ndarray) or not len(value):
-        return ()
-    names = [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in list(value)]
-    return tuple(name.strip() for name in names) if all(isinstance(name, str) for name in names) else ()
-
-
-def _known_classes(columns: Sequence[str], image_shape: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
-    """Return the class names of Galaxy10 for the label columns by which its files are known."""
-    known: dict[str, tuple[str, ...]] = {"gz10_label": GALAXY10_CLASSES} if "gz10_label" in columns else {}
-    if set(COLUMNS) <= set(columns):
-        known[LABELS] = GALAXY10_CLASSES
-    elif image_shape == _SDSS_IMAGE and LABELS in columns:
-        known[LABELS] = GALAXY10_SDSS_CLASSES
-    return known

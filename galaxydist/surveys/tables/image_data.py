@@ -1,8 +1,7 @@
 """Data that hold their images themselves, Parquet and HDF5, as a table with an image source."""
 
 import logging
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import TransientError
 from galaxydist.surveys.data_origin import DataOrigin, spdx
-from galaxydist.surveys.file_kinds import HDF5, PARQUET
-from galaxydist.surveys.folder_scan import natural_key, safe_name
+from galaxydist.surveys.file_kinds import names_table
+from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
-from galaxydist.surveys.image_files import EXTENSIONS
 from galaxydist.surveys.image_table import ImageSource, TableOptions
 from galaxydist.surveys.table_columns import USUAL_NAMES, find_columns
 from galaxydist.surveys.tables.file_tree import FileTree, open_tree
@@ -28,11 +25,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
-
-# Files that only a HATS catalogue, and a folder of `datasets.save_to_disk`, have.
-_DATA_MARKS = {"hats.properties", "collection.properties", "dataset_dict.json", "dataset_info.json"}
-# Folders of a folder that are looked into to know its kind, and images that may lie beside data.
-_NUM_LOOKED_INTO, _FEW_IMAGES = 50, 20
 
 
 @dataclass(frozen=True)
@@ -61,46 +53,26 @@ class ImageData:
     columns: Mapping[str, str] = field(default_factory=dict)
     origin: DataOrigin | None = None
 
-    def options(self, given: TableOptions) -> TableOptions:
-        """Return the user's options, completed by what the data say about their columns and classes."""
-        names = self.table.column_names
-        wanted = given.columns
+    def prepared(self, given: TableOptions) -> tuple["pa.Table", TableOptions]:
+        """Return the table, and the user's options completed by what the data say about their columns and classes.
+
+        The table has no index column of last resort, unless it serves as the id.
+        """
+        import pyarrow.compute as pc
+
+        names, wanted, index = self.table.column_names, given.columns, self.columns.get("id")
         if wanted.ra is None and wanted.dec is None and {self.columns.get("ra"), self.columns.get("dec")} <= {*names}:
             wanted = replace(wanted, ra=self.columns.get("ra"), dec=self.columns.get("dec"))
         found = find_columns(names, wanted, self.location, is_labelled=given.is_labelled)
-        last_resort = self.columns.get("id")
-        if found.id is None and wanted.id is None and last_resort in names and _is_unique(self.table, str(last_resort)):
-            wanted = replace(wanted, id=last_resort)
+        table = self.table
+        if index in names and found.id is None and wanted.id is None and pc.count_distinct(table[index]).as_py() == len(table):
+            wanted = replace(wanted, id=index)
+        elif index in names and index not in found.used():
+            table = table.drop_columns([index])
         class_names = given.class_names
         if given.classes is None and class_names is None and found.label is not None:
             class_names = self.class_names.get(found.label, self.class_names.get(""))
-        return replace(given, columns=wanted, class_names=class_names)
-
-    def without_index(self, columns: Collection[str]) -> "ImageData":
-        """Return the data without the index column of last resort, unless it is among the columns that are used."""
-        index = self.columns.get("id")
-        if index is None or index in columns or index not in self.table.column_names:
-            return self
-        return replace(self, table=self.table.drop_columns([index]))
-
-
-def folder_kind(folder: Path) -> str | None:
-    """Return ``Parquet`` or ``HDF5`` for a folder of such data, None for a folder of images; a few folders are looked into.
-
-    Some images beside the data do not make it a folder of images, and neither does a table beside many images make it data.
-    """
-    has_parquet, num_images = False, 0
-    for number, (_, folders, files) in enumerate(os.walk(folder)):
-        folders.sort(key=natural_key)
-        if {*files} & _DATA_MARKS:
-            return PARQUET
-        if any(name.startswith("healpix=") for name in folders):
-            return HDF5
-        has_parquet = has_parquet or any(name.endswith(".parquet") for name in files)
-        num_images += sum(f".{name.rpartition('.')[2].lower()}" in EXTENSIONS for name in files)
-        if num_images > _FEW_IMAGES or number == _NUM_LOOKED_INTO:
-            break
-    return PARQUET if has_parquet and num_images <= _FEW_IMAGES else None
+        return table, replace(given, columns=wanted, class_names=class_names)
 
 
 def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:
@@ -113,14 +85,13 @@ def read_parquet_data(location: str | Path, options: ArrayOptions) -> ImageData:
     Raises:
         UserError: no Parquet files, no access, damaged or unfit files.
     """
-    try:
-        tree = open_tree(location)
-        folder = find_parquet(tree)
-        if folder is None:
-            raise UserError(f"{tree.location} has no Parquet files; give a data set of Parquet files, or a folder of images")
-        found = read_parquet(tree, folder.files, options, folder.left_out)
-    except TransientError as error:
-        raise UserError(f"{location} cannot be read now ({error}); give the command again") from error
+    tree = open_tree(location)
+    folder = find_parquet(tree)
+    if folder is None:
+        table = next((tree.path(file) for file in tree.files if names_table(file)), None)
+        advice = f"a data set of Parquet files, or a folder of images{f', or a table of images like {table}' if table else ''}"
+        raise UserError(f"{tree.location} has no Parquet files; give {advice}")
+    found = read_parquet(tree, folder.files, options, folder.left_out)
     table = found.table
     if folder.num_rows is not None and folder.num_rows != len(table):
         raise UserError(
@@ -156,9 +127,9 @@ def read_hdf5_data(path: Path, options: ArrayOptions, label: str | None) -> Imag
     files = find_hdf5(path) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} has folders healpix=*, but no .hdf5 or .h5 files in them; copy the data again")
-    found = read_hdf5(files, options, label)
+    table, images, class_names = read_hdf5(files, options, label)
     name = path.resolve().name if path.is_dir() else path.stem
-    return ImageData(str(path), safe_name(name), found.table, found.images, str(path), class_names=found.class_names)
+    return ImageData(str(path), safe_name(name), table, images, str(path), class_names=class_names)
 
 
 def _data_name(tree: FileTree) -> str:
@@ -187,9 +158,3 @@ def tree_origin(tree: FileTree, card: Mapping[str, Any]) -> DataOrigin | None:
         url=f"https://huggingface.co/{tree.root.partition('@')[0]}" if tree.protocol == "hf" else None,
     )
     return origin if origin.is_known else None
-
-
-def _is_unique(table: "pa.Table", name: str) -> bool:
-    import pyarrow.compute as pc
-
-    return bool(pc.count_distinct(table.column(name)).as_py() == len(table))

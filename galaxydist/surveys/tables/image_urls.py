@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from galaxydist.atomic_files import disk_error
 from galaxydist.cpus import bounded_map
-from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.object_store import PROTOCOLS, MissingError, Store, download
 from galaxydist.surveys.image_files import EXTENSIONS, parse_image
 
@@ -63,7 +63,9 @@ def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
         finally:
             stop.set()
     if reasons:
-        logger.warning("%s: %d of %d images cannot be had: %s", name, len(reasons), len(wanted), _first(reasons))
+        logger.warning(
+            "%s: %d of %d images cannot be had: %s", name, len(reasons), len(wanted), name_some([*reasons.values()], 3)
+        )
     return [str(paths[url]) if url and url not in reasons else "" for url in urls]
 
 
@@ -106,8 +108,3 @@ def _file_name(url: str) -> str:
     digest = hashlib.sha256(url.encode()).hexdigest()
     ending = PurePosixPath(urlsplit(url).path).suffix.lower()
     return f"{digest[:2]}/{digest}{ending if ending in EXTENSIONS else '.image'}"
-
-
-def _first(reasons: dict[str, str], most: int = 3) -> str:
-    shown = "; ".join([*reasons.values()][:most])
-    return shown + (f"; and {len(reasons) - most} more" if len(reasons) > most else "")

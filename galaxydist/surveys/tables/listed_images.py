@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.object_store import is_url
-from galaxydist.surveys.image_files import EXTENSIONS, group_equal_files, hash_files, read_image
+from galaxydist.surveys.image_files import EXTENSIONS, group_equal_images, hash_files, read_image
 from galaxydist.surveys.tables.image_urls import fetch_images
 
 if TYPE_CHECKING:
@@ -55,22 +55,23 @@ class ListedImages:
 
     def digest(self) -> str:
         """Return a SHA-256 (hex) of the bytes of all files."""
-        return hashlib.sha256("\n".join(self._digests).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.digests).encode()).hexdigest()
 
     def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (N,) group numbers, equal for files of equal bytes; -1 for a file without a copy."""
         rows = np.array([row for row, file in enumerate(self.files) if file], np.int64)
         groups = np.full(len(self.files), -1, np.int64)
-        files, digests = ([values[row] for row in rows.tolist()] for values in (self.files, self._digests))
-        groups[rows] = group_equal_files(self.root, files, digests, labels[rows])
+        files, digests = ([values[row] for row in rows.tolist()] for values in (self.files, self.digests))
+        groups[rows] = group_equal_images(self.root, files, digests, labels[rows], lambda row: read_image(self.root / files[row]))
         return groups
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the hashes out of a pickle: workers do not need them."""
-        return {key: value for key, value in vars(self).items() if key != "_digests"}
+        return {key: value for key, value in vars(self).items() if key != "digests"}
 
     @cached_property
-    def _digests(self) -> list[str]:
+    def digests(self) -> list[str]:
+        """SHA-256 (hex) of each file as ``hash_files`` returns it; empty for a row without an image."""
         found = iter(hash_files(self.root, [file for file in self.files if file], self.name))
         return [next(found) if file else "" for file in self.files]
 

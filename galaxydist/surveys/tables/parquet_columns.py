@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from galaxydist.cpus import bounded_map
 from galaxydist.errors import UserError, name_some
+from galaxydist.surveys.file_kinds import HEAD_BYTES, PARQUET, kind_of, refuse_kind
 from galaxydist.surveys.image_arrays import ArrayOptions, array_layout
 from galaxydist.surveys.table_columns import is_scalar
 from galaxydist.surveys.tables.file_tree import FileTree
@@ -84,7 +85,7 @@ def read_parquet(tree: FileTree, files: Sequence[str], options: ArrayOptions, le
         raise UserError(f"{tree.location}: its files have different columns ({error}); give files of one schema") from error
     classes = {name: labels for name, feature in features.items() if (labels := _class_names(feature))}
     return ParquetColumns(
-        _without_unlabelled(table, classes),
+        table,
         _image_source(tree, files, [part.group_rows for part in parts], column) if column is not None else None,
         np.concatenate([part.has_image for part in parts]),
         tuple(len(part.has_image) for part in parts),
@@ -120,10 +121,14 @@ def _open_file(tree: FileTree, file: str, read: Callable[["pq.ParquetFile"], T])
     import pyarrow as pa
 
     try:
-        with tree.open(file) as stream, tree.explained(file):
+        with tree.open(file) as stream:
             return read(open_parquet(stream))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{tree.path(file)} is truncated or damaged, or no Parquet file ({error}); fetch it again") from error
+        with tree.open(file) as stream:
+            kind = kind_of(stream.read(HEAD_BYTES), tree.path(file))
+        if kind != PARQUET:
+            raise refuse_kind(tree.path(file), kind, "a Parquet file") from error
+        raise UserError(f"{tree.path(file)} is truncated or damaged ({error}); fetch it again") from error
 
 
 def _read_columns(location: str, column: ImageColumn | None, left_out: Sequence[str], parquet: "pq.ParquetFile") -> _FileColumns:
@@ -148,18 +153,16 @@ def _has_image(parquet: "pq.ParquetFile", column: ImageColumn | None) -> NDArray
         statistics = group.column(leaf).statistics
         if statistics is not None and statistics.has_null_count and statistics.null_count:
             batches = parquet.iter_batches(BATCH, [number], list(column.leaves), use_threads=False)
-            found[start : start + group.num_rows] = ~np.concatenate([_is_missing(batch, column) for batch in batches])
+            found[start : start + group.num_rows] = ~np.concatenate([_is_missing(batch.column(0)) for batch in batches])
         start += group.num_rows
     return found
 
 
-def _is_missing(batch: "pa.RecordBatch", column: ImageColumn) -> NDArray[np.bool_]:
-    import pyarrow.compute as pc
+def _is_missing(values: "pa.Array") -> NDArray[np.bool_]:
+    import pyarrow as pa
 
-    values = batch.column(column.name)
-    leaves = [leaf.removeprefix(f"{column.name}.") for leaf in column.leaves if leaf != column.name]
-    parts = [pc.struct_field(values, leaf) for leaf in leaves] or [values]
-    return np.asarray(np.all([pc.is_null(part).to_numpy(zero_copy_only=False) for part in parts], axis=0))
+    parts = values.flatten() if pa.types.is_struct(values.type) else [values]
+    return np.asarray(np.all([part.is_null().to_numpy(zero_copy_only=False) for part in parts], axis=0))
 
 
 def hugging_face_features(schema: "pa.Schema") -> Mapping[str, Any]:
@@ -241,14 +244,15 @@ def _image_column(location: str, parquet: "pq.ParquetFile", name: str, options: 
             return None
         leaves = (f"{name}.{array}",)
         wanted = [*leaves, f"{name}.{bands}"] if bands else list(leaves)
-        first = next(parquet.iter_batches(BATCH, columns=wanted)).column(name)
-        band_names = first.field(bands)[0].as_py() if bands and len(first) else None
     elif list_depth(kind) in (2, 3):
-        leaves, band_names = (name,), None
-        first = next(parquet.iter_batches(BATCH, columns=[name])).column(name)
+        bands, leaves, wanted = None, (name,), [name]
     else:
         return None
+    batch = next(parquet.iter_batches(BATCH, columns=wanted), None)
+    first = batch.column(name) if batch is not None else pa.nulls(0, kind)
+    band_names = first.field(bands)[0].as_py() if bands and len(first) else None
     images = [image for image in list_arrays(first) if image is not None]
+    images = [image for image in images if image.shape == images[0].shape]
     if not images:
         raise UserError(f"{location}: the column {name!r} has no image in its first rows")
     shape = (parquet.metadata.num_rows, *images[0].shape)
@@ -290,16 +294,3 @@ def _class_names(feature: Any) -> tuple[str, ...]:
     if isinstance(names, dict):
         names = [names[key] for key in sorted(names, key=int)]
     return tuple(map(str, names)) if isinstance(names, list) else ()
-
-
-def _without_unlabelled(table: "pa.Table", classes: Mapping[str, tuple[str, ...]]) -> "pa.Table":
-    """Return the table with null instead of -1, which stands for "no label" in a ClassLabel column."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    for name in classes:
-        if name in table.column_names and pa.types.is_integer(table.schema.field(name).type):
-            column = table.column(name)
-            known = pc.if_else(pc.equal(column, -1), pa.scalar(None, column.type), column)
-            table = table.set_column(table.column_names.index(name), name, known)
-    return table

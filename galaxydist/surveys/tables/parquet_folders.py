@@ -29,8 +29,6 @@ _PARTITION = re.compile(r"Norder=(\d+)/Dir=\d+/Npix=(\d+)(?:\.parquet|/[^/]+\.pa
 _HATS_COLUMNS = ("_healpix_29", "_hipscat_index", "Norder", "Dir", "Npix")
 # Folders that stand for no configuration of a data set.
 _PLAIN_FOLDERS = {"data", "default", "parquet"}
-_NO_REMOTE_FILES = (".h5", ".hdf5", ".zip", ".tar", ".arrow")
-_ARROW_FILES = ("dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,16 @@ def find_parquet(tree: FileTree) -> ParquetFolder | None:
     if not tree.files:
         raise MissingError(f"there is nothing at {tree.location}")
     if tree.files == (tree.inside,):  # a single file, whatever its suffix
-        suffix = PurePosixPath(tree.inside).suffix.lower()
-        if not tree.is_local and suffix in _NO_REMOTE_FILES:
-            raise UserError(
-                f"{tree.location}: files of the kind {suffix} are not read from URLs, but tables and Parquet are; copy it to "
-                "this machine"
-            )
         return ParquetFolder(tree, tree.files, card=read_card(tree))
     files = [file for file in tree.files if file.endswith(".parquet") and not PurePosixPath(file).name.startswith("_")]
+    if not files and any(file.endswith(".arrow") for file in tree.files):
+        load = f"datasets.load_from_disk({tree.location!r})"
+        raise UserError(
+            f"{tree.location} was written by `save_to_disk` of the library datasets, in Arrow files of its own; convert it to "
+            f"Parquet once in Python: {load}.to_parquet('FILE.parquet'), or if it has several splits: for split, part in "
+            f"{load}.items(): part.to_parquet(f'FOLDER/{{split}}.parquet')"
+        )
     if not files:
-        _refuse_arrow(tree)
         return None
     card = read_card(tree)
     declared = _declared_files(tree, card, files)
@@ -230,17 +228,3 @@ def _complete_splits(tree: FileTree, files: Sequence[str], splits: Sequence[str]
     if others := [file for file, split in zip(files, known, strict=True) if not split]:
         logger.warning("%s: left out, of a split other than train, val and test: %s", tree.location, name_some(others))
     return tuple(known)
-
-
-def _refuse_arrow(tree: FileTree) -> None:
-    """Raise UserError for a folder of `datasets.save_to_disk`, which holds Arrow files."""
-    names = {PurePosixPath(file).name for file in tree.files}
-    if names & {*_ARROW_FILES} and any(name.endswith(".arrow") for name in names):
-        convert = f"datasets.load_from_disk({tree.location!r}).to_parquet('FILE.parquet')"
-        if _ARROW_FILES[0] in names:
-            loop = f"for split, part in datasets.load_from_disk({tree.location!r}).items()"
-            convert = f"{loop}: part.to_parquet(f'FOLDER/{{split}}.parquet')"
-        raise UserError(
-            f"{tree.location} was written by `save_to_disk` of the library datasets, in Arrow files of its own; convert it to "
-            f"Parquet once in Python: {convert}"
-        )

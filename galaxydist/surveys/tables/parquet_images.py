@@ -2,8 +2,8 @@
 
 import hashlib
 import itertools
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
-from galaxydist.object_store import MissingError, TransientError
+from galaxydist.object_store import MissingError
 from galaxydist.surveys.image_arrays import ArrayLayout
 from galaxydist.surveys.image_files import group_equal_rows, parse_image
 from galaxydist.surveys.tables.file_tree import FileTree, is_hashed_whole
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # Bytes of a column that are read at a time, and images that are decoded from Arrow at a time.
 _BUFFER_BYTES, BATCH = 1 << 20, 32
-# Attempts to read from a store without progress.
-_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -72,38 +70,9 @@ class ParquetImages:
             DamagedImageError: an image is missing, or is not an image.
             UserError: a file cannot be read.
         """
-        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-
-        reader: Iterator[NDArray[np.uint8] | EncodedImage | DamagedImageError] | None = None
-
-        def more() -> list[NDArray[np.uint8] | EncodedImage | DamagedImageError]:
-            nonlocal reader
-            try:
-                reader = reader or self._images(start, stop)
-                return list(itertools.islice(reader, BATCH))
-            except BaseException:
-                reader = None  # it starts again where the last piece ended
-                raise
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(TransientError),
-            wait=wait_random_exponential(multiplier=0.2, max=30),
-            stop=stop_after_attempt(_ATTEMPTS),
-            reraise=True,
-        )
-        while start < stop:
-            try:
-                images = retrying(more)
-            except TransientError as error:
-                raise UserError(
-                    f"{self.tree.location} could not be read in {_ATTEMPTS} attempts; the last one: {error}. See that the server "
-                    "can be reached from this machine and give the command again"
-                ) from error
-            start += len(images)
-            for image in images:
-                if isinstance(image, DamagedImageError):
-                    raise image
-                yield image
+        groups = range(bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop))
+        for number, of_file in itertools.groupby(groups, key=self.group_file.__getitem__):
+            yield from self._file_images(number, [*of_file], start, stop)
 
     def digest(self) -> str:
         """Return ``FileTree.digest`` of the files, with how images are read."""
@@ -115,26 +84,16 @@ class ParquetImages:
             return np.full(len(labels), -1, np.int64)
         return group_equal_rows(self.tree.location, self.read, labels)
 
-    def _images(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage | DamagedImageError]:
-        group = bisect_right(self.starts, start) - 1
-        while start < stop:
-            number = self.group_file[group]
-            last = group
-            while last + 1 < len(self.group_file) and self.group_file[last + 1] == number and self.starts[last + 1] < stop:
-                last += 1
-            yield from self._file_images(number, range(group, last + 1), start, stop)
-            group, start = last + 1, self.starts[last + 1]
-
     def _file_images(
-        self, number: int, groups: range, start: int, stop: int
-    ) -> Iterator[NDArray[np.uint8] | EncodedImage | DamagedImageError]:
-        """Yield the images of rows ``start`` ... ``stop - 1`` in a range of row groups of one file."""
+        self, number: int, groups: Sequence[int], start: int, stop: int
+    ) -> Iterator[NDArray[np.uint8] | EncodedImage]:
+        """Yield the images of rows ``start`` ... ``stop - 1`` in some row groups of one file."""
         import pyarrow as pa
 
         file = self.sources[number]
-        row = self.starts[groups.start]
+        row = self.starts[groups[0]]
         try:
-            with self.tree.open(file) as stream, self.tree.explained(file):
+            with self.tree.open(file) as stream:
                 parquet = open_parquet(stream)
                 batches = parquet.iter_batches(
                     BATCH, [self.group_number[group] for group in groups], list(self.column.leaves), use_threads=False
@@ -150,25 +109,19 @@ class ParquetImages:
         except (pa.ArrowException, OSError) as error:
             raise DamagedImageError(f"{self.tree.path(file)} is damaged: cannot read its images ({error})") from error
 
-    def _decode(self, column: "pa.Array", file: str, row: int) -> Iterator[NDArray[np.uint8] | EncodedImage | DamagedImageError]:
-        if self.column.layout is not None:
-            for number, image in enumerate(list_arrays(column)):
-                if image is None:
-                    yield DamagedImageError(f"{self.tree.path(file)}, row {row + number + 1} of all: no image")
-                else:
-                    yield self.column.layout.to_rgb(image[None])[0]
-            return
-        for number, value in enumerate(column):
-            data, path = _image_file(value)
-            name = f"{self.tree.path(file)}, {path or f'row {row + number + 1} of all'}"
-            try:
-                if data is None and path:
-                    data = self._read_file(file, path)
-                if data is None:
-                    raise DamagedImageError(f"{name}: no image")
-                yield parse_image(data, name)
-            except DamagedImageError as error:
-                yield error
+    def _decode(self, column: "pa.Array", file: str, row: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
+        layout = self.column.layout
+        for number, value in enumerate(column if layout is None else list_arrays(column), start=row + 1):
+            path = None
+            if layout is None:
+                found = value.as_py()
+                value, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, None)  # noqa: PLW2901
+            name = f"{self.tree.path(file)}, {path or f'row {number} of all'}"
+            if value is None and path:
+                value = self._read_file(file, path)  # noqa: PLW2901
+            if value is None:
+                raise DamagedImageError(f"{name}: no image")
+            yield parse_image(value, name) if layout is None else layout.to_rgb(value[None])[0]
 
     def _read_file(self, file: str, path: str) -> bytes | None:
         """Read an image file that the column only names, relative to its Parquet file."""
@@ -184,14 +137,6 @@ def open_parquet(stream: Any) -> "pq.ParquetFile":
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-
-
-def _image_file(value: "pa.Scalar") -> tuple[bytes | None, str | None]:
-    """Return the bytes and the path of a value of an image column; either may be None."""
-    found = value.as_py()
-    if isinstance(found, bytes) or found is None:
-        return found, None
-    return found.get("bytes"), found.get("path")
 
 
 def list_arrays(column: "pa.Array") -> Iterator[NDArray[Any] | None]:

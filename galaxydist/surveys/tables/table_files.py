@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError, name_some
 from galaxydist.surveys.file_kinds import CSV, FITS, JSON_LINES, file_kind, refuse_kind
+from galaxydist.surveys.table_columns import arrow_column
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,6 +50,8 @@ def read_table(
         UserError: another kind of file, or one that is damaged.
     """
     kind, location = file_kind(path), location or str(path)
+    if hdu is not None and kind != FITS:
+        raise UserError(f"{location} is no FITS table, so that it has no extension [{hdu}]: leave that out")
     if kind == CSV:
         return _read_csv(path, location, texts)
     if kind == JSON_LINES:
@@ -198,14 +201,6 @@ def _choose_hdu(location: str, hdus: Any, tables: list[int], hdu: str | None) ->
 def _fits_column(column: Any) -> "pa.Array | None":
     """Return a column of a FITS table, or None for arrays and other values that are not single numbers or text."""
     import numpy as np
-    import pyarrow as pa
 
-    values = np.ma.getdata(getattr(column, "value", column))
     mask = np.ma.getmaskarray(column) if isinstance(column, np.ma.MaskedArray) else None
-    if values.ndim != 1 or values.dtype.kind not in "biufSU":
-        return None
-    if values.dtype.kind in "SU":
-        texts = values.tolist()
-        texts = [text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else text for text in texts]
-        return pa.array([None if mask is not None and mask[row] else text.strip() for row, text in enumerate(texts)], pa.string())
-    return pa.array(values.astype(values.dtype.newbyteorder("=")), mask=mask)
+    return arrow_column(np.ma.getdata(getattr(column, "value", column)), mask)

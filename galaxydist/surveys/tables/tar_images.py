@@ -1,11 +1,13 @@
 """Samples of WebDataset tars as a table and its images: labels, ids, splits and properties from names, texts and JSON."""
 
 import hashlib
+import itertools
 import logging
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,9 +18,9 @@ from numpy.typing import NDArray
 from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.folder_scan import known_split
-from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, is_blank, parse_image
+from galaxydist.surveys.image_files import UNREADABLE, group_equal_images, parse_image
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
-from galaxydist.surveys.table_columns import NO_COLUMN, USUAL_NAMES, ColumnNames
+from galaxydist.surveys.table_columns import USUAL_NAMES, ColumnNames, find_columns
 from galaxydist.surveys.tables.json_columns import conform, parse_object, typed_column, unite_fields
 from galaxydist.surveys.tables.tar_scan import (
     CLASS_ENDINGS,
@@ -81,29 +83,17 @@ class TarImages:
         if self.digests is None:
             return np.full(len(self.tar), -1, np.int64)
         digests = [digest or f"{UNREADABLE} {row}" for row, digest in enumerate(self.digests)]
-        return group_equal_images(self.location, self.names, digests, labels, self._is_blank)
-
-    def _is_blank(self, row: int) -> bool:
-        ((_, data),) = self.read_bytes([row])
-        return is_blank(data, self._name(row))
+        return group_equal_images(self.location, self.names, digests, labels, lambda row: next(self.read(row, row + 1)))
 
     def read_bytes(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         """Yield rows and the bytes of their images; ascending rows of one tar are read in one pass."""
-        number, file = -1, None
-        try:
-            for row in rows:
-                if self.offset[row] < 0:
-                    raise DamagedImageError(f"{self._name(row)} has no image")
-                if file is None or number != self.tar[row]:
-                    if file is not None:
-                        file.close()
-                    number = int(self.tar[row])
-                    file = open_tar(self.tars[number], threading.Event())
-                file.seek(int(self.offset[row]))
-                yield row, file.read(int(self.length[row]))
-        finally:
-            if file is not None:
-                file.close()
+        for number, of_tar in itertools.groupby(rows, key=self.tar.__getitem__):
+            with open_tar(self.tars[number], threading.Event()) as file:
+                for row in of_tar:
+                    if self.offset[row] < 0:
+                        raise DamagedImageError(f"{self._name(row)} has no image")
+                    file.seek(int(self.offset[row]))
+                    yield row, file.read(int(self.length[row]))
 
     def _name(self, row: int) -> str:
         return f"{self.tars[self.tar[row]]}, {self.names[row]}"
@@ -155,16 +145,15 @@ def read_tar_table(
     tars: list[ScannedTar] = []
     pieces: list[pa.Table] = []
     location = describe_tars(locations)
-    names = _Names(columns, location)
     for tar in scanned:
-        pieces.append(names.read(tar))
-        if is_labelled and len(pieces) == 1:
-            names.check_label(tar)
+        pieces.append(_texts(tar))
+        if len(pieces) == 1:  # a wrong name is found before the other tars are read
+            _choose(columns, pieces[0], tar.path, is_labelled=is_labelled)
         tars.append(replace(tar, samples=tar.samples.select(OWN)))
+    final = _final_names(name for piece in pieces for name in piece.column_names)
     schema = pa.schema(unite_fields(piece.schema for piece in pieces))
     table = pa.concat_tables([conform(piece, schema) for piece in pieces]).combine_chunks()
-    found = names.resolve(table.column_names)
-    table = table.rename_columns([found[name] for name in table.column_names])
+    chosen = _choose(columns, table, location, is_labelled=is_labelled, final=final)
     samples = pa.concat_tables([tar.samples for tar in tars]).combine_chunks()
     number = np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.samples) for tar in tars])
     facts = samples.select([FACTS]).flatten()
@@ -180,152 +169,98 @@ def read_tar_table(
         length=samples[LENGTH].to_numpy(),
         digests=facts["digest"].to_pylist() if is_hashed else None,
     )
-    table, has_folders = _add_names(table, samples[KEY], images)
-    splits = _splits(locations, number, samples[KEY].to_pylist()) if columns.split is None else None
-    if splits is not None:
+    table = table.rename_columns([final[name] for name in table.column_names])
+    keys = samples[KEY].to_pylist()
+    table = table.append_column(NAME, pa.array(_file_names(keys, images), pa.string()))
+    if FOLDER not in table.column_names and any(folders := [_folder(key) for key in keys]):
+        table = table.append_column(FOLDER, pa.array(folders, pa.string()))
+    if columns.split is None and (splits := _splits(locations, number, keys)) is not None:
         table = table.append_column(SPLIT, pa.array(splits, pa.string()))
-    chosen = _complete(names.chosen(found), table.column_names, has_folders=has_folders)
-    if splits is not None:
         chosen = replace(chosen, split=SPLIT)
     return TarTable(table, images, images.offset >= 0, chosen, facts, [replace(tar, samples=tar.samples[:0]) for tar in tars])
 
 
-class _Names:
-    """Names of the columns that tars give, and the user's choice among them."""
-
-    def __init__(self, columns: ColumnNames, location: str) -> None:
-        self._columns, self._location = columns, location
-        self._given = {
-            kind: name for kind in ("label", "id", "split", "ra", "dec") if (name := getattr(columns, kind)) is not None
-        }
-        self._found: dict[str, None] = {}  # names with extensions, in order of appearance
-
-    def read(self, tar: ScannedTar) -> pa.Table:
-        """Return the texts of a tar as typed columns; JSON members are named ``EXTENSION:KEY``."""
-        is_first, fields, columns = not self._found, [], []
-        for extension in [name for name in tar.samples.column_names if name not in OWN]:
-            texts = tar.samples[extension].to_pylist()
-            if extension.rpartition(".")[2] not in JSON_ENDINGS:
-                self._found[extension] = None
-                values: Mapping[str, list[Any]] = {extension: [self._text(tar, row, text) for row, text in enumerate(texts)]}
-            else:
-                values = self._members(tar, extension, texts)
-            for name, column in values.items():
-                typed = typed_column(name, column)
-                fields.append(typed[0])
-                columns.append(typed[1])
-        if is_first:
-            self._check(tar.path)
-        if not fields:  # a table without columns has no rows
-            fields, columns = [pa.field("", pa.null(), metadata={b"kind": "nothing"})], [pa.nulls(len(tar.samples))]
-        return pa.Table.from_arrays(columns, schema=pa.schema(fields))
-
-    def resolve(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the final name of each column: the plain key where it is unique."""
-        plain = [name.partition(":")[2] or name for name in self._found]
-        taken = {*USED, *(name for name in self._found if ":" not in name)}
-        final = {}
-        for name in names:
-            key = name.partition(":")[2]
-            final[name] = key if key and plain.count(key) == 1 and key not in taken else name
-        return final
-
-    def chosen(self, final: Mapping[str, str]) -> ColumnNames:
-        """Return the user's columns by their final names.
-
-        Raises:
-            UserError: a column has no single values.
-        """
-        chosen = {}
-        for kind, given in self._given.items():
-            name = self._match(given)
-            if name is not None and name not in final:
-                raise UserError(
-                    f"{self._location}: {name} (--{kind}) is empty or has lists or values of several types; name another one"
-                )
-            chosen[kind] = given if name is None else final[name]
-        return replace(self._columns, **chosen)
-
-    def check_label(self, tar: ScannedTar) -> None:
-        """Raise a UserError if nothing in the first tar can be a label, before all others are read."""
-        plain = [name.partition(":")[2] or name for name in self._found]
-        is_usual = any(name.lower() in USUAL_NAMES["label"] or name.rpartition(".")[2] in CLASS_ENDINGS for name in plain)
-        if self._columns.label is None and not is_usual and not any("/" in key for key in tar.samples[KEY].to_pylist()):
-            raise UserError(
-                f"{tar.path} has no label with a usual name: name a text or JSON key with --label, or give --unlabelled if there "
-                f"are no labels. It has {name_some(plain, 40) or 'images only'}"
-            )
-
-    def _members(self, tar: ScannedTar, extension: str, texts: Sequence[bytes | None]) -> dict[str, list[Any]]:
-        rows = []
-        for row, text in enumerate(texts):
+def _texts(tar: ScannedTar) -> pa.Table:
+    """Return the keys and texts of a tar as typed columns; JSON members are named ``EXTENSION:KEY``."""
+    keys = tar.samples[KEY].to_pylist()
+    columns: dict[str, Sequence[Any]] = {KEY: keys}
+    for extension in [name for name in tar.samples.column_names if name not in OWN]:
+        found = []
+        for key, text in zip(keys, tar.samples[extension].to_pylist(), strict=True):
             try:
-                rows.append(parse_object(text or b""))
+                is_json = extension.rpartition(".")[2] in JSON_ENDINGS
+                found.append(parse_object(text or b"") if is_json else None if text is None else {"": text.decode().strip()})
             except ValueError as error:
-                raise UserError(f"{tar.path}: the .{extension} of {tar.samples[KEY][row]} is damaged ({error})") from None
-        keys = dict.fromkeys(f"{extension}:{key}" for content in rows for key in content)
-        self._found |= keys
-        return {name: [content.get(name.partition(":")[2]) for content in rows] for name in keys}
+                raise UserError(f"{tar.path}: the .{extension} of {key} is damaged ({error})") from None
+        names = dict.fromkeys(name for content in found for name in content or ())
+        columns |= {f"{extension}:{name}" if name else extension: [(row or {}).get(name) for row in found] for name in names}
+    typed = [typed_column(name, values) for name, values in columns.items()]
+    return pa.Table.from_arrays([array for _, array in typed], schema=pa.schema([field for field, _ in typed]))
 
-    def _text(self, tar: ScannedTar, row: int, text: bytes | None) -> str | None:
-        try:
-            return None if text is None else text.decode().strip()
-        except UnicodeDecodeError:
-            raise UserError(f"{tar.path}: a text of {tar.samples[KEY][row]} is not UTF-8") from None
 
-    def _match(self, given: str) -> str | None:
-        """Return the name with extension that the user means; None for a column that no text gives."""
-        if given in self._found:
-            return given
-        matches = [name for name in self._found if name.partition(":")[2] == given]
-        lowered = given.lower()
-        matches = matches or [name for name in self._found if lowered in (name.lower(), name.partition(":")[2].lower())]
-        if len(matches) > 1:
-            raise UserError(f"{self._location}: {given} is in several JSON files: choose one of {', '.join(matches)}")
-        return matches[0] if matches else None
+def _final_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the final name of each column: the plain key of a JSON member where it is unique."""
+    names = [*dict.fromkeys(names)]
+    plain = {name: name.partition(":")[2] or name for name in names}
+    counts = Counter([*plain.values(), *USED])
+    return {name: key if counts[key] == 1 else name for name, key in plain.items()}
 
-    def _check(self, path: str) -> None:
-        for kind, given in self._given.items():
-            if self._match(given) is None and given not in (NO_COLUMN, FOLDER):
-                names = [name.partition(":")[2] or name for name in self._found]
-                raise UserError(
-                    f"{path} has no text or JSON key {given!r} (--{kind}). It has {name_some(names, 40) or 'images only'}"
-                    + ("; or name the folder in the tar: folder" if kind == "label" else "")
-                )
+
+def _choose(
+    columns: ColumnNames, table: pa.Table, location: str, *, is_labelled: bool, final: Mapping[str, str] | None = None
+) -> ColumnNames:
+    """Return the user's columns by their final names, and the label's: a class file, or the folder where nothing else is a label.
+
+    Args:
+        columns: the user's choice, by plain keys or as ``EXTENSION:KEY``.
+        table: as ``_texts`` returns it, of the first tar or of all.
+        location: for messages.
+        is_labelled: a label is needed.
+        final: final names of all texts; None: those of the table.
+
+    Raises:
+        UserError: a column does not exist, or nothing can be the label.
+    """
+    all_names = final or _final_names(table.column_names)
+    names = [all_names[name] for name in table.column_names if name != KEY]
+    given = {kind: all_names.get(name, name) for kind, name in asdict(columns).items() if name is not None}
+    for kind, name in given.items():
+        if name in all_names.values() and name not in names:
+            raise UserError(f"{location}: {name} (--{kind}) is empty or has lists or values of several types; name another one")
+    folders = {_folder(key) for key in table[KEY].to_pylist()}
+    has_folders = folders != {""}
+    columns = replace(columns, **given)
+    classes = [name for name in names if ":" not in name and name.rpartition(".")[2] in CLASS_ENDINGS[:2]]
+    if columns.label is None and len(classes) == 1:
+        columns = replace(columns, label=classes[0])
+    elif columns.label is None and has_folders and not any(name.lower() in USUAL_NAMES["label"] for name in names):
+        columns = replace(columns, label=FOLDER)
+    known = [*names, FOLDER] if has_folders and FOLDER not in names else names
+    found = find_columns(known, columns, location, is_labelled=is_labelled)
+    if is_labelled and found.label is None:
+        raise UserError(
+            f"{location} has no label with a usual name: name a text or JSON key with --label, or give --unlabelled if there "
+            f"are no labels. It has {name_some(names, 40) or 'images only'}"
+        )
+    if final is not None and columns.label not in (given.get("label"), None):
+        what = "names of the folders in the tars" if columns.label == FOLDER else f"those of the files .{columns.label}"
+        logger.info("labels are the %s (--label names others)", what)
+    return replace(columns, file=NAME)
 
 
 # Names that no JSON member gets.
 USED = (NAME, FOLDER, SPLIT)
 
 
-def _add_names(table: pa.Table, keys: pa.ChunkedArray, images: TarImages) -> tuple[pa.Table, bool]:
-    """Return the table with the names of the images and their folders, and True if these differ."""
+def _folder(key: str) -> str:
+    return PurePosixPath(key).parent.name
+
+
+def _file_names(keys: Sequence[str], images: TarImages) -> list[str]:
+    """Return the name of each image in the catalogue: the tar's, the key, and the ending."""
     stems = [PurePosixPath(path).name.partition(".")[0] for path in images.tars]
-    names = [
-        f"{stems[tar]}/{key}{PurePosixPath(name).suffix.lower()}"
-        for tar, key, name in zip(images.tar.tolist(), keys.to_pylist(), images.names, strict=True)
-    ]
-    folders = [PurePosixPath(key).parent.name for key in keys.to_pylist()]
-    table = table.append_column(NAME, pa.array(names, pa.string())) if table.num_columns else pa.table({NAME: names})
-    if any(folders) and FOLDER not in table.column_names:
-        table = table.append_column(FOLDER, pa.array(folders, pa.string()))
-    return table, len({*folders}) > 1
-
-
-def _complete(columns: ColumnNames, names: Sequence[str], *, has_folders: bool) -> ColumnNames:
-    """Return the columns with the image's name, and the label's: a class file, or the folder where nothing else is a label."""
-    columns = replace(columns, file=NAME)
-    if columns.label is not None:
-        return columns
-    classes = [name for name in names if ":" not in name and name.rpartition(".")[2] in CLASS_ENDINGS[:2]]
-    usual = [name for name in names if name.lower() in USUAL_NAMES["label"]]
-    if len(classes) == 1:
-        logger.info("labels are those of the files .%s (--label names others)", classes[0])
-        return replace(columns, label=classes[0])
-    if not usual and has_folders:
-        logger.info("labels are the names of the folders in the tars (--label names others)")
-        return replace(columns, label=FOLDER)
-    return columns
+    rows = zip(images.tar.tolist(), keys, images.names, strict=True)
+    return [f"{stems[tar]}/{key}{PurePosixPath(name).suffix.lower()}" for tar, key, name in rows]
 
 
 def _splits(locations: Sequence[TarLocation], number: NDArray[np.int32], keys: Sequence[str]) -> list[str] | None:

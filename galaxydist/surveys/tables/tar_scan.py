@@ -13,7 +13,7 @@ import posixpath
 import re
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
 from galaxydist.object_store import RemoteFile, Store, is_url, list_files
-from galaxydist.surveys.file_kinds import TAR, file_kind, refuse_kind
+from galaxydist.surveys.file_kinds import TAR, TAR_GZ, file_kind, folder_kind, kind_of, refuse_kind
 from galaxydist.surveys.folder_scan import known_split, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
 
@@ -42,18 +42,10 @@ _LONGEST_TEXT = 1 << 20
 # Bytes of a remote tar that are read at a time: small images are streamed, larger ones skipped.
 _REQUEST_BYTES = 4 << 20
 _REMOTE_THREADS = 8
-# Folders of a folder that are looked into to know its kind.
-_NUM_LOOKED_INTO = 50
 # Names of folders that say nothing about the data set in them.
 _PLAIN_NAMES = {"data", "images", "shards", "tars", "wds", "webdataset"}
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"__[^/]*__($|[./])")
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip -k"),
-    b"BZh": ("bzip2", "bunzip2 -k"),
-    b"\xfd7zXZ": ("xz", "unxz -k"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
-}
 
 # Facts about an image; those that are not known are null. ``digest``: of its bytes; ``format``: ``jpg`` or ``png`` if
 # ``parse_image`` returns the bytes, else empty; ``sums``: of its pixels; ``problem``: the reason why it does not decode.
@@ -125,29 +117,10 @@ def names_tars(source: str | Path) -> bool:
         return ".tar" in text.rpartition("/")[2]
     path = Path(text)
     if path.is_dir():
-        return _is_folder_of_tars(path)
+        return folder_kind(path) == TAR
     if path.is_file():
-        return file_kind(path) == TAR or any(
-            text.endswith(ending) for ending in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz")
-        )
+        return ".tar" in path.name or file_kind(path) in (TAR, TAR_GZ)
     return ".tar" in path.name and (glob.has_magic(text) or "{" in text)
-
-
-def _is_folder_of_tars(folder: Path) -> bool:
-    """Return True if the first folder with tars or images has tars, and neither it nor the folders in it have images."""
-    for number, (place, folders, files) in enumerate(os.walk(folder)):
-        folders.sort(key=natural_key)
-        if _has_images(files):
-            return False
-        if any(name.endswith((".tar", ".tar.gz")) for name in files):
-            return not any(_has_images(path.name for path in Path(place, name).iterdir()) for name in folders)
-        if number == _NUM_LOOKED_INTO:
-            return False
-    return False
-
-
-def _has_images(names: Iterable[str]) -> bool:
-    return any(Path(name).suffix.lower() in EXTENSIONS for name in names)
 
 
 def tars_name(locations: Sequence[TarLocation]) -> str:
@@ -210,8 +183,8 @@ def _local_tars(path: Path) -> list[str]:
             raise UserError(f"there is no tar {path}")
         return [str(path)]
     names = sorted((str(file) for file in path.rglob("*.tar") if not file.name.startswith(".")), key=natural_key)
-    if not names and (packed := sorted(str(file) for file in path.rglob("*.tar.*"))):
-        _refuse_compressed(packed[0], Path(packed[0]).read_bytes()[:8])
+    if not names and (packed := sorted(path.rglob("*.tar.*"))):
+        raise refuse_kind(packed[0], file_kind(packed[0]), "a tar of images")
     return names
 
 
@@ -352,12 +325,9 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             cast(Any, tar).members.clear()  # else it would remember all of them
             if info.isreg() and not info.issparse():
                 yield info
-    except tarfile.TarError as error:
-        if stream.tell() <= tarfile.BLOCKSIZE and not _is_header(stream.first):
-            _refuse_compressed(path, stream.first)
-            if not is_url(path) and (kind := file_kind(Path(path))) != TAR:
-                raise refuse_kind(path, kind, "a tar of images") from None
-            raise UserError(f"{path} is not a tar ({error})") from None
+    except tarfile.TarError:
+        if stream.tell() <= tarfile.BLOCKSIZE and (kind := kind_of(stream.first, path)) != TAR:
+            raise refuse_kind(path, kind, "a tar of images") from None
         raise UserError(_truncated(path, stream.tell())) from None
     # tarfile takes a damaged header or the end of the file for the end of the tar.
     if len(stream.last) < tarfile.BLOCKSIZE or any(stream.last):
@@ -369,25 +339,8 @@ def _members(stream: _Stream, path: str) -> Iterator[tarfile.TarInfo]:
             )
 
 
-def _is_header(block: bytes) -> bool:
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
 def _truncated(path: str, offset: int) -> str:
     return f"{path} is truncated or damaged at byte {offset}: copy it again; no other tar is used without it"
-
-
-def _refuse_compressed(path: str, start: bytes) -> None:
-    for magic, (kind, command) in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(
-                f"{path} is compressed ({kind}), so that no image can be read without unpacking all before it; unpack it first: "
-                f"{command} {path}"
-            )
 
 
 class _Samples:
@@ -403,6 +356,7 @@ class _Samples:
 
     def add(self, info: tarfile.TarInfo, stream: _Stream) -> None:
         """Add a file, whose contents begin at the stream's position."""
+        info.name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # of another encoding
         name = info.name.removeprefix("./").lstrip("/")
         parts = _NAME.fullmatch(name)
         if parts is None or _HIDDEN.match(name):

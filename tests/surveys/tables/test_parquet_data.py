@@ -231,8 +231,8 @@ def rename(path: Path, name: str, values: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "source", "message"),
     [
-        (damage, {}, "is truncated or damaged, or no Parquet file"),
-        (lambda path: path.write_text("PAR1 and nothing"), {}, "is truncated or damaged, or no Parquet file"),
+        (damage, {}, "is truncated or damaged \\("),
+        (lambda path: path.write_text("PAR1 and nothing"), {}, "is truncated or damaged \\("),
         (lambda path: rename(path, "image", ["x.png"] * 60), {}, "none of the 60 images exists; the first, 'x.png' in column"),
         (
             lambda path: rename(path, "thumb", [f"{row}.png" for row in range(60)]),
@@ -323,10 +323,10 @@ def test_hats_catalogue_on_a_web_server_equals_the_local_one(tmp_path: Path) -> 
         assert len(opened(f"{url}/galaxies/dataset/Norder=1/Dir=0/Npix=9.parquet?token=secret").labels) == 20
         for name, message in (
             ("nothing", "a web server's files cannot be listed"),
-            ("nothing.parquet?token=secret", f"nothing at {url}/nothing.parquet$"),
-            ("zoo.h5", "files of the kind .h5 are not read from URLs"),
+            ("nothing.parquet?token=secret", f"{url}/nothing.parquet does not exist$"),
+            ("zoo.h5", "zoo.h5 is an HDF5 file, by its content, not a Parquet file"),
         ):
-            (folder / "zoo.h5").touch()
+            (folder / "zoo.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
             with pytest.raises(UserError, match=message):
                 opened(f"{url}/{name}")
 
@@ -392,6 +392,10 @@ def test_data_set_on_the_hub_equals_the_local_one_and_is_pinned_to_a_commit(
         hub.commit = "e" * 40
         write(folder / "data" / "test-00000-of-00001.parquet", range(39, 59))
         assert opened("hf://datasets/zoo/galaxies").source_hash != remote.source_hash
+        (folder / "notes").mkdir()
+        (folder / "notes" / "metadata.csv").write_text("file_name,label")
+        with pytest.raises(UserError, match=rf"no Parquet files; .* table of images like .*@{hub.commit}/notes/metadata.csv"):
+            opened("hf://datasets/zoo/galaxies/notes")
         with pytest.raises(UserError, match="has no revision 'v2'"):
             opened("hf://datasets/zoo/galaxies@v2")
         with pytest.raises(UserError, match=r"there is no data set zoo/stars, or it is private: .*hf auth login.*HF_TOKEN"):

@@ -12,7 +12,7 @@ from galaxydist.errors import UserError
 from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.survey_sources import open_survey
-from galaxydist.surveys.table_columns import ColumnNames, find_columns
+from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_values
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
 from tests.helpers.survey_files import write_image
 
@@ -46,6 +46,9 @@ def test_fits_table_is_read_in_native_order_without_padding_or_masked_values(
     for hdu, names in (("3", ["Y"]), ("galaxies", table.column_names), ("EMPTY", ["X"])):
         path, found = split_hdu(f"{tmp_path}/t.fits[{hdu}]")
         assert read_table(Path(path), found).column_names == names
+    (tmp_path / "t.csv").write_text("file,label\na,b\n")
+    with pytest.raises(UserError, match=r"t.csv is no FITS table, so that it has no extension \[2\]"):
+        read_table(tmp_path / "t.csv", "2")
     with pytest.raises(
         UserError, match=r"no table extension \[4\]; its tables are 1 \(EMPTY, 0 rows\), 2 \(GALAXIES, 3 rows\), 3 \("
     ):
@@ -113,6 +116,11 @@ def test_csv_cells_become_numbers_only_if_the_whole_column_does(
     assert read_table(tmp_path / "t.csv").to_pydict() == columns
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
     assert read_table(tmp_path / "t.csv.gz").to_pydict() == columns
+
+
+def test_numbers_have_the_shortest_text() -> None:
+    for values, texts in (([2.0, None, -7.0], ["2", None, "-7"]), ([2.5, 2.0], ["2.5", "2"]), ([1e20, 2.0], ["1e+20", "2"])):
+        assert text_values(pa.chunked_array([pa.array(values)])).to_pylist() == texts
 
 
 def test_columns_are_found_by_usual_names_in_an_order_and_by_the_users_choice() -> None:

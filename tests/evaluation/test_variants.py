@@ -1,4 +1,4 @@
-"""A run judged on the test splits of the survey's other data sets too."""
+"""A run evaluated on the test splits of its survey's other data sets, too."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ def test_finished_run_is_evaluated_on_every_requested_variant(tmp_path: Path, ca
     assert run_here(arguments) == 0
     own, other = run_dir / "evaluation" / "test.json", run_dir / "evaluation" / "blobs-balanced" / "test.json"
     assert own.exists() and not other.exists()
-    # The finished run is judged on what is missing.
+    # The finished run is evaluated on what is missing.
     assert run_here([*arguments, "eval.variants=[original,balanced]"]) == 0
-    judged = json.loads(other.read_text())
-    assert (judged["variant"], judged["count"]) == ("balanced", 12)
+    found = json.loads(other.read_text())
+    assert (found["variant"], found["count"]) == ("balanced", 12)
     assert (read_evaluation(run_dir)["variant"], read_evaluation(run_dir)["count"]) == ("original", 24)
-    assert judged["step"] == read_evaluation(run_dir)["step"]
+    assert found["step"] == read_evaluation(run_dir)["step"]
     capsys.readouterr()
 
 
