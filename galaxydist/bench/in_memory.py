@@ -21,7 +21,6 @@ from galaxydist.loading.loader import Batch
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.health.watchdog import Watchdog
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.trainer import Trainer
 
@@ -134,7 +133,7 @@ class MemoryBatches:
         recipe, world, manifest = trainer.recipe, trainer.world, trainer.manifest
         self._batch_size = recipe.train.batch_size
         self._steps_per_epoch = manifest.split("train").num_samples // self._batch_size
-        self._offsets = torch.from_numpy(rank_offsets(self._batch_size, world.rank, world.size))
+        self._offsets, self._draw = rank_offsets(self._batch_size, world.rank, world.size), trainer.step.draw
         size, rows = recipe.data.image_size, len(self._offsets)
         generator = torch.Generator().manual_seed(recipe.seed + world.rank)
         images = torch.randint(256, (HELD, rows, size, size, 3), dtype=torch.uint8, generator=generator)
@@ -145,9 +144,10 @@ class MemoryBatches:
     def at(self, step: int) -> Batch:
         """Return the batch of a step of the run."""
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
-        positions_B = epoch_step * self._batch_size + self._offsets
-        held = step % HELD
-        return Batch(self._images[held], self._labels[held], self._weights, positions_B, positions_B, epoch, step)
+        positions, held = epoch_step * self._batch_size + self._offsets, step % HELD
+        images_BHWC, positions_B = self._images[held], torch.from_numpy(positions)
+        draws_BN = torch.from_numpy(self._draw(epoch, positions, images_BHWC.shape[1]))
+        return Batch(images_BHWC, self._labels[held], self._weights, positions_B, positions_B, epoch, step, draws_BN=draws_BN)
 
 
 class WatchedTrainer(Trainer):
@@ -168,8 +168,8 @@ class WatchedTrainer(Trainer):
         super().__init__(resolved, world, environ)
         self._build_watch = build_watch
 
-    def _build_loop(self, stack: contextlib.ExitStack, watchdog: Watchdog) -> TrainLoop:
-        loop = super()._build_loop(stack, watchdog)
+    def _build_loop(self, stack: contextlib.ExitStack) -> TrainLoop:
+        loop = super()._build_loop(stack)
         is_over, step_done = self._build_watch(self), loop.step_done
 
         def watch(step: int) -> None:

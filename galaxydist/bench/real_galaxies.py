@@ -95,6 +95,7 @@ class _PlainTraining:
             num_streams=data.num_streams,
             balance=data.balance,
             decode=DecodeOptions(data.image_size, data.crop, data.augment.zoom),
+            draw=self.augment.draw,
         )
         self.batches = iter(stack.enter_context(loader))
         self.seconds: list[float] = []
@@ -102,7 +103,7 @@ class _PlainTraining:
     def step(self) -> None:
         start = self._clock()
         batch = next(self.batches)
-        images_BCHW = self.augment(batch.images_BHWC.to(self.device), batch.epoch, batch.positions_B)
+        images_BCHW = self.augment(batch.images_BHWC.to(self.device), batch.draws.to(self.device))
         plain_step(
             self.model,
             self.optimizer,

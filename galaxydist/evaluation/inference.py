@@ -225,7 +225,7 @@ class ForwardPass:
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """Return the logits B x K of uint8 images B x H x W x 3, H == W; see :func:`mean_log_probabilities` for the type."""
-        images_BCHW = self.normalise(images_BHWC).to(self.dtype, memory_format=self.memory_format)
+        images_BCHW = self.normalise(images_BHWC, memory_format=self.memory_format).to(self.dtype)
         with self.autocast():
             return mean_log_probabilities([self.model(turned_BCHW) for turned_BCHW in tta_images(images_BCHW, self.tta)])
 

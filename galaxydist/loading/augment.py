@@ -8,6 +8,7 @@ same way in any batch, process and device: the numbers are drawn here, and carri
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from galaxydist.loading.image_ops import (
     Floats,
     ImageTransform,
     Ints,
-    Noise,
+    LevelScaling,
     OpenCVBackend,
     QuarterTurn,
     TorchBackend,
     antialias,
+    blur_levels,
     resize,
 )
 from galaxydist.recipe.schema import AugmentConfig
@@ -41,6 +43,7 @@ class Normalise:
         image_size: T, width that the model sees, in pixels.
         crop: central fraction of the stored width that is kept.
         threads: threads that share a batch on a CPU.
+        noise_table: of the augmentation, if it adds noise.
     """
 
     def __init__(
@@ -51,27 +54,27 @@ class Normalise:
         crop: float = 1.0,
         *,
         threads: int = 1,
+        noise_table: Float32s | None = None,
     ) -> None:
         std = np.maximum(np.asarray(channel_std, np.float64), 1e-3)
-        self.gain_C = 1 / (255 * std)
-        self.shift_C = (-np.asarray(channel_mean) / std).astype(np.float32)
+        scaling = LevelScaling(1 / (255 * std), (-np.asarray(channel_mean) / std).astype(np.float32), noise_table)
         self._image_size, self._crop = image_size, crop
-        self._on_cpu, self._on_device = OpenCVBackend(image_size, threads), TorchBackend(image_size)
+        self.on_cpu, self.on_device = OpenCVBackend(image_size, scaling, threads), TorchBackend(image_size, scaling)
 
-    def __call__(self, images_BHWC: Tensor) -> Tensor:
+    def __call__(self, images_BHWC: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """Convert uint8 B x H x W x 3 to normalised float32 B x 3 x T x T, on the same device."""
-        rows = len(images_BHWC)
-        upright = QuarterTurn(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
-        gain_BC = np.broadcast_to(self.gain_C.astype(np.float32), (rows, 3))
-        return self.apply(images_BHWC, ImageTransform(upright, gain_BC, self.shift_C))
+        return self.apply(images_BHWC, ImageTransform(), memory_format=memory_format)
 
-    def apply(self, images_BHWC: Tensor, transform: ImageTransform) -> Tensor:
+    def apply(
+        self, images_BHWC: Tensor, transform: ImageTransform, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """Carry out a transform; images that are not warped are cropped and resized first."""
-        if isinstance(transform.geometry, QuarterTurn):
+        if not isinstance(transform.geometry, AffineWarp):
             images_BHWC = self.crop_and_resize(images_BHWC)
-        if images_BHWC.device.type == "cpu":
-            return torch.from_numpy(self._on_cpu(images_BHWC.numpy(), transform))
-        return self._on_device(images_BHWC, transform)
+        if images_BHWC.device.type != "cpu":
+            return self.on_device(images_BHWC, transform, memory_format=memory_format)
+        images_BCHW = torch.from_numpy(self.on_cpu(images_BHWC.numpy(), transform))
+        return images_BCHW.contiguous(memory_format=memory_format)
 
     def crop_and_resize(self, images_BHWC: Tensor) -> Tensor:
         """Return the central crop at the model's size: uint8 B x T x T x 3."""
@@ -110,42 +113,64 @@ class Augment:
         crop: float = 1.0,
         threads: int = 1,
     ) -> None:
-        self.normalise = Normalise(channel_mean, channel_std, image_size, crop, threads=threads)
+        noise_table = _noise_table(seed, 3 * image_size**2) if config.noise > 0 else None
+        self.normalise = Normalise(channel_mean, channel_std, image_size, crop, threads=threads, noise_table=noise_table)
         self._config, self._seed, self._size, self._crop = config, seed, image_size, crop
         self._resamples = config.rotate == "any" or config.zoom > 1 or config.shift > 0
-        self._noise_table = _noise_table(seed, 3 * image_size**2) if config.noise > 0 else None
 
-    def __call__(self, images_BHWC: Tensor, epoch: int, positions_B: Tensor) -> Tensor:
-        """Return augmented, normalised images.
+    def __call__(
+        self, images_BHWC: Tensor, draws_BN: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
+        """Return augmented, normalised images; on a GPU the host does not wait.
 
         Args:
             images_BHWC: uint8 B x H x W x 3, H == W.
-            epoch: training epoch.
-            positions_B: int64 positions in the epoch's order, on the CPU (on a GPU the host would wait for them).
+            draws_BN: from :meth:`draw` for this width, on the images' device; further columns are ignored.
+            memory_format: of the result.
 
         Returns:
             float32 B x 3 x T x T on the images' device.
         """
-        return self.normalise.apply(images_BHWC, self.draw(epoch, positions_B.cpu().numpy(), images_BHWC.shape[1]))
+        draws = draws_BN.numpy() if images_BHWC.device.type == "cpu" else draws_BN
+        return self.normalise.apply(images_BHWC, self.transform(draws, images_BHWC.shape[1]), memory_format=memory_format)
 
-    def draw(self, epoch: int, positions: Ints, width: int) -> ImageTransform:
-        """Draw the transform of the images at these positions.
+    def draw(self, epoch: int, positions: Ints, width: int) -> Floats:
+        """Draw the random numbers of images.
 
         Args:
-            epoch, positions: as above.
+            epoch: training epoch.
+            positions: B positions in the epoch's order.
             width: width of the images before the transform, in pixels.
+
+        Returns:
+            B x N: brightness, map, halvings and taps (or turns and mirror), level and offset of the noise.
         """
-        brightness = 1 + self._config.brightness * self._symmetric(epoch, positions, Stream.BRIGHTNESS)
-        gain_BC = brightness[:, None] * self.normalise.gain_C
-        geometry: AffineWarp | QuarterTurn
+        columns: list[NDArray[Any]] = [1 + self._config.brightness * self._symmetric(epoch, positions, Stream.BRIGHTNESS)]
         if self._resamples:
             maps, zoom = self.affine_maps(epoch, positions)
-            geometry = AffineWarp(maps, *antialias(self._crop * width / (self._size * zoom), width))
+            halvings, taps = antialias(self._crop * width / (self._size * zoom), width)
+            columns += [*maps.reshape(-1, 6).T, halvings, *taps.T]
         else:
-            turns = np.rint(self._angle(epoch, positions) / (np.pi / 2)).astype(np.int64)
-            geometry = QuarterTurn(turns, self._mirrored(epoch, positions))
-        noise = self._noise(epoch, positions, gain_BC)
-        return ImageTransform(geometry, gain_BC.astype(np.float32), self.normalise.shift_C, noise)
+            columns += [np.rint(self._angle(epoch, positions) / (np.pi / 2)), self._mirrored(epoch, positions)]
+        if self._config.noise > 0:
+            # A window of a fixed table of deviates at a hashed offset.
+            columns.append(255 * self._config.noise * uniform(self._seed, epoch, positions, Stream.NOISE_LEVEL))
+            columns.append(hash64(self._seed, epoch, positions, Stream.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE))
+        return np.stack(columns, axis=1).astype(np.float64)
+
+    def transform(self, draws_BN: Any, width: int) -> ImageTransform:
+        """Return the transform of these draws, a numpy array or a tensor, for images of this width."""
+        geometry: AffineWarp | QuarterTurn
+        if self._resamples:
+            # Rounding may take a zoom beyond the limits.
+            pitch, zoom = self._crop * width / self._size, self._config.zoom * (1 + 1e-9 * (self._config.zoom > 1))
+            levels = blur_levels(pitch / zoom, pitch * zoom, width)
+            geometry = AffineWarp(draws_BN[:, 1:7].reshape(-1, 2, 3), draws_BN[:, 7], draws_BN[:, 8:11], levels)
+        else:
+            geometry = QuarterTurn(draws_BN[:, 1], draws_BN[:, 2])
+        first = 11 if self._resamples else 3
+        noise_B2 = draws_BN[:, first : first + 2] if self._config.noise > 0 else None
+        return ImageTransform(geometry, draws_BN[:, 0], noise_B2)
 
     def affine_maps(self, epoch: int, positions: Ints) -> tuple[Floats, Floats]:
         """Return the images' maps, B x 2 x 3, and their zooms, B.
@@ -175,14 +200,6 @@ class Augment:
 
     def _mirrored(self, epoch: int, positions: Ints) -> NDArray[np.bool_]:
         return self._config.flip & (uniform(self._seed, epoch, positions, Stream.FLIP) < 0.5)
-
-    def _noise(self, epoch: int, positions: Ints, gain_BC: Floats) -> Noise | None:
-        """Draw Gaussian noise: a window of a fixed table of deviates at a hashed offset, scaled with the image's brightness."""
-        if self._noise_table is None:
-            return None
-        level = 255 * self._config.noise * uniform(self._seed, epoch, positions, Stream.NOISE_LEVEL)
-        offsets = hash64(self._seed, epoch, positions, Stream.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE)
-        return Noise(self._noise_table, offsets.astype(np.int64), (level[:, None] * gain_BC).astype(np.float32))
 
 
 def _noise_table(seed: int, length: int) -> Float32s:

@@ -1,7 +1,7 @@
 """Copies between host and device: the next batch on a side stream, and results that are read late."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,22 +39,24 @@ class CopyStream:
 
 @dataclass(frozen=True)
 class _Copying:
-    """A batch on the device, its source batch, and the event at the end of the copy."""
+    """A batch on the device, the copied tensors, their sources, and the event at the end of the copies."""
 
     batch: Batch
-    source: Batch
+    copies: list[Tensor]
+    sources: list[Tensor]
     event: torch.cuda.Event
 
 
 class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batch]):
-    """Copies a loader's images, labels and weights to the device; positions and sample numbers stay on the CPU.
+    """Copies a loader's batches to the device; positions and sample numbers stay on the CPU.
 
-    On a GPU the next batch is copied while the current one is in use, and the loader's memory is released only after the copy.
-    On a CPU the batches pass unchanged. An error of the loader is raised after the batches before it. Use as a context manager
-    inside the loader's.
+    A GPU takes two copies a batch: the images, and all numbers in one. A batch is copied while the one before is in use if the
+    loader has it ready by then, else when it is asked for: the current batch never waits for the next one. The loader's memory
+    is released only after the copy. On a CPU the batches pass unchanged. An error of the loader is raised after the batches
+    before it. Use as a context manager inside the loader's.
 
     Args:
-        batches: from a loader, preferably one that decodes into pinned memory (``pin``).
+        batches: from a loader, preferably one that decodes into pinned memory (``pin``); other iterators are always ready.
         device: target device.
         side_stream: the stream to copy on; None creates one if the device is a GPU.
     """
@@ -65,22 +67,27 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
         self._ahead: _Copying | None = None
         self._error: Exception | None = None
         self._in_flight: deque[_Copying] = deque()
+        self._is_ready: Callable[[], bool] = getattr(batches, "is_ready", lambda: True)
 
     def __next__(self) -> Batch:
         if self._side_stream is None:
             batch = next(self._batches)
-            return batch if self._device.type == "cpu" else _with(batch, [tensor.to(self._device) for tensor in _tensors(batch)])
+            if self._device.type == "cpu":
+                return batch
+            names = ["images_BHWC", *_copied_fields(batch)]
+            return replace(batch, **{name: getattr(batch, name).to(self._device) for name in names})
         if self._ahead is None:
             self._fetch(self._side_stream)
         copying, self._ahead = self._ahead, None
         if copying is None:
             assert self._error is not None
             raise self._error
-        self._side_stream.hand_over(_tensors(copying.batch), copying.event)
+        self._side_stream.hand_over(copying.copies, copying.event)
         while self._in_flight and self._in_flight[0].event.query():  # type: ignore[no-untyped-call]
             self._in_flight.popleft()
         self._in_flight.append(copying)
-        self._fetch(self._side_stream)
+        if self._is_ready():
+            self._fetch(self._side_stream)
         return copying.batch
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -104,12 +111,13 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
         if self._error is not None:
             return
         try:
-            source = next(self._batches)
+            batch = next(self._batches)
         except Exception as error:  # raised after the batches before it
             self._error = error
             return
-        copies, event = side_stream.start(_tensors(source))
-        self._ahead = _Copying(_with(source, copies), source, event)
+        sources = [batch.images_BHWC, _packed(batch, pin=self._device.type == "cuda")]
+        copies, event = side_stream.start(sources)
+        self._ahead = _Copying(_with(batch, copies), copies, sources, event)
 
 
 class HostCopy:
@@ -134,10 +142,25 @@ class HostCopy:
         return self._tensor.cpu()
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [batch.images_BHWC, batch.labels_B, batch.weights_B]
+def _copied_fields(batch: Batch) -> list[str]:
+    """Return the names of the tensors that go to the device beside the images, the widest elements first."""
+    names = ["labels_B", "draws_BN", "weights_B"]
+    return names if batch.draws_BN is not None else [names[0], names[2]]
 
 
-def _with(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
-    images_BHWC, labels_B, weights_B = tensors
-    return replace(batch, images_BHWC=images_BHWC, labels_B=labels_B, weights_B=weights_B)
+def _packed(batch: Batch, *, pin: bool) -> Tensor:
+    """Return the bytes of all tensors beside the images in one, so that one copy takes them to the device."""
+    parts = [getattr(batch, name).contiguous().view(-1).view(torch.uint8) for name in _copied_fields(batch)]
+    memory = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=pin)
+    return torch.cat(parts, out=memory)
+
+
+def _with(batch: Batch, copies: Sequence[Tensor]) -> Batch:
+    """Return the batch with images and packed tensors from the device."""
+    images_BHWC, memory = copies
+    on_device: dict[str, Any] = {}
+    for name in _copied_fields(batch):
+        tensor = getattr(batch, name)
+        part, memory = memory[: tensor.nbytes], memory[tensor.nbytes :]
+        on_device[name] = part.view(tensor.dtype).view(tensor.shape)
+    return replace(batch, images_BHWC=images_BHWC, **on_device)

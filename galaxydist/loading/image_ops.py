@@ -7,10 +7,11 @@ A test holds the mean difference from a float64 triangle below one grey level.
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from galaxydist.loading.loader import BufferPool
 Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
 Ints = NDArray[np.int64]
+# A numpy array or a tensor.
+Array: TypeAlias = Any
 
 # Input pixels per output pixel above which an image is blurred, or halved until it is below.
 BLUR = 1.1
@@ -38,17 +41,14 @@ class AffineWarp:
     Args:
         maps: B x 2 x 3 from output to input coordinates (x to the right, y down; both -1 to 1 from edge to edge).
         halvings: B, number of times that 2 x 2 pixels are averaged first.
-        taps: B x 5, the symmetric blur along each axis that follows; each row has the sum 1.
+        taps: B x 3, outer, inner and middle one of the symmetric blur of five taps along each axis that follows.
+        levels: the greatest blur radius (0, 1 or 2 pixels) for each number of halvings that the images may have.
     """
 
-    maps: Floats
-    halvings: Ints
-    taps: Float32s
-
-    @property
-    def radii(self) -> Ints:
-        """B blur radii: 0 (none), 1 or 2 pixels."""
-        return np.asarray(np.count_nonzero(self.taps, axis=1) // 2)
+    maps: Array
+    halvings: Array
+    taps: Array
+    levels: Mapping[int, int]
 
     def matrices(self, width: int, size: int) -> Floats:
         """Return the maps between pixel centres: B x 2 x 3 from (column, row) of the output to that of the halved input.
@@ -65,46 +65,44 @@ class AffineWarp:
 
 @dataclass(frozen=True)
 class QuarterTurn:
-    """Quarter turns (B, counter-clockwise), then mirrors (B, left to right), which only permute the pixels."""
+    """Quarter turns (B, counter-clockwise), then mirrors (B, 1: left to right), which only permute the pixels."""
 
-    turns: Ints
-    mirrored: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """A window of a fixed table of standard normal deviates for each image.
-
-    Args:
-        table: float32.
-        offsets: B, offset in the table of an image's C x T x T deviates.
-        gain_BC: float32, factor of the deviates.
-    """
-
-    table: Float32s
-    offsets: Ints
-    gain_BC: Float32s
+    turns: Array
+    mirrored: Array
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Geometry of each image, then ``grey level * gain + shift + noise`` of the result in whole grey levels.
+    """Numbers of the transform of each image of a batch: numpy arrays for :class:`OpenCVBackend`, tensors for the other.
 
     Args:
-        geometry: motion of the pixels. For :class:`QuarterTurn` the images already have the model's size.
-        gain_BC: float32.
-        shift_C: float32.
-        noise: added noise, or None.
+        geometry: motion of the pixels; None: none. Without :class:`AffineWarp` the images already have the model's size.
+        brightness_B: factor of the grey levels.
+        noise_B2: standard deviation of the noise in grey levels, and the offset of the image's C x T x T deviates in the table.
     """
 
-    geometry: AffineWarp | QuarterTurn
-    gain_BC: Float32s
+    geometry: AffineWarp | QuarterTurn | None = None
+    brightness_B: Array | None = None
+    noise_B2: Array | None = None
+
+
+@dataclass(frozen=True)
+class LevelScaling:
+    """Constants of the map from grey levels to model input, ``level * gain * brightness + shift + noise * gain * brightness``.
+
+    Args:
+        gain_C: float64.
+        shift_C: float32.
+        noise_table: float32 standard normal deviates; an image's noise is a window of it.
+    """
+
+    gain_C: Floats
     shift_C: Float32s
-    noise: Noise | None = None
+    noise_table: Float32s | None = None
 
 
-def antialias(pitch: Floats, width: int) -> tuple[Ints, Float32s]:
-    """Return the ``halvings`` and ``taps`` of :class:`AffineWarp` that prepare images for one bilinear sample per output pixel.
+def antialias(pitch: Floats, width: int) -> tuple[Ints, Floats]:
+    """Return ``halvings`` and ``taps`` of :class:`AffineWarp`, which prepare images for one bilinear sample per output pixel.
 
     Args:
         pitch: input pixels per output pixel, for each image.
@@ -118,42 +116,66 @@ def antialias(pitch: Floats, width: int) -> tuple[Ints, Float32s]:
     return halvings, _taps(np.where(left > BLUR, np.clip(variance, 0, 4 / 3), 0))
 
 
-def _taps(variance: Floats) -> Float32s:
+def _taps(variance: Floats) -> Floats:
     """Return taps of these variances: three up to 1/2; above, two blurs of three (from a binomial of 5 to a triangle to 3)."""
     single = variance <= 0.5
     side = np.where(single, variance / 2, variance / 4)
     near = np.where(single, side, 2 * side * (1 - 2 * side))
     far = np.where(single, 0, side**2)
     near, far = np.rint(TAP_UNIT * near), np.rint(TAP_UNIT * far)
-    return (np.stack([far, near, TAP_UNIT - 2 * (near + far), near, far], axis=1) / TAP_UNIT).astype(np.float32)
+    return np.stack([far, near, TAP_UNIT - 2 * (near + far)], axis=1) / TAP_UNIT
+
+
+def blur_levels(least: float, greatest: float, width: int) -> dict[int, int]:
+    """Return the ``levels`` of :class:`AffineWarp` for pitches from ``least`` to ``greatest``."""
+    # With the same number of halvings the blur grows with the pitch.
+    edges = HALVE * 2.0 ** np.arange(width.bit_length())
+    pitches = np.concatenate([[least], edges[(least < edges) & (edges < greatest)], [greatest]])
+    halvings, taps = antialias(pitches, width)
+    radii = np.count_nonzero(taps[:, :2], axis=1)
+    return {level: int(radii[halvings == level].max()) for level in np.unique(halvings).tolist()}
 
 
 class TorchBackend:
     """Carries out transforms with torch, on the images' device and a batch at a time (on a CPU slower than OpenCV).
 
+    All images take the same operations, whatever their numbers are, and the host never waits for the device.
+
     Args:
         size: T, width that the model sees.
+        scaling: from grey levels to model input.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._noise_table: Tensor | None = None
+    def __init__(self, size: int, scaling: LevelScaling) -> None:
+        self._size, self._scaling = size, scaling
+        self._constants: dict[torch.device, list[Tensor]] = {}
 
-    def __call__(self, images_BHWC: Tensor, transform: ImageTransform) -> Tensor:
-        """Convert uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device."""
-        batch = torch.empty((len(images_BHWC), 3, self._size, self._size), device=images_BHWC.device)
-        for rows, group in _groups(transform.geometry):
-            chosen = _index(rows, images_BHWC)
-            images = images_BHWC[chosen].permute(0, 3, 1, 2).float()
-            batch[chosen] = resample(images, group, self._size) if isinstance(group, AffineWarp) else _turn(images, group)
-        batch.mul_(_column(transform.gain_BC, batch)).add_(_column(transform.shift_C[None], batch))
-        if (noise := transform.noise) is not None:
-            if self._noise_table is None or self._noise_table.device != batch.device:
-                self._noise_table = torch.from_numpy(noise.table).to(batch.device)
-            windows = self._noise_table.unfold(0, batch[0].numel(), 1)
-            deviates = windows[torch.from_numpy(noise.offsets).to(batch.device)].view(batch.shape)
-            batch.addcmul_(deviates, _column(noise.gain_BC, batch))
+    def __call__(
+        self, images_BHWC: Tensor, transform: ImageTransform, *, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
+        """Convert uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device, in either memory format."""
+        gain_C, shift_C, *noise_table = self._constants_on(images_BHWC.device)
+        images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
+        if isinstance(transform.geometry, AffineWarp):
+            images_BCHW = resample(images_BCHW, transform.geometry, self._size)
+        elif transform.geometry is not None:
+            images_BCHW = _turn(images_BCHW, transform.geometry)
+        gain_BC = gain_C[None] if transform.brightness_B is None else transform.brightness_B.to(gain_C.dtype)[:, None] * gain_C
+        batch = torch.empty(images_BCHW.shape, device=images_BCHW.device, memory_format=memory_format)
+        torch.mul(images_BCHW, _column(gain_BC), out=batch).add_(shift_C)
+        if transform.noise_B2 is not None:
+            level_B, offset_B = transform.noise_B2.to(gain_C.dtype).unbind(1)
+            deviates = noise_table[0].unfold(0, batch[0].numel(), 1)[offset_B.long()].view(batch.shape)
+            batch.addcmul_(deviates, _column(level_B[:, None] * gain_BC))
         return batch
+
+    def _constants_on(self, device: torch.device) -> list[Tensor]:
+        """Return gain (in the widest type of the device), shift and noise table, which are copied to the device once."""
+        if device not in self._constants:
+            scaling, wide = self._scaling, np.float32 if device.type == "mps" else np.float64
+            arrays = [scaling.gain_C.astype(wide), scaling.shift_C[:, None, None], scaling.noise_table]
+            self._constants[device] = [torch.from_numpy(array).to(device) for array in arrays if array is not None]
+        return self._constants[device]
 
 
 def resample(images_BCHW: Tensor, warp: AffineWarp, size: int) -> Tensor:
@@ -161,21 +183,33 @@ def resample(images_BCHW: Tensor, warp: AffineWarp, size: int) -> Tensor:
 
     Args:
         images_BCHW: float32, 0 to 255, of any memory format.
-        warp: equal numbers of halvings and equal blur radii for all images.
+        warp: its numbers are tensors.
         size: output width.
 
     Returns:
         float32 B x C x size x size.
     """
-    for _ in range(int(warp.halvings[0])):
-        images_BCHW = halve(images_BCHW)
-    radius = int(warp.radii[0])
-    if radius:
-        images_BCHW = whole(_blur(_blur(images_BCHW, warp.taps, radius, 2), warp.taps, radius, 3))
-    theta = torch.from_numpy(warp.maps.astype(np.float32)).to(images_BCHW.device)[:, None, None]
+    grid, taps = _grid(warp.maps, size), warp.taps.float()
+    resampled: Tensor | None = None
+    for level in range(max(warp.levels) + 1):
+        if level:
+            images_BCHW = halve(images_BCHW)
+        if level not in warp.levels:
+            continue
+        sharp, radius = images_BCHW, warp.levels[level]
+        if radius:
+            sharp = whole(_blur(_blur(sharp, taps, radius, 2), taps, radius, 3))
+        here = F.grid_sample(sharp, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        resampled = here if resampled is None else torch.where((warp.halvings == level)[:, None, None, None], here, resampled)
+    assert resampled is not None
+    return resampled.round_()
+
+
+def _grid(maps_B23: Tensor, size: int) -> Tensor:
+    """Return the input coordinates of the output pixels, float32 B x size x size x 2."""
+    theta = maps_B23.float()[:, None, None]
     line = (2 * torch.arange(size, device=theta.device, dtype=torch.float32) + 1) / size - 1
-    grid = line.view(1, 1, size, 1) * theta[..., 0] + (line.view(1, size, 1, 1) * theta[..., 1] + theta[..., 2])
-    return F.grid_sample(images_BCHW, grid, mode="bilinear", padding_mode="reflection", align_corners=False).round_()
+    return line.view(1, 1, size, 1) * theta[..., 0] + (line.view(1, size, 1, 1) * theta[..., 1] + theta[..., 2])
 
 
 def resize(images_BCHW: Tensor, size: int) -> Tensor:
@@ -205,43 +239,31 @@ def whole(images: Tensor) -> Tensor:
     return images.add_(0.5).floor_()
 
 
-def _blur(images_BCHW: Tensor, taps: Float32s, radius: int, axis: int) -> Tensor:
+def _blur(images_BCHW: Tensor, taps_B3: Tensor, radius: int, axis: int) -> Tensor:
     """Blur along one axis, exactly: each product and sum is a multiple of 1/65536 below 2^24 of them."""
-    middle, width = taps.shape[1] // 2, images_BCHW.shape[axis]
+    width = images_BCHW.shape[axis]
     index = torch.arange(-radius, width + radius, device=images_BCHW.device)
     mirrored = torch.where(index < 0, -1 - index, torch.where(index >= width, 2 * width - 1 - index, index))
     padded = images_BCHW.index_select(axis, mirrored)
-    total = padded.narrow(axis, radius, width) * _column(taps[:, middle : middle + 1], images_BCHW)
+    total = padded.narrow(axis, radius, width) * _column(taps_B3[:, 2:])
     for reach in range(1, radius + 1):
         both = padded.narrow(axis, radius - reach, width) + padded.narrow(axis, radius + reach, width)
-        total.addcmul_(both, _column(taps[:, middle + reach : middle + reach + 1], images_BCHW))
+        total.addcmul_(both, _column(taps_B3[:, 2 - reach : 3 - reach]))
     return total
 
 
-def _groups(geometry: AffineWarp | QuarterTurn) -> Iterator[tuple[Ints, AffineWarp | QuarterTurn]]:
-    """Yield the rows of images that take the same operations, and their part of the geometry."""
-    columns = [geometry.halvings, geometry.radii] if isinstance(geometry, AffineWarp) else [geometry.turns, geometry.mirrored]
-    kinds = np.stack(columns, axis=1)
-    for kind in np.unique(kinds, axis=0):
-        rows = np.flatnonzero((kinds == kind).all(1))
-        yield rows, type(geometry)(*(column[rows] for column in vars(geometry).values()))
-
-
 def _turn(images_BCHW: Tensor, turn: QuarterTurn) -> Tensor:
-    turned = torch.rot90(images_BCHW, int(turn.turns[0]), (2, 3))
-    return turned.flip(3) if turn.mirrored[0] else turned
+    """Turn and mirror by sampling pixel centres: the nearest pixel is the exact one."""
+    angle = turn.turns.float() * (math.pi / 2)
+    cos, sin, mirror = angle.cos(), angle.sin(), 1 - 2 * turn.mirrored.float()
+    zero = torch.zeros_like(cos)
+    maps = torch.stack([torch.stack([cos * mirror, -sin, zero], 1), torch.stack([sin * mirror, cos, zero], 1)], 1)
+    return F.grid_sample(images_BCHW, _grid(maps, images_BCHW.shape[2]), mode="nearest", align_corners=False)
 
 
-def _index(rows: Ints, like: Tensor) -> Tensor | slice:
-    """Return rows as an index; adjacent rows as a slice, which makes no copy."""
-    if int(rows[-1]) - int(rows[0]) == rows.size - 1:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(like.device)
-
-
-def _column(values_BC: Float32s | Floats, like: Tensor) -> Tensor:
-    """Return one number per channel and image, broadcast over the pixels."""
-    return torch.from_numpy(np.ascontiguousarray(values_BC)).to(like.device)[:, :, None, None]
+def _column(values_BC: Tensor) -> Tensor:
+    """Return one float32 per channel and image, broadcast over the pixels."""
+    return values_BC.float()[:, :, None, None]
 
 
 Pixels = NDArray[np.uint8]
@@ -258,8 +280,8 @@ class OpenCVBackend:
         threads: threads that share a batch; the result does not depend on them.
     """
 
-    def __init__(self, size: int, threads: int = 1) -> None:
-        self._size, self._threads = size, threads
+    def __init__(self, size: int, scaling: LevelScaling, threads: int = 1) -> None:
+        self._size, self._scaling, self._threads = size, scaling, threads
         self._buffers = BufferPool(keep=4)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-augment")
 
@@ -268,11 +290,43 @@ class OpenCVBackend:
         batch = self._buffers.take((len(images_BHWC), 3, self._size, self._size), np.float32)
         geometry = transform.geometry
         matrices = geometry.matrices(images_BHWC.shape[1], self._size) if isinstance(geometry, AffineWarp) else None
-        task = functools.partial(_apply, images_BHWC, transform, matrices, batch)
+        task = functools.partial(self._apply, images_BHWC, transform, matrices, batch)
         tasks = [range(first, min(first + IMAGES_PER_TASK, len(batch))) for first in range(0, len(batch), IMAGES_PER_TASK)]
         run = map if self._threads == 1 or len(tasks) < 2 else self._executor.map
         list(run(task, tasks))
         return batch
+
+    def _apply(
+        self, images_BHWC: Pixels, transform: ImageTransform, matrices: Floats | None, batch_BCHW: Float32s, rows: range
+    ) -> None:
+        cv2, geometry, size = _cv2(), transform.geometry, self._size
+        # OpenCV warps four channels in two thirds of the time that three take.
+        warped, planes = np.empty((size, size, 4), np.uint8), np.empty((4, size, size), np.uint8)
+        brightness_B = np.ones(len(batch_BCHW)) if transform.brightness_B is None else transform.brightness_B
+        gain_BC = brightness_B[rows.start : rows.stop, None] * self._scaling.gain_C
+        for row, gain_C in zip(rows, gain_BC, strict=True):
+            if isinstance(geometry, AffineWarp):
+                assert matrices is not None
+                image = _soften(cv2, images_BHWC[row], int(geometry.halvings[row]), geometry.taps[row])
+                image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+                flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+                cv2.warpAffine(image, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
+                cv2.split(warped, list(planes))
+            else:
+                cv2.split(_turn_one(cv2, images_BHWC[row], geometry, row), list(planes[:3]))
+            image_CHW = batch_BCHW[row]
+            np.copyto(image_CHW, planes[:3])
+            image_CHW *= gain_C.astype(np.float32)[:, None, None]
+            image_CHW += self._scaling.shift_C[:, None, None]
+            if transform.noise_B2 is not None:
+                self._add_noise(cv2, image_CHW, transform.noise_B2[row], gain_C)
+
+    def _add_noise(self, cv2: Any, image_CHW: Float32s, noise_2: Floats, gain_C: Floats) -> None:
+        assert self._scaling.noise_table is not None
+        level, offset = noise_2
+        deviates = self._scaling.noise_table[int(offset) :][: image_CHW.size].reshape(image_CHW.shape)
+        for channel, gain in enumerate((level * gain_C).astype(np.float32).tolist()):
+            cv2.scaleAdd(deviates[channel], gain, image_CHW[channel], dst=image_CHW[channel])
 
 
 @functools.cache
@@ -284,42 +338,21 @@ def _cv2() -> Any:
     return cv2
 
 
-def _apply(images_BHWC: Pixels, transform: ImageTransform, matrices: Floats | None, batch_BCHW: Float32s, rows: range) -> None:
-    cv2, geometry, noise = _cv2(), transform.geometry, transform.noise
-    size = batch_BCHW.shape[2]
-    # OpenCV warps four channels in two thirds of the time that three take.
-    warped, planes = np.empty((size, size, 4), np.uint8), list(np.empty((4, size, size), np.uint8))
-    tables = transform.gain_BC[rows.start : rows.stop, :, None] * np.arange(256, dtype=np.float32) + transform.shift_C[:, None]
-    for row, table in zip(rows, tables, strict=True):
-        if isinstance(geometry, AffineWarp):
-            assert matrices is not None
-            image = _soften(cv2, images_BHWC[row], int(geometry.halvings[row]), geometry.taps[row])
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
-            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            cv2.warpAffine(image, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
-            channels = cv2.split(warped, planes)
-        else:
-            channels = cv2.split(_turn_one(cv2, images_BHWC[row], geometry, row), planes[:3])
-        for channel in range(3):
-            cv2.LUT(channels[channel], table[channel], dst=batch_BCHW[row, channel])
-        if noise is not None:
-            deviates = noise.table[noise.offsets[row] :][: batch_BCHW[row].size].reshape(batch_BCHW[row].shape)
-            for channel, gain in enumerate(noise.gain_BC[row].tolist()):
-                cv2.scaleAdd(deviates[channel], gain, batch_BCHW[row, channel], dst=batch_BCHW[row, channel])
-
-
-def _soften(cv2: Any, image_HWC: Pixels, halvings: int, taps: Float32s) -> Pixels:
+def _soften(cv2: Any, image_HWC: Pixels, halvings: int, taps: Floats) -> Pixels:
     for _ in range(halvings):
         half = image_HWC.shape[0] // 2
         image_HWC = cv2.resize(image_HWC, (half, half), interpolation=cv2.INTER_AREA)
-    if taps[2] == 1:
+    far, near, middle = taps.tolist()
+    if middle == 1:
         return image_HWC
-    kernel = taps if taps[0] else taps[1:-1]
+    kernel = np.array([far, near, middle, near, far] if far else [near, middle, near], np.float32)
     return cv2.sepFilter2D(image_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)  # type: ignore[no-any-return]
 
 
-def _turn_one(cv2: Any, image_HWC: Pixels, turn: QuarterTurn, row: int) -> Pixels:
-    if turn.turns[row]:
-        code = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[turn.turns[row] - 1]
+def _turn_one(cv2: Any, image_HWC: Pixels, turn: QuarterTurn | None, row: int) -> Pixels:
+    if turn is None:
+        return image_HWC
+    if turns := int(turn.turns[row]):
+        code = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[turns - 1]
         image_HWC = cv2.rotate(image_HWC, code)
     return cv2.flip(image_HWC, 1) if turn.mirrored[row] else image_HWC

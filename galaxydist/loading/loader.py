@@ -9,10 +9,10 @@ import socket
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class BufferPool:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's part of a batch, on the CPU; ``DevicePrefetcher`` copies images, labels and weights to the device.
+    """One rank's part of a batch, on the CPU; ``DevicePrefetcher`` copies images, labels, weights and draws to the device.
 
     Args:
         images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
@@ -89,6 +89,7 @@ class Batch:
         epoch: training epoch; 0 in evaluation.
         step: training step; in evaluation the number of the batch.
         errors: errors of the images that could not be read, by stored sample number.
+        draws_BN: float64, the random numbers that the training step needs; None if the loader draws none.
     """
 
     images_BHWC: Tensor
@@ -99,6 +100,13 @@ class Batch:
     epoch: int
     step: int
     errors: Mapping[int, UserError] = field(default_factory=dict)
+    draws_BN: Tensor | None = None
+
+    @property
+    def draws(self) -> Tensor:
+        """The random numbers of a batch that has some."""
+        assert self.draws_BN is not None, "the loader was opened without ``draw``"
+        return self.draws_BN
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,11 @@ class _Pending:
     plan: BatchPlan
     pixels: NDArray[np.uint8]
     tasks: list["Future[dict[int, UserError]]"]
+    draws: "Future[NDArray[np.float64]] | None"
 
+
+# Draws random numbers, B x N, from an epoch, B positions in its order, and the width of the decoded images.
+Draw: TypeAlias = Callable[[int, Int64, int], NDArray[np.float64]]
 
 # Positions of the order that are looked up at a time: one batch alone takes as long as ten, and decoding waits meanwhile.
 POSITIONS_AT_A_TIME = 1024
@@ -200,6 +212,7 @@ class _Loader(Iterator[Batch]):
         self._buffers = BufferPool(decode.prefetch + 3, pin=decode.pin)
         self._pending: deque[_Pending] = deque()
         self._plans: Iterator[BatchPlan] = iter(())
+        self._draw: Draw | None = None
         self._raises = True
         self._closed = False
         # Seconds that the caller has waited for batches.
@@ -225,6 +238,10 @@ class _Loader(Iterator[Batch]):
             raise
         return batch
 
+    def is_ready(self) -> bool:
+        """Return True if the next batch can be had without waiting."""
+        return bool(self._pending) and all(task.done() for task in (*self._pending[0].tasks, self._pending[0].draws) if task)
+
     def __enter__(self) -> Self:
         return self
 
@@ -249,7 +266,8 @@ class _Loader(Iterator[Batch]):
             self._executor.submit(self._images.read, samples[first : first + share], pixels, first)
             for first in range(0, samples.size, share)
         ]
-        return _Pending(plan, pixels, tasks)
+        draws = self._executor.submit(self._draw, plan.epoch, plan.positions, size) if self._draw is not None else None
+        return _Pending(plan, pixels, tasks, draws)
 
     def _share(self, num_images: int) -> int:
         """Return the number of images that a thread decodes at a time: larger shares wake threads and the caller less often."""
@@ -271,6 +289,7 @@ class _Loader(Iterator[Batch]):
             epoch=plan.epoch,
             step=plan.step,
             errors={int(plan.samples[row]): error for row, error in failed.items()},
+            draws_BN=torch.from_numpy(pending.draws.result()) if pending.draws is not None else None,
         )
 
 
@@ -289,6 +308,7 @@ class TrainLoader(_Loader):
         decode: options of decoding.
         on_error: ``raise`` the error of an image that cannot be read, or ``report`` it in ``Batch.errors``: the image keeps its
             position with weight 0, and the ranks decide together whether to go on.
+        draw: draws ``Batch.draws_BN`` in the decoding threads; None: no numbers.
         start_step: the first step; no image of earlier steps is read.
 
     Raises:
@@ -307,6 +327,7 @@ class TrainLoader(_Loader):
         ranks: RankInfo = ONE_RANK,
         decode: DecodeOptions = DECODE_DEFAULTS,
         on_error: Literal["raise", "report"] = "raise",
+        draw: Draw | None = None,
         start_step: int = 0,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(manifest.split("train").num_samples, batch_size)
@@ -326,7 +347,7 @@ class TrainLoader(_Loader):
             why=f"data.num_streams={num_streams}" if self._by_class is None else "data.balance=resample draws from all shards",
         )
         super().__init__(manifest, "train", source, ranks, decode)
-        self._plans, self._raises = self._plan_batches(start_step), on_error == "raise"
+        self._plans, self._raises, self._draw = self._plan_batches(start_step), on_error == "raise", draw
 
     def epoch_order(self, epoch: int) -> Order:
         """Return the order of an epoch."""

@@ -7,7 +7,7 @@ import re
 import shutil
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,6 +175,44 @@ def cudnn_benchmark(enabled: bool) -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before
+
+
+# Workspaces of cuBLAS with which it adds up in one order (cuBLAS documentation, "Results reproducibility").
+_CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(enabled: bool, environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Let torch use only algorithms that give the same bits each time; an operation without one raises ``RuntimeError``.
+
+    Enter it before the process group exists: NCCL then leaves out the reductions in switches, whose order varies.
+
+    Args:
+        enabled: do it; False does nothing.
+        environ: the process's environment, in which the workspace of cuBLAS is set.
+
+    Raises:
+        EveryRankError: the environment has another workspace.
+    """
+    if not enabled:
+        yield
+        return
+    given = environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS_WORKSPACES[0])
+    if given not in _CUBLAS_WORKSPACES:
+        allowed = " or ".join(_CUBLAS_WORKSPACES)
+        raise EveryRankError(
+            f"train.deterministic=true needs CUBLAS_WORKSPACE_CONFIG={allowed}, not {given}; unset the variable."
+        )
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, memory.fill_uninitialized_memory = True, False  # filling only shows faults, and takes time
+    try:
+        yield
+    finally:
+        mode, cudnn.deterministic, memory.fill_uninitialized_memory = before
+        torch.set_deterministic_debug_mode(mode)
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:

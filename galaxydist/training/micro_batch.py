@@ -14,7 +14,7 @@ from torch import nn
 
 from galaxydist.cpus import total_memory
 from galaxydist.distributed import World
-from galaxydist.errors import EveryRankError, OneRankFailedError
+from galaxydist.errors import EveryRankError, OneRankFailedError, RunFailedError
 from galaxydist.models.build import set_train_mode
 from galaxydist.models.performance import choose_memory_format
 from galaxydist.recipe.schema import Recipe
@@ -37,6 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an out-of-memory error of an allocator, cuDNN, cuBLAS or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, RunFailedError):  # it may quote the message of another rank
+        return False
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
@@ -295,6 +297,33 @@ class Probe:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         del ballast
+
+
+def check_deterministic(world: World, recipe: Recipe, model: nn.Module) -> None:
+    """Refuse a model with operations that have no deterministic algorithm on its device.
+
+    Args:
+        world, recipe: of the run.
+        model: on its device, neither wrapped nor compiled.
+
+    Raises:
+        EveryRankError: equally on all ranks; the text names the operation.
+    """
+    size = recipe.data.image_size
+    images_BCHW = torch.zeros(2, 3, size, size, dtype=world.dtype, device=world.device)
+    try:
+        with unchanged(model, world.device):
+            with world.mixed_precision.autocast():
+                logits_BK = model(images_BCHW)
+            torch.autograd.backward(dummy_loss(logits_BK))
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise EveryRankError(
+            f"train.deterministic=true: {recipe.model.name} uses {operation.split()[-1]}, for which torch has no deterministic "
+            f"algorithm on {world.device.type}. Use another model, or set train.deterministic=false."
+        ) from error
 
 
 @contextmanager

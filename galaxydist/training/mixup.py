@@ -17,7 +17,6 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from galaxydist.counter_rng import Stream, uniform
-from galaxydist.loading.loader import Batch
 from galaxydist.recipe.schema import TrainConfig
 
 Ints = NDArray[np.int64]
@@ -41,6 +40,9 @@ class PairSlice:
             return values
         return torch.cat([values[self.start : self.stop], values[self.num_pairs + self.start : self.num_pairs + self.stop]])
 
+
+# Columns of ``Mixup.draw_rows``: partner's share of the label, of the pixels outside the box, and the box's four edges.
+NUM_MIXUP_DRAWS = 6
 
 # A micro-batch: consecutive rows of a rank's batch, or whole pairs.
 Part: TypeAlias = slice | PairSlice
@@ -124,23 +126,30 @@ class Mixup:
         areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
         return MixupDraws(np.where(cut, areas / self._size**2, blends), blends, boxes)
 
-    def prepare(self, batch: Batch) -> "MixedBatch":
-        """Return the mixtures of a rank's batch on the device of its weights, without making the host wait.
+    def draw_rows(self, epoch: int, positions: Ints) -> Floats:
+        """Return the draws of a rank's batch of B galaxies, B x 6 for :meth:`prepare`; the galaxies of a pair have the same.
+
+        Args:
+            epoch: training epoch.
+            positions: B positions in the epoch's order; B is even, which ``check_world`` ensures.
+        """
+        draws = self.draw(epoch, positions[: len(positions) // 2])
+        numbers_P6 = np.concatenate([draws.partner_shares[:, None], draws.blends[:, None], draws.boxes], axis=1)
+        return np.concatenate([numbers_P6, numbers_P6])
+
+    def prepare(self, draws_B6: Tensor, weights_B: Tensor) -> "MixedBatch":
+        """Return the mixtures of a rank's batch, on the device of its tensors; on a GPU the host does not wait.
 
         A pair with a galaxy of weight 0 (an unreadable image, which is black) is not mixed: the other galaxy keeps its image and
         label.
 
         Args:
-            batch: an even number of galaxies, which ``check_world`` ensures.
+            draws_B6: from :meth:`draw_rows`.
+            weights_B: weight of each galaxy.
         """
-        num_pairs = len(batch.positions_B) // 2
-        draws = self.draw(batch.epoch, batch.positions_B[:num_pairs].cpu().numpy())
-        columns = [draws.partner_shares[:, None], draws.blends[:, None], draws.boxes]
-        numbers = torch.from_numpy(np.concatenate(columns, axis=1).astype(np.float32))
-        device = batch.weights_B.device
-        numbers_P6 = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
-        is_whole_P = (batch.weights_B[:num_pairs] > 0) & (batch.weights_B[num_pairs:] > 0)
-        return MixedBatch(numbers_P6 * is_whole_P[:, None], has_boxes=self._cutmix > 0)
+        num_pairs = len(draws_B6) // 2
+        is_whole_P = (weights_B[:num_pairs] > 0) & (weights_B[num_pairs:] > 0)
+        return MixedBatch(draws_B6[:num_pairs].float() * is_whole_P[:, None], has_boxes=self._cutmix > 0)
 
     def _uniform(self, epoch: int, pairs: Ints, stream: Stream) -> Floats:
         return uniform(self._seed, epoch, pairs, stream)

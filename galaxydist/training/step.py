@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -21,7 +23,7 @@ from galaxydist.recipe.schema import Recipe, TrainConfig
 from galaxydist.training.batch_norm import BatchNormBackup
 from galaxydist.training.ddp import Strategy
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
-from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
+from galaxydist.training.mixup import NUM_MIXUP_DRAWS, MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, set_learning_rate, step_if_finite
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
 from galaxydist.training.throughput import StepTimer
@@ -110,7 +112,7 @@ class TrainStep:
         Returns:
             This rank's sums, float64 of shape 4: loss numerator, loss weight, correct, counted samples.
         """
-        mix = self.mixup.prepare(batch) if self.mixup is not None else None
+        mix = self.mixup.prepare(batch.draws[:, -NUM_MIXUP_DRAWS:], batch.weights_B) if self.mixup is not None else None
         targets = self.loss.targets(batch.labels_B, batch.weights_B, mix)
         total_weight = targets.total_weights_B.sum(dtype=torch.float64)
         # The sum is needed in the first backward pass only: the forward pass does not wait for the other ranks.
@@ -133,14 +135,28 @@ class TrainStep:
             sums += self._count(numerator, logits_BK, part_targets, take(batch.weights_B, part))
         return sums
 
+    def draw(self, epoch: int, positions: NDArray[np.int64], width: int) -> NDArray[np.float64]:
+        """Draw the random numbers of a rank's batch, which the step needs as ``Batch.draws_BN``: pure, for the loader's threads.
+
+        Args:
+            epoch: training epoch.
+            positions: B positions in the epoch's order.
+            width: width of the batch's images in pixels.
+
+        Returns:
+            B x N, those of the augmentation, then those of mixup.
+        """
+        draws_BN = self.augment.draw(epoch, positions, width)
+        return draws_BN if self.mixup is None else np.concatenate([draws_BN, self.mixup.draw_rows(epoch, positions)], axis=1)
+
     def micro_batches(self, length: int) -> Sequence[Part]:
         """Split a rank's batch of ``length`` rows into the parts of the forward passes."""
         return split_batch(self.config, self.world.size, self.micro_batch, length, in_pairs=self.mixup is not None)
 
     def augmented(self, batch: Batch, part: Part, mix: MixedBatch | None) -> torch.Tensor:
         """Return a part of the batch as model input, B x C x H x W."""
-        images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
-        images_BCHW = images_BCHW.to(self.world.dtype, memory_format=self.memory_format)
+        images_BHWC, draws_BN = take(batch.images_BHWC, part), take(batch.draws, part)
+        images_BCHW = self.augment(images_BHWC, draws_BN, memory_format=self.memory_format).to(self.world.dtype)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def optimizer_step(self) -> torch.Tensor:
@@ -253,7 +269,8 @@ def example_images(
     first = split_batch(config, world.size, micro_batch, share, in_pairs=is_mixing(config))[0]
     count = len(take(torch.arange(share), first))
     pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
-    return augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype, memory_format=memory_format)
+    draws_BN = torch.from_numpy(augment.draw(0, np.arange(len(pixels_BHWC)), size)).to(world.device)
+    return augment(pixels_BHWC, draws_BN, memory_format=memory_format).to(world.dtype)
 
 
 def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:

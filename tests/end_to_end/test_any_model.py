@@ -28,6 +28,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 SOURCE = PAGE.read_text(encoding="utf-8").split("```python\n", 1)[1].split("```", 1)[0]
 
 
+# ``put_`` has no deterministic algorithm, on a CPU either; on a GPU it is some backward passes that have none.
+PUT_NET = """
+class PutNet(nn.Sequential):
+    def forward(self, images):
+        logits = super().forward(images)
+        zeros = logits.new_zeros(1)
+        return logits + zeros.put_(zeros.long(), logits.new_zeros(1)) if self.training else logits
+
+
+def put_net(num_classes: int, image_size: int, drop_rate: float = 0.0) -> nn.Module:
+    return PutNet(*small_net(num_classes, image_size, drop_rate))
+"""
+
+
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
@@ -36,6 +50,18 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     path.write_text(SOURCE)
     yield path
     sys.modules.pop("my_nets", None)
+
+
+def test_model_without_a_deterministic_algorithm_is_refused_if_one_is_asked_for(
+    blobs: Path, tmp_path: Path, own_module: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_module.write_text(f"import torch\n{SOURCE}\n{PUT_NET}")
+    settings = quick_settings(blobs, tmp_path / "run", model__name="my_nets:put_net", **KEPT, train__epochs=1)
+    assert run_here([*settings, "train.deterministic=true"]) == 2
+    error = capsys.readouterr().err
+    assert "train.deterministic=true: my_nets:put_net uses put_, for which torch has no deterministic algorithm on cpu" in error
+    assert torch.get_deterministic_debug_mode() == 0
+    assert run_here(settings) == 0  # the same folder
 
 
 def test_own_function_trains_and_its_code_runs_elsewhere_only_if_trusted(

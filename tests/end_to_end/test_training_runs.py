@@ -227,13 +227,14 @@ def whole(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_and_send(settings: list[str], number: int, step: int) -> int:
-    """Train as launch.py does; in that step a signal comes."""
+    """Train as launch.py does; in that step a signal comes, and torch's deterministic mode is printed."""
     from galaxydist.training.step import TrainStep
 
     take_step = TrainStep.__call__
 
     def interrupted(self: TrainStep, batch: Any, now: int) -> Any:
         if now == step:
+            print("deterministic mode", torch.get_deterministic_debug_mode())
             os.kill(os.getpid(), number)
         return take_step(self, batch, now)
 
@@ -241,12 +242,16 @@ def train_and_send(settings: list[str], number: int, step: int) -> int:
     return train(settings)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_run_stopped_by_a_signal_and_continued_is_bit_equal(number: int, blobs: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "deterministic"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_run_stopped_by_a_signal_and_continued_is_bit_equal(
+    number: int, deterministic: bool, blobs: Path, whole: Path, tmp_path: Path
+) -> None:
+    """On a CPU also to a run without ``train.deterministic``."""
     run_dir = tmp_path / "run"
-    settings = quick_settings(blobs, run_dir, **LIVELY)
+    settings = quick_settings(blobs, run_dir, **LIVELY, train__deterministic=str(deterministic).lower())
     done = run_forked(train_and_send, settings, number, 7)
     assert done.returncode == (130 if number == signal.SIGINT else 75), done.stderr
+    assert f"deterministic mode {2 * deterministic}" in done.stdout
     stopped = store.load(run_dir / "checkpoints")
     assert stopped is not None and 7 <= stopped.step < LAST_STEP
     assert run_here(settings) == 0

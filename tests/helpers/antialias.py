@@ -1,10 +1,13 @@
 """Random images, and the reference of resampling: a float64 triangle filter, two output pixels wide along its axes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from galaxydist.loading.augment import Augment
 from galaxydist.recipe.schema import AugmentConfig
 
 Floats = NDArray[np.float64]
@@ -55,6 +58,13 @@ PLAIN = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
 
 
 ALL = AugmentConfig(rotate="any", zoom=1.3, shift=0.06, brightness=0.1, noise=0.02)
+
+
+def augmented(augment: Augment, images_BHWC: Tensor, epoch: int = 0, positions: Sequence[int] | None = None) -> Tensor:
+    """Images as a training step sees those at these positions (0, 1, ...: None)."""
+    chosen = np.asarray(range(len(images_BHWC)) if positions is None else positions, np.int64)
+    draws_BN = torch.from_numpy(augment.draw(epoch, chosen, images_BHWC.shape[1]))
+    return augment(images_BHWC, draws_BN.to(images_BHWC.device))
 
 
 def random_images(count: int, width: int, seed: int = 0) -> Tensor:

@@ -11,15 +11,14 @@ from torch import Tensor
 from galaxydist.loading.augment import Augment, Normalise
 from galaxydist.loading.decode import reduction
 from galaxydist.recipe.schema import AugmentConfig
-from tests.helpers.antialias import ALL, PLAIN, random_images, resample_reference
+from tests.helpers.antialias import ALL, PLAIN, augmented, random_images, resample_reference
 
 
 def levels(augment: Augment | Normalise, images: Tensor, positions: list[int] | None = None, epoch: int = 0) -> Tensor:
     """Results as B x H x W x C."""
     if isinstance(augment, Normalise):
         return augment(images).permute(0, 2, 3, 1)
-    chosen = torch.tensor(positions if positions is not None else range(len(images)))
-    return augment(images, epoch, chosen).permute(0, 2, 3, 1)
+    return augmented(augment, images, epoch, positions).permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +175,8 @@ def test_evaluation_view_crops_centrally_and_is_symmetric() -> None:
 
 
 def test_augmentation_of_an_empty_batch_is_empty() -> None:
-    assert Augment(ALL, 0, *PLAIN, 16)(torch.empty((0, 32, 32, 3), dtype=torch.uint8), 0, torch.empty(0).long()).shape == (
-        0,
-        3,
-        16,
-        16,
-    )
+    images = torch.empty((0, 32, 32, 3), dtype=torch.uint8)
+    assert augmented(Augment(ALL, 0, *PLAIN, 16), images).shape == (0, 3, 16, 16)
 
 
 def test_reduced_decoding_changes_an_augmented_view_by_less_than_a_grey_level(real_sample: Path) -> None:

@@ -1,6 +1,8 @@
 """The way to the device: the reader's batches in their order, and no memory used again before a copy from it has ended."""
 
 import ctypes
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from galaxydist.errors import UserError
@@ -17,6 +20,7 @@ from galaxydist.loading.loader import Batch, BufferPool, DecodeOptions, EvalLoad
 from galaxydist.shards.manifest import read_manifest
 
 CPU = torch.device("cpu")
+Ints, Floats = NDArray[np.int64], NDArray[np.float64]
 
 
 class LateEvent:
@@ -56,7 +60,7 @@ class LateStream:
 
     def hand_over(self, copies: Sequence[Tensor], event: LateEvent) -> None:
         self.log.append("hand over")
-        assert len(copies) == 3 and not event.query()
+        assert len(copies) == 2 and not event.query()
         if len(self._queue) > self._delay:
             self.copy_one()
 
@@ -67,13 +71,17 @@ class LateStream:
         event.has_come = True
 
 
+def draw(epoch: int, positions: Ints, width: int) -> Floats:
+    return np.stack([positions + 0.1, np.full(positions.shape, epoch + width / 3)], axis=1)
+
+
 def read_plainly(blobs: Path, steps: int) -> list[Batch]:
-    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, draw=draw) as reader:
         return list(islice(reader, steps))
 
 
 def assert_same(found: Batch, expected: Batch) -> None:
-    for name in ("images_BHWC", "labels_B", "weights_B", "positions_B", "samples_B"):
+    for name in ("images_BHWC", "labels_B", "weights_B", "positions_B", "samples_B", "draws_BN"):
         assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
     assert (found.epoch, found.step) == (expected.epoch, expected.step)
 
@@ -83,8 +91,8 @@ def test_prefetcher_releases_a_buffer_only_after_its_copy_has_ended(blobs: Path,
     """Copies that come late read what the reader has decoded there, not what it decodes into the same memory next."""
     stream = LateStream(delay)
     with (
-        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=1)) as reader,
-        DevicePrefetcher(reader, CPU, stream) as feed,
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=1), draw=draw) as reader,
+        DevicePrefetcher((batch for batch in reader), CPU, stream) as feed,
     ):
         fed = list(islice(feed, 60))
     for batch, expected in zip(fed, read_plainly(blobs, 60), strict=True):
@@ -92,14 +100,58 @@ def test_prefetcher_releases_a_buffer_only_after_its_copy_has_ended(blobs: Path,
     assert stream.most_waiting == delay + 1
 
 
-def test_prefetcher_copies_one_batch_ahead(blobs: Path) -> None:
+class SlowLoader:
+    """Batches that are ready when the test wants it."""
+
+    def __init__(self, batches: Iterator[Batch], log: list[str]) -> None:
+        self._batches, self._log = batches, log
+        self.ready = True
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self._log.append("read")
+        return next(self._batches)
+
+
+def test_prefetcher_copies_ahead_if_the_loader_is_ready_and_never_waits_for_the_next_batch(blobs: Path) -> None:
     stream = LateStream(0)
-    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader, DevicePrefetcher(reader, CPU, stream) as feed:
+    loader = SlowLoader(iter(read_plainly(blobs, 5)), stream.log)
+    with DevicePrefetcher(loader, CPU, stream) as feed:
         assert stream.log == []
         next(feed)
-        assert stream.log == ["start", "hand over", "start"]
-        next(feed)
-        assert stream.log == ["start", "hand over", "start", "hand over", "start"]
+        assert stream.log == ["read", "start", "hand over", "read", "start"]
+        loader.ready = False
+        stream.log.clear()
+        assert next(feed).step == 1
+        assert stream.log == ["hand over"]
+        assert next(feed).step == 2
+        assert stream.log == ["hand over", "read", "start", "hand over"]
+        loader.ready = True
+        assert [next(feed).step, next(feed).step] == [3, 4]
+
+
+def test_loader_is_ready_when_its_next_batch_is_decoded(blobs: Path) -> None:
+    gate = threading.Event()
+
+    def slow_draw(epoch: int, positions: Ints, width: int) -> Floats:
+        if epoch == 0 and positions[0] == 8:
+            gate.wait(60)
+        return draw(epoch, positions, width)
+
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, draw=slow_draw, decode=DecodeOptions(threads=2)) as reader:
+        assert not reader.is_ready()
+        next(reader)
+        assert not reader.is_ready()
+        gate.set()
+        deadline = time.monotonic() + 60
+        while not reader.is_ready() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reader.is_ready() and next(reader).step == 1
 
 
 def test_prefetcher_reuses_a_bounded_number_of_buffers(blobs: Path) -> None:

@@ -12,19 +12,35 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from galaxydist.loading.augment import Augment
-from galaxydist.loading.image_ops import AffineWarp, ImageTransform, OpenCVBackend, TorchBackend, antialias, resize
+from galaxydist.loading.image_ops import (
+    AffineWarp,
+    ImageTransform,
+    LevelScaling,
+    OpenCVBackend,
+    TorchBackend,
+    antialias,
+    blur_levels,
+    resize,
+)
 from galaxydist.recipe.schema import AugmentConfig
-from tests.helpers.antialias import ALL, PLAIN, mirror, random_images
+from tests.helpers.antialias import ALL, PLAIN, augmented, mirror, random_images
 
-UNCHANGED = np.array([0, 0, 1, 0, 0], np.float32)
+NO_SCALING = LevelScaling(np.ones(3), np.zeros(3, np.float32))
 
 
 def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransform:
     """Whole pixels to the right and down."""
     count, width = images_BHWC.shape[:2]
     maps = np.tile(np.array([[1, 0, 2 * right / width], [0, 1, 2 * down / width]]), (count, 1, 1))
-    warp = AffineWarp(maps, np.zeros(count, np.int64), np.tile(UNCHANGED, (count, 1)))
-    return ImageTransform(warp, np.ones((count, 3), np.float32), np.zeros(3, np.float32))
+    return ImageTransform(AffineWarp(maps, np.zeros(count), np.tile([0.0, 0.0, 1.0], (count, 1)), {0: 0}))
+
+
+def as_tensors(transform: ImageTransform) -> ImageTransform:
+    """The same transform for the other backend."""
+    warp = transform.geometry
+    assert isinstance(warp, AffineWarp)
+    tensors = (torch.from_numpy(values) for values in (warp.maps, warp.halvings, warp.taps))
+    return ImageTransform(AffineWarp(*tensors, warp.levels))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +58,43 @@ def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransfo
 )
 def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) -> None:
     """They agree but for roundings that fall the other way; OpenCV 4 places samples on 1/32 pixels."""
-    images, positions = random_images(24, 96), np.arange(24)
+    images = random_images(24, 96)
     augment = Augment(AugmentConfig(**config), 3, *PLAIN, size, crop=crop)
-    transform = augment.draw(1, positions, 96)
-    views = images if isinstance(transform.geometry, AffineWarp) else augment.normalise.crop_and_resize(images)
-    ours = augment(images, 1, torch.from_numpy(positions))
-    difference = (TorchBackend(size)(views, transform) - ours).abs()
+    ours, theirs = augmented(augment, images, epoch=1), by_torch(augment, images, epoch=1)
+    difference = (theirs - ours).abs()
     assert difference.mean() < 0.1
     assert difference.max() < 2.5
+    channels_last = by_torch(augment, images, epoch=1, memory_format=torch.channels_last)
+    assert channels_last.is_contiguous(memory_format=torch.channels_last) and torch.equal(channels_last, theirs)
+
+
+@pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])
+def test_torch_backend_treats_each_image_alone(config: AugmentConfig) -> None:
+    """At a pitch at which some images are halved and blurred, and others are not."""
+    images, size = random_images(24, 96), 30
+    augment = Augment(config, 3, *PLAIN, size)
+    whole = by_torch(augment, images, epoch=1)
+    for row in range(24):
+        assert torch.equal(by_torch(augment, images[row : row + 1], epoch=1, first=row)[0], whole[row])
+
+
+def by_torch(augment: Augment, images: Tensor, epoch: int, first: int = 0, **layout: torch.memory_format) -> Tensor:
+    """What an accelerator makes of images on a CPU."""
+    transform = augment.transform(torch.from_numpy(augment.draw(epoch, first + np.arange(len(images)), 96)), 96)
+    views = images if isinstance(transform.geometry, AffineWarp) else augment.normalise.crop_and_resize(images)
+    return augment.normalise.on_device(views, transform, **layout)
+
+
+@given(least=st.floats(0.3, 20), ratio=st.floats(1, 8), width=st.sampled_from([64, 96, 100, 255]))
+def test_blur_levels_cover_all_pitches_and_nothing_else(least: float, ratio: float, width: int) -> None:
+    pitches = np.concatenate([np.geomspace(least, least * ratio, 400), [least * ratio]])
+    halvings, taps = antialias(pitches, width)
+    found: dict[int, int] = {}
+    for level, radius in zip(halvings.tolist(), np.count_nonzero(taps[:, :2], axis=1).tolist(), strict=True):
+        found[level] = max(radius, found.get(level, 0))
+    levels = blur_levels(least, least * ratio, width)
+    assert found.keys() <= levels.keys() and all(radius <= levels[level] for level, radius in found.items())
+    assert min(levels) == halvings.min() and max(levels) == halvings.max()
 
 
 @pytest.mark.parametrize("size", [20, 40, 64, 75, 130])
@@ -67,17 +112,17 @@ def test_pixels_outside_the_image_are_mirrored_at_any_distance(right: int, down:
     transform = moved_pixels(images.numpy(), right, down)
     rows, columns = mirror(np.arange(32) + down, 32), mirror(np.arange(32) + right, 32)
     expected = images.numpy()[:, rows][:, :, columns].transpose(0, 3, 1, 2)
-    assert np.abs(OpenCVBackend(32)(images.numpy(), transform) - expected).max() <= 1
-    assert np.abs(TorchBackend(32)(images, transform).numpy() - expected).max() <= 1
+    assert np.abs(OpenCVBackend(32, NO_SCALING)(images.numpy(), transform) - expected).max() <= 1
+    assert np.abs(TorchBackend(32, NO_SCALING)(images, as_tensors(transform)).numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])
 @pytest.mark.parametrize("count", [1, 8, 21])
 def test_augmentation_is_bit_equal_for_any_number_of_threads(config: AugmentConfig, count: int) -> None:
-    images, positions = random_images(count, 48), torch.arange(count)
+    images = random_images(count, 48)
     one, four = (Augment(config, 1, *PLAIN, 40, threads=threads) for threads in (1, 4))
     for epoch in range(3):
-        assert torch.equal(one(images, epoch, positions), four(images, epoch, positions))
+        assert torch.equal(augmented(one, images, epoch), augmented(four, images, epoch))
         assert torch.equal(one.normalise(images), four.normalise(images))
 
 
@@ -96,34 +141,33 @@ def scattered(images: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4"), AugmentConfig(rotate="none", flip=False, zoom=3.0)])
 @pytest.mark.parametrize("size", [40, 64])
 def test_augmentation_is_bit_equal_for_any_memory_layout(config: AugmentConfig, size: int) -> None:
-    images, positions = random_images(10, 64), torch.arange(10)
+    images = random_images(10, 64)
     augment = Augment(config, 1, *PLAIN, size)
-    expected, view = augment(images, 0, positions), augment.normalise(images)
+    expected, view = augmented(augment, images), augment.normalise(images)
     for strange in scattered(images):
         assert not strange.is_contiguous()
-        assert torch.equal(augment(strange, 0, positions), expected)
+        assert torch.equal(augmented(augment, strange), expected)
         assert torch.equal(augment.normalise(strange), view)
 
 
 def test_augmented_batches_are_not_overwritten_by_later_ones() -> None:
-    images, positions = random_images(6, 32), torch.arange(6)
+    images = random_images(6, 32)
     augment = Augment(ALL, 1, *PLAIN, 24)
-    kept = [augment(images, epoch, positions) for epoch in range(12)]
+    kept = [augmented(augment, images, epoch) for epoch in range(12)]
     for epoch, batch in enumerate(kept):
-        assert torch.equal(batch, Augment(ALL, 1, *PLAIN, 24)(images, epoch, positions))
+        assert torch.equal(batch, augmented(Augment(ALL, 1, *PLAIN, 24), images, epoch))
 
 
 @given(pitch=st.floats(0.05, 60), width=st.integers(16, 2048))
 def test_antialias_blur_has_the_spread_of_the_triangle_filter(pitch: float, width: int) -> None:
-    """Taps add up to 1 exactly, are symmetric, never negative and fall off to the sides.
+    """Taps add up to 1 exactly, are never negative and fall off to the sides.
 
     With halvings and the bilinear sample they spread as far as the triangle filter, wherever the width allows it.
     """
     halvings, taps = antialias(np.array([pitch]), width)
-    factor, weights = 2 ** int(halvings[0]), taps[0].astype(np.float64)
+    factor, weights = 2 ** int(halvings[0]), np.concatenate([taps[0], taps[0, 1::-1]])
     assert width % factor == 0
     assert weights.sum() == 1
-    assert np.array_equal(weights, weights[::-1])
     assert weights[2] >= weights[1] >= weights[0] >= 0
     assert np.array_equal(weights * 256, np.rint(weights * 256))
     if pitch <= 1.1:

@@ -14,13 +14,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
+from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
@@ -174,7 +174,9 @@ def test_checkpoint_without_skipped_images_still_loads(tmp_path: Path) -> None:
         )
         return TrainState(model, torch.optim.SGD(model.parameters()), None, None, *parts)
 
-    world = World(Accelerator(cpu=True), 0, 1, ranks_on_node=1, cores=1, threads=1, precision="no", job_id=None, restart_count=0)
+    world = World(
+        MixedPrecision("no", torch.device("cpu"), {}), 0, 1, ranks_on_node=1, cores=1, threads=1, job_id=None, restart_count=0
+    )
     old = build()
     old.skipped.load_state_dict({"samples": [4, 7]})
     tensors, state = old.to_checkpoint(world)
@@ -289,6 +291,7 @@ READ_FOREVER = """
 import sys
 from pathlib import Path
 from galaxydist.shards.manifest import read_manifest
+from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.loading.loader import DecodeOptions, TrainLoader
 
 with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, decode=DecodeOptions(threads=3)) as reader:

@@ -20,6 +20,7 @@ from galaxydist.models.performance import (
     choose_memory_format,
     compile_model,
     cudnn_benchmark,
+    deterministic_algorithms,
     remove_broken_libraries,
     set_memory_format,
     set_tf32,
@@ -139,21 +140,28 @@ def take_steps(model: nn.Module, sizes: tuple[int, ...]) -> list[float]:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
 @pytest.mark.parametrize(
-    "kind", [pytest.param("batch norm", marks=pytest.mark.slow), pytest.param("checkpointed", marks=pytest.mark.nightly)]
+    "kind",
+    [
+        pytest.param("batch norm", marks=pytest.mark.slow),
+        pytest.param("checkpointed", marks=pytest.mark.nightly),
+        pytest.param("deterministic", marks=pytest.mark.nightly),
+    ],
 )
 def test_compiled_model_has_the_losses_and_weights_of_the_plain_one(kind: str) -> None:
     """Two sizes of batch: the last micro-batch may hold one image less (once: compiling takes a minute)."""
-    sizes = (5, 4) if kind == "batch norm" else (5, 5)
+    sizes = (5, 5) if kind == "checkpointed" else (5, 4)
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
     small = nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    plain = small if kind == "batch norm" else tiny_vit()
+    plain = tiny_vit() if kind == "checkpointed" else small
     compiled = copy.deepcopy(plain)
     if kind == "checkpointed":
         checkpoint_activations(compiled)
     compile_model(compiled, CPU)
     assert list(compiled.state_dict()) == list(plain.state_dict())
-    assert take_steps(compiled, sizes) == pytest.approx(take_steps(plain, sizes), abs=1e-4)
+    with deterministic_algorithms(kind == "deterministic", {}):
+        losses = take_steps(compiled, sizes)
+    assert losses == pytest.approx(take_steps(plain, sizes), abs=1e-4)
     for a, b in zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     twin = copy.deepcopy(compiled)
@@ -208,3 +216,23 @@ def test_broken_libraries_of_a_killed_compilation_are_removed(tmp_path: Path) ->
         "whole.main.so",
     }
     assert remove_broken_libraries(tmp_path / "none") == []
+
+
+def test_deterministic_algorithms_are_restored_and_set_the_workspace_of_cublas() -> None:
+    def settings() -> tuple[int, bool, bool]:
+        memory: Any = torch.utils.deterministic
+        return torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic, memory.fill_uninitialized_memory
+
+    before = settings()
+    environ: dict[str, str] = {}
+    with deterministic_algorithms(False, environ):
+        assert (settings(), environ) == (before, {})
+    with pytest.raises(ZeroDivisionError), deterministic_algorithms(True, environ):
+        assert (settings(), environ) == ((2, True, False), {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+        raise ZeroDivisionError
+    assert settings() == before
+    with (
+        pytest.raises(EveryRankError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8, not :0:0"),
+        deterministic_algorithms(True, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}),
+    ):
+        pass

@@ -121,7 +121,8 @@ def step(batch: Batch, images_BCHW: torch.Tensor, world_size: int, num_parts: in
     for rank in range(world_size):
         mine = {name: getattr(batch, name)[rank::world_size] for name in ("labels_B", "weights_B", "positions_B", "samples_B")}
         share = Batch(batch.images_BHWC[rank::world_size], **mine, epoch=batch.epoch, step=0)
-        mix = mixing.prepare(share)
+        draws_B6 = torch.from_numpy(mixing.draw_rows(share.epoch, share.positions_B.numpy()))
+        mix = mixing.prepare(draws_B6, share.weights_B)
         targets = objective.targets(share.labels_B, share.weights_B, mix)
         weight = weight + targets.total_weights_B.sum(dtype=torch.float64)
         for part in split_pairs(len(share.labels_B), num_parts):

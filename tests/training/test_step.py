@@ -8,9 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galaxydist.loading.augment import Augment
 from galaxydist.recipe.resolve import load_recipe
+from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.training.mixup import split_evenly
 from galaxydist.training.step import count_micro_batches, example_images
+from tests.helpers.antialias import PLAIN
 
 
 @given(batch=st.integers(1, 500), world=st.integers(1, 500), micro=st.integers(0, 500))
@@ -42,7 +45,7 @@ def test_example_batch_has_the_shape_of_a_steps_first_micro_batch(
 ) -> None:
     recipe = load_recipe(["recipe=custom_cnn", "data.image_size=16", *settings])
     world: Any = SimpleNamespace(rank=rank, size=3, device=torch.device("cpu"), dtype=torch.float64)
-    augment: Any = lambda images_BHWC, *_: images_BHWC.permute(0, 3, 1, 2).float()  # noqa: E731
+    augment = Augment(AugmentConfig(), 0, *PLAIN, 16)
     images_BCHW = example_images(world, recipe.recipe, augment, micro_batch, torch.channels_last)
     assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
     assert (images_BCHW.shape, images_BCHW.dtype) == ((count, 3, 16, 16), torch.float64)

@@ -18,17 +18,17 @@ from galaxydist.cli.train import main
 
 def trace(folder: Path) -> None:
     """Let every step of this process write its line."""
-    from galaxydist.loading.augment import Augment
+    from galaxydist.training.mixup import take
     from galaxydist.training.step import TrainStep
 
-    take_step, augment = TrainStep.__call__, Augment.__call__
+    take_step, augmented = TrainStep.__call__, TrainStep.augmented
     images: dict[int, int] = {}
 
-    def traced_augment(self: Augment, images_BHWC: Any, epoch: int, positions_B: Any) -> Any:
-        batch = augment(self, images_BHWC, epoch, positions_B)
-        for position, image in zip(positions_B.tolist(), batch.numpy(), strict=True):
+    def traced_images(self: TrainStep, batch: Any, part: Any, mix: Any) -> Any:
+        images_BCHW = augmented(self, batch, part, mix)
+        for position, image in zip(take(batch.positions_B, part).tolist(), images_BCHW.numpy(), strict=True):
             images[position] = zlib.crc32(np.ascontiguousarray(image))
-        return batch
+        return images_BCHW
 
     def traced_step(self: TrainStep, batch: Any, step: int) -> Any:
         images.clear()
@@ -48,7 +48,7 @@ def trace(folder: Path) -> None:
         return sums
 
     TrainStep.__call__ = traced_step  # type: ignore[method-assign]
-    Augment.__call__ = traced_augment  # type: ignore[method-assign]
+    TrainStep.augmented = traced_images  # type: ignore[method-assign]
 
 
 def train_traced(folder: Path, settings: Sequence[str]) -> int:
