@@ -1,6 +1,7 @@
 # make demo: from nothing to a trained and evaluated classifier.   make test: set up and run the fast tests.
 # make test-all: all tests that need no GPU.   make test-nightly: those that are too long for CI.
 # make check: ruff, mypy --strict, import-linter, rules of layout, make docs.   make docs: the documentation site in site/.   make clean: remove what these made.
+# make gpu-check: check training on an NVIDIA card in under ten minutes.   make gpu-bundle: a folder with all that it needs elsewhere.
 # make bench: install other loaders into environments of their own, and measure them and ours.   BENCH='--real DIR' gives options.
 
 VENV ?= .venv
@@ -21,10 +22,10 @@ TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true MAKEFLAGS= $(BIN)/python -m pytest
 WORKERS := -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly peers bench check docs format clean
+.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly gpu-check gpu-bundle peers bench check docs format clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -72,6 +73,14 @@ test-slurm: $(VENV)/installed-dev
 test-nightly: $(VENV)/installed-dev peers
 	$(PYTEST) -m "nightly and not gpu"
 	$(PYTEST) -m "hypothesis and not nightly and not gpu" --hypothesis-profile=thorough
+
+# GPU_CHECK='--device cpu' rehearses the checks; --only CHECK ... chooses some. Results: gpu-check/summary.md and summary.json.
+gpu-check: $(VENV)/installed-dev
+	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
+
+# For a machine without a network: wheels of what it may lack, for its Python. GPU_BUNDLE='--python 3.13' names another one.
+gpu-bundle: $(VENV)/installed-dev
+	$(BIN)/python -m tests.gpu.bundle build/gpu-bundle $(GPU_BUNDLE)
 
 # What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
 PEERS := galaxydist/bench/peers

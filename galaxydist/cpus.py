@@ -110,6 +110,19 @@ def fair_share(bound: Sequence[Collection[int]], number: int, quota: float) -> i
     return max(1, math.floor(min(shares, math.ceil(quota) / len(bound) if math.isfinite(quota) else shares) + 1e-6))
 
 
+def decoding_threads(cores: int, *, has_gpu: bool) -> int:
+    """Return the number of threads that decode images, at least 1.
+
+    With a GPU, two cores are left to the thread that launches its kernels and to what the driver and the copies need: a launch
+    that waits for a core is time in which the GPU idles.
+
+    Args:
+        cores: of this process alone.
+        has_gpu: True if the process computes on a GPU.
+    """
+    return max(1, cores - 2) if has_gpu else cores
+
+
 def _read_max(group: Path) -> float:
     """Return the quota of a version 2 group in cores, from ``200000 100000`` or ``max 100000``."""
     try:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-from galaxydist.cpus import bound_cores, cpu_quota, fair_share
+from galaxydist.cpus import bound_cores, cpu_quota, decoding_threads, fair_share
 from galaxydist.devices import Precision, RankDevice, check_devices, find_device, gather_devices, resolve_precision
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores
@@ -103,6 +103,11 @@ class World:
     @property
     def device(self) -> torch.device:
         return self.mixed_precision.device
+
+    @property
+    def decode_threads(self) -> int:
+        """Number of threads that decode images."""
+        return decoding_threads(self.cores, has_gpu=self.device.type != "cpu")
 
     @property
     def precision(self) -> Precision:

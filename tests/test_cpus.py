@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cpus import available_cores, bound_cores, cpu_quota, fair_share, start_workers
+from galaxydist.cpus import available_cores, bound_cores, cpu_quota, decoding_threads, fair_share, start_workers
 
 
 def lay(root: Path, contents: dict[str, str]) -> Path:
@@ -110,6 +110,11 @@ def test_available_cores_of_a_process_bound_to_one_core_is_1() -> None:
 def test_available_cores_of_this_process_are_within_its_bound_cores() -> None:
     assert 1 <= available_cores() <= len(bound_cores())
     assert available_cores(10**6) == 1
+
+
+def test_decoding_threads_leave_two_cores_to_the_trainer_only_with_a_gpu() -> None:
+    assert [decoding_threads(cores, has_gpu=True) for cores in (1, 2, 3, 4, 16)] == [1, 1, 1, 2, 14]
+    assert [decoding_threads(cores, has_gpu=False) for cores in (1, 2, 16)] == [1, 2, 16]
 
 
 class InterruptsWhileSent:

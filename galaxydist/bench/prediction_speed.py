@@ -137,7 +137,7 @@ def random_model(manifest: Manifest, recipe_name: str, image_size: int) -> Train
 def run_bare(world: World, manifest: Manifest, trained: TrainedModel, forward: ForwardPass) -> NDArray[np.float32]:
     """Return the logits of all training images, from the loader and the forward pass alone."""
     recipe = trained.recipe
-    decode = DecodeOptions.of(recipe.data, threads=world.cores, pin=world.device.type == "cuda")
+    decode = DecodeOptions.of(recipe.data, threads=world.decode_threads, pin=world.device.type == "cuda")
     with (
         EvalLoader(manifest, "train", batch_size=recipe.eval.batch_size, decode=decode) as loader,
         DevicePrefetcher(loader, world.device) as batches,

@@ -152,7 +152,7 @@ class TensorCopies:
             self._buffers[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         self._copied = {}
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-            self._copied[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._copied[device].record(torch.cuda.current_stream(device))
         return dict(self._buffers)
 

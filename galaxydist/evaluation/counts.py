@@ -44,11 +44,14 @@ class Counts:
             logits_BK: any float type.
             labels_B: int64, 0 ... K-1.
             weights_B: 1 for a galaxy, 0 for padding and skipped images.
-            samples_B: stored sample numbers, below 0 for padding; required for a subset.
+            samples_B: stored sample numbers on the CPU, below 0 for padding; required for a subset.
         """
         if self._subset_N is not None:
             assert samples_B is not None
-            weights_B = weights_B * self._subset_N[samples_B.cpu().clamp(min=0)].to(weights_B.device)
+            is_in_subset_B = self._subset_N[samples_B.clamp(min=0)]
+            if weights_B.device.type == "cuda":  # a copy from other memory would make the host wait
+                is_in_subset_B = is_in_subset_B.pin_memory()
+            weights_B = weights_B * is_in_subset_B.to(weights_B.device, non_blocking=True)
         logits_BK = logits_BK.detach().to(self._device)
         labels_B, is_counted_B = labels_B.to(self._device), weights_B.to(self._device) != 0
         labels_B = torch.where(is_counted_B, labels_B, 0)  # padding may hold any label

@@ -1,12 +1,11 @@
 """Inference over a split: exact counts of every galaxy on any number of ranks, and its predictions."""
 
 import contextlib
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -22,7 +21,7 @@ from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, row_dtype, write_predictions
 from galaxydist.loading.augment import Augment, Normalise
-from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.performance import choose_memory_format
@@ -56,7 +55,7 @@ class PredictionWriter:
     def __init__(self, file: RankFile, *, image_size: int, threads: int) -> None:
         self._file, self._image_size, self._max_pending = file, image_size, threads + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-measure")
-        self._pending: deque[tuple[Mapping[str, NDArray[Any]], Future[Measurements]]] = deque()
+        self._pending: deque[tuple[Batch, HostCopy, Future[Measurements]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -66,21 +65,21 @@ class PredictionWriter:
         self._pending.clear()
 
     def add(self, batch: Batch, logits_BK: Tensor, predicted_B: Tensor) -> None:
-        """Add the galaxies of a batch, without its padding.
+        """Add the galaxies of a batch, without its padding; the logits are read some batches later, without a wait for a GPU.
 
         Args:
-            batch: the model's input.
-            logits_BK: any float type; stored as float32.
+            batch: on the CPU.
+            logits_BK: on any device, any float type; stored as float32.
             predicted_B: the counted classes (rounding to float32 can make two logits equal).
 
         Raises:
             UserError: the disk is full.
         """
-        is_counted_B = batch.weights_B.cpu() != 0
-        columns = {"sample": batch.samples_B, "label": batch.labels_B, "predicted": predicted_B, "logits": logits_BK.float()}
-        counted = {name: tensor.cpu()[is_counted_B].numpy() for name, tensor in columns.items()}
-        images_BHWC = batch.images_BHWC.cpu()[is_counted_B].numpy()
-        self._pending.append((counted, self._executor.submit(measure, images_BHWC, self._image_size)))
+        # One copy a batch; float32 holds class numbers up to 2^24.
+        copied = HostCopy(torch.cat([logits_BK.float(), predicted_B[:, None].to(logits_BK.device, torch.float32)], dim=1))
+        images_BHWC = batch.images_BHWC[batch.weights_B != 0].numpy()
+        measured = self._executor.submit(measure, images_BHWC, self._image_size)
+        self._pending.append((replace(batch, images_BHWC=torch.empty(0)), copied, measured))
         while len(self._pending) > self._max_pending:
             self._write()
 
@@ -95,9 +94,16 @@ class PredictionWriter:
         self._file.finish()
 
     def _write(self) -> None:
-        columns, future = self._pending.popleft()
-        measured = future.result()
-        self._file.append({**columns, "size": measured.size_px, "sky_brightness": measured.sky})
+        batch, copied, future = self._pending.popleft()
+        measured, packed = future.result(), copied.wait()
+        columns = {
+            "sample": batch.samples_B,
+            "label": batch.labels_B,
+            "predicted": packed[:, -1].long(),
+            "logits": packed[:, :-1],
+        }
+        counted = {name: tensor[batch.weights_B != 0].numpy() for name, tensor in columns.items()}
+        self._file.append({**counted, "size": measured.size_px, "sky_brightness": measured.sky})
 
 
 def measure(images_BHWC: NDArray[np.uint8], image_size: int) -> Measurements:
@@ -160,7 +166,7 @@ def merge_predictions(
                 block["size"] = rows["size"] * scale_N[here]
             yield block
 
-    write_predictions(path, dataclasses.replace(info, units=units), blocks())
+    write_predictions(path, replace(info, units=units), blocks())
 
 
 def tta_images(images_BCHW: Tensor, tta: TTA) -> Iterator[Tensor]:
@@ -267,7 +273,8 @@ def evaluate_split(
     def count() -> None:
         with contextlib.ExitStack() as stack:
             loader = stack.enter_context(_eval_loader(world, manifest, split, recipe))
-            batches = stack.enter_context(DevicePrefetcher(loader, world.device))
+            sources: deque[Batch] = deque()  # on the CPU: what the loader has read is not copied back
+            batches = stack.enter_context(DevicePrefetcher(_noted(loader, sources), world.device))
             writer = None
             if rank_file is not None:
                 writer = PredictionWriter(rank_file, image_size=manifest.image_size, threads=world.cores)
@@ -277,8 +284,9 @@ def evaluate_split(
                 predicted_B, *_ = [
                     counter.add(logits_BK, batch.labels_B, batch.weights_B, batch.samples_B) for counter in counters
                 ]
+                source = sources.popleft()
                 if writer is not None:
-                    writer.add(batch, logits_BK, predicted_B)
+                    writer.add(source, logits_BK, predicted_B)
                 beat()
             if writer is not None:
                 writer.finish()
@@ -295,11 +303,17 @@ def evaluate_split(
     return metrics | ({"without_validation": others[0]} if others else {})
 
 
+def _noted(batches: Iterator[Batch], notes: deque[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        notes.append(batch)
+        yield batch
+
+
 def _eval_loader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalLoader:
     return EvalLoader(
         manifest,
         split,
         batch_size=recipe.eval.batch_size,
         ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
-        decode=DecodeOptions.of(recipe.data, threads=world.cores, pin=world.device.type == "cuda"),
+        decode=DecodeOptions.of(recipe.data, threads=world.decode_threads, pin=world.device.type == "cuda"),
     )

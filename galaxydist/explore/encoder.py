@@ -84,7 +84,7 @@ class Encoder:
         """Yield the stored samples of each batch and their features."""
         info = self.info
         normalise = Normalise(info.channel_mean, info.channel_std, info.image_size, info.crop, threads=world.cores)
-        options = DecodeOptions(info.image_size, info.crop, threads=world.cores, pin=world.device.type == "cuda")
+        options = DecodeOptions(info.image_size, info.crop, threads=world.decode_threads, pin=world.device.type == "cuda")
         with (
             EvalLoader(manifest, split, batch_size=self.batch_size, decode=options) as loader,
             DevicePrefetcher(loader, world.device) as batches,

@@ -1,4 +1,4 @@
-"""Device prefetch: copies the next batch from pinned memory on a side stream."""
+"""Copies between host and device: the next batch on a side stream, and results that are read late."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -110,6 +110,28 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
             return
         copies, event = side_stream.start(_tensors(source))
         self._ahead = _Copying(_with(source, copies), source, event)
+
+
+class HostCopy:
+    """Copies a tensor to pinned memory behind the work that the device has so far; later work does not delay reading it.
+
+    Args:
+        tensor: on the CPU it is not copied; other devices than CUDA's have no such copies, and are waited for.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._copied = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            # A thread that waits for this event sleeps, where it would otherwise occupy a core.
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """Return the tensor on the CPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor.cpu()
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

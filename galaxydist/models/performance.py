@@ -219,7 +219,8 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     """Compile ``model`` in place, at its first call; to be called before DDP wraps the model.
 
     Parameter names stay (there is no ``_orig_mod``); copies of the model are not compiled. The second batch size leads to one
-    more compilation, which is valid for any size. Gradients are reduced after the whole backward pass, not during it.
+    more compilation, which is valid for any size. Within DDP torch cuts the model into a graph for each of DDP's buckets, so that
+    gradients are reduced during the backward pass (torch's ``DDPOptimizer``).
 
     Raises:
         EveryRankError: torch.compile lacks a compiler on this machine, or the model has batch normalisation inside checkpointed

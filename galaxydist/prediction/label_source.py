@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from galaxydist.devices import uses_gpu
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import read_run_recipe
-from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
 from galaxydist.loading.loader import Batch, Chunks, RankInfo
 from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Output, WorkFolder
 from galaxydist.prediction.image_form import ImageForm
@@ -235,7 +234,7 @@ class Labelling:
             form=self.form,
             data=self.trained.recipe.data,
             ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
-            threads=self.trained.recipe.data.threads or world.cores,
+            threads=self.trained.recipe.data.threads or world.decode_threads,
             pin=world.device.type == "cuda",
         )
         # A chunk is written while the next one is labelled.
@@ -255,28 +254,28 @@ class Labelling:
                 writing.result()
         return True
 
-    def _logits(self, batches: Iterator[Batch], bar: Any) -> Iterator[tuple[Batch, Tensor]]:
+    def _logits(self, batches: Iterator[Batch], bar: Any) -> Iterator[tuple[Batch, HostCopy]]:
         for batch in batches:
-            yield batch, self._forward(batch.images_BHWC)
+            yield batch, HostCopy(self._forward(batch.images_BHWC).float())
             bar.update(int((batch.samples_B >= 0).sum()))
 
-    def _write(self, chunk: Chunk, labelled: list[tuple[Batch, Tensor]]) -> None:
+    def _write(self, chunk: Chunk, labelled: list[tuple[Batch, HostCopy]]) -> None:
         damaged = {row: damage_of(error) for batch, _ in labelled for row, error in batch.errors.items()}
         rows = torch.cat([batch.samples_B for batch, _ in labelled]).numpy()
-        logits_NK = torch.cat([logits_BK for _, logits_BK in labelled]).float().cpu().numpy()
+        logits_NK = torch.cat([copied.wait() for _, copied in labelled]).numpy()
         is_readable = (rows >= 0) & ~np.isin(rows, [*damaged])
         columns = self.source.take_columns(chunk.number_in_part)
         self.work.write(chunk, rows[is_readable], logits_NK[is_readable], columns, [*damaged.values()])
 
 
-def _by_chunk(labelled: Iterator[tuple[Batch, Tensor]]) -> Iterator[tuple[int, list[tuple[Batch, Tensor]]]]:
+def _by_chunk(labelled: Iterator[tuple[Batch, HostCopy]]) -> Iterator[tuple[int, list[tuple[Batch, HostCopy]]]]:
     """Yield the number of each chunk, and its batches with their logits; images are dropped at once."""
-    held: list[tuple[Batch, Tensor]] = []
-    for batch, logits_BK in labelled:
+    held: list[tuple[Batch, HostCopy]] = []
+    for batch, copied in labelled:
         if held and held[0][0].step != batch.step:
             yield held[0][0].step, held
             held = []
-        held.append((_without_images(batch), logits_BK))
+        held.append((_without_images(batch), copied))
     if held:
         yield held[0][0].step, held
 

@@ -101,7 +101,9 @@ class DataConfig(Section):
         100, "with on_error=skip: stop the run if more galaxies than this cannot be read"
     )
     augment: AugmentConfig = AugmentConfig()
-    threads: Annotated[int, Field(ge=0)] = run_field(0, "decoding threads of each process; 0: from the number of its cores")
+    threads: Annotated[int, Field(ge=0)] = run_field(
+        0, "decoding threads of each process; 0: one for each of its cores, two fewer with a GPU"
+    )
     prefetch: Count = run_field(4, "batches that are decoded in advance; more smooth out a slow disk and use more memory")
     cache_dir: Path | None = run_field(
         None, "cache of remote shards, on a local disk of each node (default: the folder cache in the data root)"

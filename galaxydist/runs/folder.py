@@ -191,7 +191,7 @@ class RunFolder:
     def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
         """Record how this start failed, for the decision to requeue.
 
-        Of several failures of one start the first is kept, because the others follow from it.
+        Of several failures of one start the first is kept, because the others follow from it (a new start clears the record).
 
         Args:
             kind: ``bad_input`` or ``nonfinite`` if a restart would fail again, ``crash`` if it might succeed.
@@ -201,7 +201,7 @@ class RunFolder:
         """
         with contextlib.suppress(UserError):  # a damaged record is replaced
             before = self.read_failure()
-            if start is not None and before is not None and before.get("start") == start:
+            if before is not None and before.get("start") == start:
                 return
         write_json(self.failure_path, {"kind": kind, "step": step, "error": error, "start": start})
 

@@ -78,13 +78,11 @@ def split_statistics(flat: Tensor, model: HasBuffers) -> dict[str, Tensor]:
 
 
 def _flatten(buffers: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([buffer.flatten().double() for buffer in buffers.values()])
+    return torch.cat([buffer.flatten() for buffer in buffers.values()]).double()
 
 
 def _copy(flat: Tensor, model: HasBuffers) -> None:
-    buffers = statistics_of(model)
-    for name, values in split_statistics(flat, model).items():
-        buffers[name].copy_(values)
+    torch._foreach_copy_([*statistics_of(model).values()], [*split_statistics(flat, model).values()])
 
 
 class BatchNormBackup:
@@ -98,18 +96,22 @@ class BatchNormBackup:
 
     def __init__(self, model: nn.Module) -> None:
         names = (*STATISTICS, "num_batches_tracked")
-        self._buffers = [buffer for name, buffer in model.named_buffers() if name.rsplit(".", 1)[-1] in names]
+        buffers = [buffer for name, buffer in model.named_buffers() if name.rsplit(".", 1)[-1] in names]
+        # A GPU copies the tensors of one data type with a few kernels.
+        dtypes = {buffer.dtype: None for buffer in buffers}
+        self._buffers = [[buffer.view(-1) for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
         self._kept: list[Tensor] = []
 
     def keep(self, *, is_needed: bool) -> None:
         """Copy the statistics; if the copies are not needed, ``restore`` does nothing until the next call."""
-        self._kept = [buffer.clone() for buffer in self._buffers] if is_needed else []
+        self._kept = [torch.cat(buffers) for buffers in self._buffers] if is_needed else []
 
     def restore(self, where: Tensor | None = None) -> None:
         """Copy the kept statistics back; with ``where`` (a boolean scalar on the device) only if it is true."""
         if self._kept:
-            for buffer, kept in zip(self._buffers, self._kept, strict=True):
-                buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
+            for buffers, kept in zip(self._buffers, self._kept, strict=True):
+                values = kept if where is None else torch.where(where, kept, torch.cat(buffers))
+                torch._foreach_copy_(buffers, torch.split(values, [len(buffer) for buffer in buffers]))
 
 
 # Synchronised batch normalisation, also on CPUs, for which torch has none.

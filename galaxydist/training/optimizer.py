@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from galaxydist.checkpoints.sharded import own_part, shard_like
 from galaxydist.errors import EveryRankError, UserError
@@ -15,7 +16,8 @@ from galaxydist.recipe.schema import OptimConfig
 
 # Settings of a parameter group that the present recipe decides; on a restart the checkpoint's values are not used.
 RECIPE_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "momentum", "nesterov", "fused")
-FUSED = ("adamw", "sgd")  # optimizers with fused kernels in torch
+# Optimizers with fused kernels in torch, and those whose kernels also take sharded parameters (DTensors).
+FUSED, FUSED_SHARDED = ("adamw", "sgd"), ("adamw",)
 # Adan's second decay, of differences of gradients (Xie et al. 2022, arXiv:2208.06677); the recipe has no key for it.
 ADAN_DIFFERENCE_DECAY = 0.92
 
@@ -61,7 +63,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
         EveryRankError: the optimizer is unknown, or has no fused kernels with ``optim.fused=on``.
     """
     check_optimizer(config.name)
-    fused = {"fused": True} if _use_fused(config, device) else {}
+    is_sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    fused = {"fused": True} if _use_fused(config, device, is_sharded=is_sharded) else {}
     betas = (config.momentum, config.beta2)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, **fused)
@@ -100,6 +103,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
+    """Take a step, unless the gradient is not finite.
+
+    Fused kernels leave the step out themselves, as they do with fp16; for the other optimizers the host waits for the device.
+
+    Args:
+        optimizer: with gradients.
+        is_finite: boolean scalar on the device, equal on all ranks.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, (~is_finite).float()
+        optimizer.step()
+    elif bool(is_finite):
+        optimizer.step()
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load a saved ``state_dict``, but keep the settings of the present recipe and device.
 
@@ -123,12 +143,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def _use_fused(config: OptimConfig, device: torch.device) -> bool:
+def _use_fused(config: OptimConfig, device: torch.device, *, is_sharded: bool) -> bool:
     """Return True for fused kernels; otherwise torch chooses one of its other two implementations."""
-    supported = config.name in FUSED
+    names = FUSED_SHARDED if is_sharded else FUSED
+    supported = config.name in names
     if config.fused == "on" and not supported:
+        with_fsdp = " with train.strategy=fsdp" if is_sharded else ""
         raise EveryRankError(
-            f"optim.fused=on: there are no fused kernels of {config.name}; use optim.fused=auto, or one of {', '.join(FUSED)}"
+            f"optim.fused=on: there are no fused kernels of {config.name}{with_fsdp}; use optim.fused=auto, or optim.name="
+            f"{' or '.join(names)}"
         )
     return supported and (config.fused == "on" or (config.fused == "auto" and device.type == "cuda"))
 
@@ -142,7 +165,7 @@ class MovingAverage:
     ``warmup_gamma``).
 
     Args:
-        model: whole or sharded.
+        model: whole or sharded; its tensors must keep their memory.
         decay: decay of a step after the ramp.
         tensors: storage of the averages, by the model's names; None: new tensors with the model's present values.
     """
@@ -151,6 +174,9 @@ class MovingAverage:
         self.decay = decay
         found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()} if tensors is None else tensors
         self._tensors: Mapping[str, Tensor] = found
+        pairs = [(own_part(found[name]), own_part(tensor.detach())) for name, tensor in model.state_dict().items()]
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._buffer_names = {name for name, _ in model.named_buffers()}
 
     def decay_at(self, step: int) -> float:
@@ -162,17 +188,13 @@ class MovingAverage:
         return min(ramp, self.decay)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Average in the weights after optimizer step number ``step``, counted from 1."""
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
-        for average, value in zip(self._tensors.values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                averages.append(own_part(average))
-                values.append(own_part(value))
-            else:
-                average.copy_(value)
+    def update(self, step: int) -> None:
+        """Average in the model's weights after optimizer step number ``step``, counted from 1."""
+        averages, values = zip(*self._averaged, strict=True)
         torch._foreach_lerp_(averages, values, weight=1.0 - self.decay_at(step))
+        if self._copied:
+            copies, values = zip(*self._copied, strict=True)
+            torch._foreach_copy_(copies, values)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the averages of the model's buffers, which are never sharded: batch-norm statistics are averaged over ranks."""

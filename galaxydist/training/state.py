@@ -20,8 +20,9 @@ from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, Unr
 from galaxydist.training.optimizer import load_optimizer_state
 from galaxydist.training.resume import EarlyStopping
 from galaxydist.training.step_sync import LossSums
+from galaxydist.version import __version__
 
-LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy")
 
 # The optimizer's state under the parameters' names, which do not change with the number of processes or the strategy.
 
@@ -217,5 +218,6 @@ class TrainState:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries on which the numbers of a run depend."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    """Return the versions of Python, of galaxydist and of the libraries on which the numbers of a run depend."""
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **libraries, "galaxydist": __version__}

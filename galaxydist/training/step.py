@@ -22,7 +22,7 @@ from galaxydist.training.batch_norm import BatchNormBackup
 from galaxydist.training.ddp import Strategy
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
 from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
-from galaxydist.training.optimizer import LRSchedule, set_learning_rate
+from galaxydist.training.optimizer import LRSchedule, set_learning_rate, step_if_finite
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
 from galaxydist.training.throughput import StepTimer
 
@@ -101,7 +101,7 @@ class TrainStep:
             is_finite = self.optimizer_step() & sums[0].isfinite()
             self.statistics.restore(where=~is_finite)
             if self.strategy.ema is not None:
-                self.strategy.ema.update(self.strategy.model, step=step + 1)
+                self.strategy.ema.update(step + 1)
         return torch.cat([sums, (~is_finite).double().reshape(1)])
 
     def forward_backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
@@ -157,13 +157,7 @@ class TrainStep:
             # With fp16 an overflowing gradient is expected: the scaler skips the step and lowers its scale.
             self.optimizer.step()
             return torch.ones_like(is_finite)
-        optimizer = self.optimizer.optimizer
-        is_fused = norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
-        if is_fused and not self.strategy.is_collective:
-            optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
-            self.optimizer.step()
-        elif bool(is_finite):
-            self.optimizer.step()
+        step_if_finite(self.optimizer.optimizer, is_finite)
         return is_finite
 
     @staticmethod

@@ -6,13 +6,15 @@ step without waiting for the others. ``StepGates`` handles a signal within a lon
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from galaxydist.job_environment import STOP_SIGNALS
+from galaxydist.loading.device_prefetch import HostCopy
 
 
 @dataclass
@@ -92,7 +94,7 @@ class StepSync:
     def __init__(self, world_size: int, device: torch.device) -> None:
         self._world_size = world_size
         self._device = device
-        self._posted: deque[tuple[int, torch.Tensor, Callable[[], object]]] = deque()
+        self._posted: deque[tuple[int, HostCopy, Any]] = deque()
 
     def __len__(self) -> int:
         return len(self._posted)
@@ -110,21 +112,17 @@ class StepSync:
         flags_vector = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         vector = torch.cat([sums, flags_vector.to(self._device, non_blocking=True)])
         work = dist.all_reduce(vector, async_op=True) if self._world_size > 1 else None
-        wait: Callable[[], object] = work.wait if work is not None else lambda: None
-        if self._device.type == "cuda":
-            wait()  # the stream waits, not the host
-            # The result is copied to the host at once, so that reading it does not wait for later steps.
-            on_host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-            vector, wait = on_host, copied.synchronize
-        self._posted.append((step, vector, wait))
+        if work is not None and self._device.type == "cuda":
+            work.wait()  # the stream waits, not the host
+            work = None
+        self._posted.append((step, HostCopy(vector), work))
 
     def read(self) -> StepResult:
         """Return the result of the oldest step that has not been read."""
-        step, vector, wait = self._posted.popleft()
-        wait()
-        numerator, weight, correct, count, nonfinite, *flags = vector.tolist()
+        step, vector, work = self._posted.popleft()
+        if work is not None:
+            work.wait()
+        numerator, weight, correct, count, nonfinite, *flags = vector.wait().tolist()
         *signals, save_due, failed, num_unreadable, long = flags
         stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, signals, strict=True) if ranks), 0)
         is_nonfinite = nonfinite != 0.0  # true for nan too

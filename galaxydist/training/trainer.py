@@ -430,7 +430,7 @@ class Trainer:
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
             ranks=RankInfo(self.world.rank, self.world.size, self.world.ranks_on_node),
-            decode=DecodeOptions.of(data, threads=self.world.cores, pin=self.world.device.type == "cuda"),
+            decode=DecodeOptions.of(data, threads=self.world.decode_threads, pin=self.world.device.type == "cuda"),
             num_streams=data.num_streams,
             balance=data.balance,
             on_error="report",

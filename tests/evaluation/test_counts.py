@@ -104,6 +104,14 @@ def test_counts_of_a_gpu_are_those_of_the_cpu() -> None:
     assert Counts.from_vector(there.vector()).loss_sum == pytest.approx(here.loss_sum, rel=1e-12)
 
 
+def test_counting_reads_no_value_from_the_device() -> None:
+    """On the meta device, which has none: a GPU would make the host wait for each."""
+    counts = Counts(3, "meta", subset_N=np.array([True, False]))
+    logits_BK, labels_B, weights_B = (torch.zeros(shape, device="meta") for shape in ((4, 3), (4,), (4,)))
+    predicted_B = counts.add(logits_BK, labels_B.long(), weights_B, torch.tensor([0, 1, -1, -1]))
+    assert (predicted_B.shape, predicted_B.device.type, counts.vector().device.type) == ((4,), "meta", "meta")
+
+
 def test_a_missing_or_doubled_galaxy_is_an_error() -> None:
     counts = count_over_ranks(*outputs(0, 30, 3), 8, 2)
     counts.check(30)

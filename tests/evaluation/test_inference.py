@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
-from galaxydist.evaluation.inference import MEASURED_WIDTH, measure, merge_predictions
+from galaxydist.evaluation.inference import MEASURED_WIDTH, PredictionWriter, measure, merge_predictions
 from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, rank_file_path, read_predictions
 from galaxydist.galaxy import Galaxy
+from galaxydist.loading.loader import Batch
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.photometry import measure_images
@@ -107,6 +108,19 @@ def test_sizes_do_not_depend_on_how_small_an_image_was_decoded() -> None:
             assert found.sky[0] == pytest.approx(full.sky[0], abs=0.01)
     odd = np.zeros((2, 131, 131, 3), np.uint8)  # no whole number of pixels makes it smaller
     assert MEASURED_WIDTH < 131 and len(measure(odd, 131).size_px) == 2
+
+
+def test_predictions_are_read_from_the_device_only_after_later_batches_have_begun(tmp_path: Path) -> None:
+    """The meta device has no values: reading one is an error."""
+    images_BHWC = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+    ids_B = torch.arange(2)
+    batch = Batch(images_BHWC, ids_B, torch.ones(2), ids_B, ids_B, epoch=0, step=0)
+    logits_BK = torch.zeros(2, 3, device="meta")
+    with RankFile(tmp_path / "part", 3) as part, PredictionWriter(part, image_size=64, threads=1) as writer:
+        writer.add(batch, logits_BK, logits_BK.argmax(1))
+        writer.add(batch, logits_BK, logits_BK.argmax(1))
+        with pytest.raises(NotImplementedError):
+            writer.finish()
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,16 @@ class Ranks:
         return self.exit_codes
 
 
+def wait_for_exits(processes: Sequence[BaseProcess], seconds: float) -> bool:
+    """Return True once all have left by themselves, False if some still run after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while living := [process.sentinel for process in processes if process.is_alive()]:
+        if (left := deadline - time.monotonic()) <= 0:
+            return False
+        connection.wait(living, left)
+    return True
+
+
 @contextmanager
 def forked(
     work: Callable[..., int | None],

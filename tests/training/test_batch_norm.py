@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from galaxydist.errors import EveryRankError
 from galaxydist.models.build import build_model, freeze_backbone, set_train_mode
 from galaxydist.models.performance import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.batch_norm import SynchronisedNorm, synchronise_batch_norm
+from galaxydist.training.batch_norm import BatchNormBackup, SynchronisedNorm, synchronise_batch_norm
 from tests.helpers.forked_runs import run_forked
 
 # Images of each process, by how many there are.
@@ -211,6 +212,27 @@ def test_synchronised_batch_norm_of_one_process_and_in_evaluation_is_the_plain_l
         assert all(torch.equal(a, b) for a, b in zip(synced.state_dict().values(), plain.state_dict().values(), strict=True))
     finally:
         dist.destroy_process_group()
+
+
+def test_backup_restores_the_statistics_of_a_step_that_is_not_finite_bit_for_bit() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.BatchNorm1d(2).double())
+    backup = BatchNormBackup(model)
+    images = torch.randn(4, 3, 2, 2)
+    model[:3](images)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def is_as_before() -> bool:
+        return all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+    for where in (None, torch.tensor(True), torch.tensor(False)):
+        backup.keep(is_needed=True)
+        model[:3](images * math.nan)
+        assert not is_as_before()
+        backup.restore(where)
+        assert is_as_before() == (where is None or bool(where))
+    backup.keep(is_needed=False)
+    backup.restore()
+    assert not is_as_before()
 
 
 def test_an_unknown_batch_normalisation_is_refused() -> None:

@@ -140,7 +140,7 @@ def test_moving_average_is_bit_equal_to_timms_model_ema(decay: float) -> None:
         model(torch.randn(4, 3, 6, 6, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
         assert ours.decay_at(step + 1) == theirs.get_decay(step + 1)
-        ours.update(model, step + 1)
+        ours.update(step + 1)
         theirs.update(model, step=step + 1)
         expected = theirs.module.state_dict()
         assert ours.state_dict().keys() == expected.keys()

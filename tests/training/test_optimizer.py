@@ -3,21 +3,30 @@
 import copy
 import itertools
 import json
+import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from galaxydist.checkpoints.sharded import own_part
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.rules import OPTIMIZERS
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.optimizer import LRSchedule, build_optimizer, load_optimizer_state, set_learning_rate
+from galaxydist.training.fsdp import open_mesh
+from galaxydist.training.optimizer import LRSchedule, build_optimizer, load_optimizer_state, set_learning_rate, step_if_finite
+from galaxydist.training.step import clip_gradients
 
 CPU = torch.device("cpu")
 
@@ -102,6 +111,57 @@ def test_lamb_lion_muon_and_adan_are_timms_with_the_moments_of_the_recipe(name: 
     take_steps(ours, built, range(4))
     take_steps(theirs, plain, range(4))
     assert equal(ours, theirs)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the values that the host reads from tensors, for each of which it would wait for a GPU."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    yield open_mesh(CPU)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "is_sharded"), [("adamw", False), ("sgd", False), ("adamw", True), ("sgd", True)])
+def test_step_with_a_gradient_that_is_not_finite_changes_nothing(name: str, is_sharded: bool, mesh: DeviceMesh) -> None:
+    """Fused kernels, which are a GPU's default, skip the step without a value for the host, also for sharded parameters."""
+    is_fused = not (is_sharded and name == "sgd")  # torch has no such kernel for sharded parameters
+    models = [nn.Linear(3, 4), nn.Linear(3, 4)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        if is_sharded:
+            fully_shard(model, mesh=mesh)
+    poisoned, plain = (
+        build_optimizer([{"params": [*model.parameters()]}], OptimConfig(name=name, fused="on" if is_fused else "auto"), CPU)
+        for model in models
+    )
+    for factor in (math.nan, 1.0, math.inf, 2.0):
+        for model, optimizer in zip(models, (poisoned, plain), strict=True):
+            optimizer.zero_grad()
+            model(torch.full((2, 3), factor)).square().sum().backward()
+            norm = clip_gradients(model.parameters(), norm=1.0, value=0.0)
+            if optimizer is poisoned:
+                with CountReads() as counted:
+                    step_if_finite(optimizer, norm.isfinite())
+                assert counted.reads == (0 if is_fused else 1)
+            elif math.isfinite(factor):
+                optimizer.step()
+    for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(own_part(one), own_part(other)) and own_part(one).isfinite().all()
+
+
+def test_fused_sgd_of_sharded_parameters_is_refused(mesh: DeviceMesh) -> None:
+    model = nn.Linear(3, 4)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(EveryRankError, match=r"optim\.fused=on: there are no fused kernels of sgd with train\.strategy=fsdp"):
+        build_optimizer([{"params": [*model.parameters()]}], OptimConfig(name="sgd", fused="on"), CPU)
 
 
 @pytest.mark.parametrize(

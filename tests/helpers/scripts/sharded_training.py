@@ -119,7 +119,7 @@ class Sharded:
             assert all(isinstance(p.grad, DTensor) for p in self.model.parameters())
             clip_gradients(self.model.parameters(), norm=CLIP_NORM, value=0)
             self.optimizer.step()
-            self.ema.update(self.model, step + 1)
+            self.ema.update(step + 1)
             yield step + 1
 
     def states(self) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Checks of training on an NVIDIA GPU, in under ten minutes: ``python -m tests.gpu.check``.
+
+``--device cpu`` rehearses them with small sizes. The results are written to summary.json after each check, and to summary.md, a
+table for docs/benchmarks.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.correctness import check_numbers, check_resume, check_synchronisation, check_unit_tests
+from tests.gpu.rig import Device, Rig, Row, TimeUpError
+from tests.gpu.several_ranks import check_failures, check_ranks
+from tests.gpu.speed import check_loader, check_memory
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Args:
+        name: for ``--only``.
+        title: of its rows in the table.
+        seconds: deadline.
+        run: yields its rows.
+    """
+
+    name: str
+    title: str
+    seconds: float
+    run: Callable[[Rig], Iterator[Row]]
+
+
+# In order of worth.
+CHECKS = (
+    Check("tests", "Tests marked gpu", 120, check_unit_tests),
+    Check("sync", "Waits of the host", 60, check_synchronisation),
+    Check("numbers", "Numbers", 120, check_numbers),
+    Check("ranks", "Several ranks", 120, check_ranks),
+    Check("resume", "Resumed runs", 90, check_resume),
+    Check("failures", "Failing ranks", 180, check_failures),
+    Check("memory", "Memory", 90, check_memory),
+    Check("loader", "Loader", 60, check_loader),
+)
+
+
+@dataclass
+class Summary:
+    """The results so far, written after each check.
+
+    Args:
+        folder: of summary.json and summary.md.
+        device: of the checks.
+        machine: the card, the cores and the versions.
+    """
+
+    folder: Path
+    device: Device
+    machine: dict[str, Any]
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, check: Check, rows: Sequence[Row], seconds: float, problem: str) -> None:
+        """Add the rows of a check, and write the files."""
+        failed = problem or any(row.verdict == "fail" for row in rows)
+        self.checks.append(
+            {
+                "name": check.name,
+                "title": check.title,
+                "status": "fail" if failed else "pass",
+                "seconds": round(seconds, 1),
+                "problem": problem,
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+        )
+        self.write()
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seconds = round(time.monotonic() - self.started, 1)
+        found = {"device": self.device, "machine": self.machine, "seconds": seconds, "checks": self.checks}
+        (self.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+        (self.folder / "summary.md").write_text(render(found))
+
+
+def render(summary: dict[str, Any]) -> str:
+    """Return a summary as Markdown, with one line for each row."""
+    machine = ", ".join(f"{name} {value}" for name, value in summary["machine"].items())
+    lines = [f"{machine}; {summary['seconds']:.0f} s.", "", "| check | result | found | pass mark | |", "|---|---|---|---|---|"]
+    for check in summary["checks"]:
+        lines += [
+            f"| {check['title']} | {row['name']} | {_shown(row['value'])} | {row['wanted']} | {row['verdict']} |"
+            for row in check["rows"]
+        ]
+        if check["problem"]:
+            lines.append(f"| {check['title']} | {check['problem'].splitlines()[-1].replace('|', '/')} | | | fail |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def run_check(check: Check, rig: Rig) -> tuple[list[Row], str]:
+    """Run one check to its end or its deadline; return its rows and what went wrong."""
+    rows: list[Row] = []
+    try:
+        rig.left()
+        for row in check.run(rig):
+            rows.append(row)
+            print(f"  {row.verdict:>10}  {row.name}: {_shown(row.value)} {f'({row.wanted})' if row.wanted else ''}", flush=True)
+    except TimeUpError as error:
+        return rows, f"time is up: {error}".rstrip(": ")
+    except Exception:
+        return rows, traceback.format_exc().strip()
+    return rows, ""
+
+
+def run_checks(checks: Sequence[Check], device: Device, out: Path, data_dir: Path, seconds: float) -> Summary:
+    """Run the checks in their order, each up to its deadline and all up to ``seconds`` from now."""
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
+        rig = Rig(device, Path(scratch) / "start", data_dir, end)
+        summary = Summary(out, device, rig.call(describe_machine))
+        for check in checks:
+            started = time.monotonic()
+            print(f"{check.title} ({check.name})", flush=True)
+            rig = Rig(device, Path(scratch) / check.name, data_dir, min(started + check.seconds, end))
+            rows, problem = run_check(check, rig)
+            if problem:
+                print(f"        fail  {problem}", flush=True)
+            summary.add(check, rows, time.monotonic() - started, problem)
+    return summary
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the card, the cores and the versions, for the head of the table."""
+    import torch
+
+    found: dict[str, Any] = {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    found |= {"cores": len(os.sched_getaffinity(0)), "Python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found | {name: version(name) for name in ("timm", "accelerate")}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.check", description="Check training on an NVIDIA GPU.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal with small sizes")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of summary.json and summary.md")
+    parser.add_argument("--data-dir", type=Path, help="folder of the data, which is made where it is missing")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time of all checks together")
+    names = [check.name for check in CHECKS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
+    options = parser.parse_args(arguments)
+    checks = [check for check in CHECKS if check.name in options.only]
+    data_dir = options.data_dir or options.out / "data"
+    summary = run_checks(checks, options.device, options.out.absolute(), data_dir.absolute(), 60 * options.minutes)
+    failed = [check["name"] for check in summary.checks if check["status"] == "fail"]
+    print(f"failed: {', '.join(failed)}" if failed else "all checks passed", f"(see {options.out}/summary.md)")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
