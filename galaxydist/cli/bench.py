@@ -28,6 +28,7 @@ from galaxydist.cli.options import (
     positive_int,
     positive_number,
 )
+from galaxydist.errors import UserError
 
 
 def add_parser(commands: Commands) -> None:
@@ -396,9 +397,7 @@ def _add_folds(commands: Commands) -> None:
         "The same command again reuses finished fits.",
     )
     parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<image>")
-    parser.add_argument(
-        "--minutes", type=positive_number, default=10.0, metavar="M", help="processor minutes of a fit (default: %(default)g)"
-    )
+    parser.add_argument("--minutes", type=positive_number, metavar="M", help="processor minutes of a fit (default: 10)")
     add_int(parser, "--folds", 3, "N", "number of folds, at least 2")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--models", metavar="NAME,...", help="architectures (default: d4_cnn,custom_cnn,resnet18)")
@@ -414,6 +413,11 @@ def run_folds(arguments: argparse.Namespace) -> None:
     from galaxydist.bench.recipe_folds import measure_recipe
 
     if arguments.recipe is not None:
+        if arguments.minutes is not None:
+            raise UserError(
+                f"--minutes {arguments.minutes:g} and --recipe {arguments.recipe}: a recipe has its own length; leave --minutes "
+                "out, or set train.epochs=N"
+            )
         root, folds = bench_root(arguments, "folds"), {"num_folds": arguments.folds, "overrides": arguments.overrides}
         measure_recipe(arguments.recipe, arguments.real, root, os.environ, **folds)
         return
@@ -421,7 +425,7 @@ def run_folds(arguments: argparse.Namespace) -> None:
         arguments.real,
         bench_root(arguments, "folds"),
         os.environ,
-        minutes=arguments.minutes,
+        minutes=10.0 if arguments.minutes is None else arguments.minutes,
         num_folds=arguments.folds,
         models=arguments.models.split(",") if arguments.models else None,
         overrides=arguments.overrides,

@@ -11,8 +11,10 @@ import errno
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
@@ -25,8 +27,8 @@ from galaxydist.recipe.model_names import NAMED_MODELS, TRUST_VARIABLE
 from galaxydist.version import __version__
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
-# A read-only file system, a file in place of a folder, or a folder in place of a file.
-NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+# A file in place of a folder, or a folder in place of a file.
+IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 EPILOG = """examples:
   galaxydist data simulate                   make a simulated survey in Galaxy10's schema
@@ -162,11 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         _discard_unwritable_output()
-        if error.errno in NO_SPACE:
-            return _fail(f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and try again")
-        if isinstance(error, PermissionError) or error.errno in NOT_WRITABLE:
-            return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir")
-        raise
+        if (text := _explain(error)) is None:
+            raise
+        return _fail(text)
     return code or 0
 
 
@@ -185,6 +185,28 @@ def _trust(is_given: bool) -> Iterator[None]:
             del os.environ[TRUST_VARIABLE]
         else:
             os.environ[TRUST_VARIABLE] = before
+
+
+def _explain(error: OSError) -> str | None:
+    """Return the message for an error of the system that a user can mend, else None."""
+    if error.errno in NO_SPACE:
+        return f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and try again"
+    if error.errno in IN_THE_WAY:
+        return f"{error.filename2 or error.filename} is in the way ({error.strerror}): move it, or choose another name"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS or _is_closed(error):
+        return f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir"
+    return None
+
+
+def _is_closed(error: OSError) -> bool:
+    """Return True if a file is missing in a folder that exists and in which nothing can be created, such as /proc."""
+    if not isinstance(error, FileNotFoundError) or not error.filename or not (folder := Path(error.filename).parent).is_dir():
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return False
+    except OSError:
+        return True
 
 
 def _discard_unwritable_output() -> None:

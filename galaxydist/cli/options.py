@@ -54,6 +54,8 @@ class CommandParser(argparse.ArgumentParser):
         """Parse; a command without subcommands accepts options anywhere and refuses unknown arguments."""
         if self._subparsers is not None or self._is_intermixed:
             return super().parse_known_args(args, namespace)
+        if "" in (args or ()):
+            self.error("an argument is empty: is a variable of the shell not set?")
         self._is_intermixed = True  # argparse's implementation calls this method for each of its two passes
         try:
             namespace, unknown = self.parse_known_intermixed_args(args, namespace)

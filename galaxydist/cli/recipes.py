@@ -91,8 +91,11 @@ def run_save(arguments: argparse.Namespace) -> None:
     """Write the weights of the run."""
     from galaxydist.evaluation.evaluator import save_weights
 
-    step = save_weights(arguments.run_dir, arguments.target)
-    print(f"weights of {arguments.run_dir} at step {step}: {arguments.target}")
+    target: Path = arguments.target
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: weights are a safetensors file; name it like {target.with_suffix('.safetensors')}")
+    step = save_weights(arguments.run_dir, target)
+    print(f"weights of {arguments.run_dir} at step {step}: {target}")
 
 
 def print_files(files: Mapping[str, Path]) -> None:

@@ -62,40 +62,45 @@ class ImageForm:
         """Side of the prepared images in pixels."""
         return self.stored.image_size // self.factor
 
-    def prepare(self, image: Pixels | EncodedImage, name: str, pxscale: float | None = None) -> Pixels:
+    def prepare(self, image: Pixels | EncodedImage, name: str, pxscale: float | None = None, out: Pixels | None = None) -> Pixels:
         """Return ``size`` x ``size`` x 3 uint8 pixels of one image.
 
         Args:
             image: H x W x 3 uint8 pixels, or the bytes of a JPEG or PNG file.
             name: of the image, for messages.
             pxscale: arcsec/pixel; None or nan: unknown.
+            out: contiguous memory for the result; None: new memory.
 
         Raises:
             DamagedImageError: the file does not decode.
             OtherImagesError: another size or pixel scale than that of the training images.
         """
         if isinstance(image, EncodedImage):
-            reduced = self._decode_reduced(image)
-            if reduced is not None:
+            decoded = self._decode_stored(image, out)
+            if decoded is not None:
                 self._check_scale(name, pxscale)
-                return reduced
+                return decoded
             pixels = decode_image(image, f"{name}: ")
         else:
             pixels = image
         pixels = self._to_stored_size(pixels, name, pxscale)
-        return pixels if self.factor == 1 else block_mean(pixels, self.factor)
+        prepared = pixels if self.factor == 1 else block_mean(pixels, self.factor)
+        if out is None:
+            return prepared
+        out[...] = prepared
+        return out
 
-    def _decode_reduced(self, image: EncodedImage) -> Pixels | None:
+    def _decode_stored(self, image: EncodedImage, out: Pixels | None) -> Pixels | None:
         """Decode a JPEG file of the stored size as an evaluation does; return None for other files."""
         size = self.stored.image_size
-        if self.factor == 1 or self.rescale or not simplejpeg.is_jpeg(image.data):
+        if self.rescale or not simplejpeg.is_jpeg(image.data):
             return None
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(image.data)
             if (height, width) != (size, size) or colours == "CMYK":
                 return None
-            least = {"min_height": self.size, "min_width": self.size, "min_factor": self.factor}
-            return np.asarray(simplejpeg.decode_jpeg(image.data, "RGB", **least))
+            smaller = {"min_height": self.size, "min_width": self.size, "min_factor": self.factor} if self.factor > 1 else {}
+            return np.asarray(simplejpeg.decode_jpeg(image.data, "RGB", buffer=out, **smaller))
         except ValueError as error:
             raise DamagedImageError(f"{image.file or 'the image'}: its image does not decode ({error})") from None
 

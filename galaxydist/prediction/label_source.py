@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from galaxydist.devices import uses_gpu
-from galaxydist.distributed import World, init_distributed, shutdown_distributed
+from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import read_run_recipe
 from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
@@ -24,13 +23,11 @@ from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Ou
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.sources import PredictionSource, ReadSettings, ShardsToLabel, damage_of
 from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, precision_on
+from galaxydist.rank_store import LONG_TIMEOUT
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import writer_lock
 
 logger = logging.getLogger(__name__)
-
-# A process that has labelled its share waits for the others, whose images may lie on a slower disk.
-TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,8 @@ def label_source(
     options = options or LabelOptions()
     recipe = read_run_recipe(RunFolder(run))
     precision = precision_on(recipe, has_gpu=uses_gpu(environ))
-    world = init_distributed(precision, environ, timeout=TIMEOUT, threads=recipe.train.threads)
-    try:
+    # A process that has labelled its share waits for the others, whose images may lie on a slower disk.
+    with open_world(precision, environ, timeout=LONG_TIMEOUT, threads=recipe.train.threads) as world:
         world.run_on_main(lambda: check_output(out, overwrite=options.overwrite))
         trained = world.run_on_all(lambda: open_trained_model(run, environ, options.choice))
         if world.is_main:
@@ -117,8 +114,6 @@ def label_source(
         found = Labelling(world, trained, source, out, options).run()
         world.barrier()  # launchers kill ranks that outlive the first to exit
         return found
-    finally:
-        shutdown_distributed()
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:

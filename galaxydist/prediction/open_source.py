@@ -25,6 +25,9 @@ from galaxydist.surveys.tables.tar_scan import names_tars
 
 logger = logging.getLogger(__name__)
 
+# Characters with a meaning in patterns of tars.
+_META = {*"{},*?[]\\"}
+
 
 @dataclass(frozen=True)
 class SourceChoice:
@@ -54,6 +57,8 @@ def open_source(choice: SourceChoice) -> PredictionSource:
     Raises:
         UserError: nothing there, a file that holds no images, or options that do not belong to the source.
     """
+    if len(choice.locations) > 1 and all(map(names_tars, choice.locations)) and not _META & {*"".join(choice.locations)}:
+        choice = replace(choice, locations=(f"{{{','.join(choice.locations)}}}",))  # a shell has expanded a pattern of tars
     if len(choice.locations) > 1:
         _refuse_options(choice, "several files and folders of images")
         return SurveyToLabel(open_images([Path(location) for location in choice.locations]), " ".join(choice.locations))

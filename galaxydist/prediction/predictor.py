@@ -140,9 +140,9 @@ class Predictor:
                 image that cannot be read; pixels of another type without ``scale``.
         """
         form = ImageForm.of(self.trained.stored, self.trained.recipe.data, resize=resize, rescale=rescale)
-        scaling = PixelScaling(*scale) if isinstance(scale, tuple) else scale
+        scaling = scale if scale is None or isinstance(scale, PixelScaling) else _scaling(scale)
         items = _items(images)
-        scales = np.broadcast_to(np.asarray(np.nan if pxscale is None else pxscale, np.float64), len(items)).tolist()
+        scales = _pixel_scales(pxscale, len(items))
 
         def prepare(number: int) -> Pixels:
             item = items[number]
@@ -172,6 +172,23 @@ def _find_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     return found
+
+
+def _scaling(scale: Any) -> PixelScaling:
+    try:
+        low, high = map(float, scale)
+    except (TypeError, ValueError):
+        raise UserError(f"scale={scale!r} is not two numbers: the pixel values that become black and white") from None
+    return PixelScaling(low, high)
+
+
+def _pixel_scales(pxscale: Any, count: int) -> list[float]:
+    """Return the pixel scale of each image; nan: unknown."""
+    try:
+        found = np.broadcast_to(np.asarray(np.nan if pxscale is None else pxscale, np.float64), count)
+    except (TypeError, ValueError):
+        raise UserError(f"pxscale={pxscale!r} is not a number in arcsec/pixel, or one for each of the {count} images") from None
+    return [float(scale) for scale in found]
 
 
 def _items(images: Any) -> Any:

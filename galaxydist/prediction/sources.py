@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
+import math
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -19,7 +20,7 @@ from galaxydist.cpus import bounded_map
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.loading.decode import ImageError
-from galaxydist.loading.loader import Batch, Chunks, DecodeOptions, EvalLoader, RankInfo
+from galaxydist.loading.loader import Batch, BufferPool, Chunks, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.prediction.image_form import SCALE_TOLERANCE, ImageForm, OtherImagesError
 from galaxydist.recipe.schema import DataConfig
 from galaxydist.shards.catalogue import iterate_catalogue, open_catalogue, read_catalogue
@@ -191,12 +192,20 @@ class SurveyToLabel:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Prepared rows of one chunk that were read together: pixels (zero where unreadable), errors and columns by row."""
+class _Planned:
+    """A batch before its rows are read: its chunk, the number of its first row, and the memory of its pixels."""
 
     chunk: int
-    rows: NDArray[np.int64]
+    first: int
     pixels_BHWC: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one chunk that were read together: their number, errors by row, and the user's columns of the readable rows."""
+
+    chunk: int
+    num_rows: int
     errors: Mapping[int, UserError]
     records: Sequence[Mapping[str, Any]]
     is_last: bool
@@ -216,8 +225,10 @@ class SurveyReader:
         self._reading, self._columns = reading, columns
         self._pool = ThreadPoolExecutor(reading.threads, thread_name_prefix="galaxydist-decode")
         ahead = MOST_BYTES_AHEAD // (self._slab_length * reading.form.size**2 * 3)
-        self._pieces = bounded_map(self._pool, self._read, self._tasks(), max(2, min(ahead, 2 * reading.threads + 1)))
-        self._batches = self._assemble()
+        ahead = max(2, min(ahead, 2 * reading.threads + 1))
+        self._buffers = BufferPool(math.ceil(ahead * self._slab_length / reading.batch_size) + 3, pin=reading.pin)
+        self._planned = deque[_Planned]()
+        self._batches = self._assemble(bounded_map(self._pool, self._read, self._tasks(), ahead))
 
     def __enter__(self) -> Self:
         return self
@@ -232,32 +243,42 @@ class SurveyReader:
     def __next__(self) -> Batch:
         return next(self._batches)
 
-    def _tasks(self) -> Iterator[tuple[int, int, int, bool]]:
-        """Yield the chunk, the first and the last row number of each piece: consecutive rows of one slab, at most a batch."""
+    def _tasks(self) -> Iterator[tuple[int, int, Sequence[NDArray[np.uint8]], bool]]:
+        """Yield the arguments of ``_read`` for each piece: consecutive rows of one slab."""
         size = self._reading.batch_size * self._reading.chunks.length
         slab = self._slab_length
         for chunk in self._reading.chunks.numbers.tolist():
             start, stop = chunk * size, min((chunk + 1) * size, len(self._rows))
             rows = self._rows[start:stop]
             cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(rows // slab) != 0)) + 1
-            bounds = [start, *(start + cuts).tolist(), stop]
-            for first, last in pairwise(bounds):
-                yield chunk, first, last, last == stop
+            images = self._plan(chunk, start, stop)
+            for first, last in pairwise([start, *(start + cuts).tolist(), stop]):
+                yield chunk, first, [*islice(images, last - first)], last == stop
 
-    def _read(self, chunk: int, first: int, last: int, is_last: bool) -> _Piece:
-        form, start = self._reading.form, int(self._rows[first])
-        pixels_BHWC = np.zeros((last - first, form.size, form.size, 3), np.uint8)
+    def _plan(self, chunk: int, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield the memory of each image of a chunk; batches are planned as they are reached."""
+        size, side = self._reading.batch_size, self._reading.form.size
+        for first in range(start, stop, size):
+            pixels_BHWC = self._buffers.take((min(size, stop - first), side, side, 3), np.uint8)
+            self._planned.append(_Planned(chunk, first, pixels_BHWC))
+            yield from pixels_BHWC
+
+    def _read(self, chunk: int, first: int, images: Sequence[NDArray[np.uint8]], is_last: bool) -> _Piece:
+        """Read rows and prepare their images; an image that cannot be read is black."""
+        start = int(self._rows[first])
         errors: dict[int, UserError] = {}
         records = []
-        for number, galaxy in enumerate(read_rows(self._survey, start, start + last - first)):
+        rows = read_rows(self._survey, start, start + len(images))
+        for row, (galaxy, pixels) in enumerate(zip(rows, images, strict=True), first):
             try:
                 if isinstance(galaxy, DamagedImageError):
                     raise galaxy
-                pixels_BHWC[number] = form.prepare(galaxy.image, _name(galaxy), _number(galaxy.extras.get("pxscale")))
+                self._reading.form.prepare(galaxy.image, _name(galaxy), _number(galaxy.extras.get("pxscale")), out=pixels)
                 records.append(self._record(galaxy))
             except DamagedImageError as error:
-                errors[first + number] = error
-        return _Piece(chunk, np.arange(first, last), pixels_BHWC, errors, records, is_last)
+                pixels[...] = 0
+                errors[row] = error
+        return _Piece(chunk, len(images), errors, records, is_last)
 
     def _record(self, galaxy: Galaxy) -> Mapping[str, Any]:
         """Return the user's id and columns of a galaxy."""
@@ -267,25 +288,18 @@ class SurveyReader:
         own = extras.pop(SOURCE_ID, None)
         return {"id": own or galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec, **extras}
 
-    def _assemble(self) -> Generator[Batch]:
-        size, held, records = self._reading.batch_size, deque[_Piece](), list[Mapping[str, Any]]()
-        num_held = 0
-        for piece in self._pieces:
-            held.append(piece)
-            num_held += len(piece.rows)
+    def _assemble(self, pieces: Iterator[_Piece]) -> Generator[Batch]:
+        num_read, errors, records = 0, dict[int, UserError](), list[Mapping[str, Any]]()
+        for piece in pieces:
+            num_read += piece.num_rows
+            errors |= piece.errors
             records += piece.records
             if piece.is_last:
                 self._columns[piece.chunk], records = _table_of(records), []
-            while num_held >= size or (piece.is_last and num_held):
-                parts, wanted = [], min(size, num_held)
-                num_held -= wanted
-                while wanted:
-                    part, rest = _split(held.popleft(), wanted)
-                    wanted -= len(part.rows)
-                    parts.append(part)
-                    if rest is not None:
-                        held.appendleft(rest)
-                yield _batch(parts)
+            while self._planned and num_read >= len(self._planned[0].pixels_BHWC):
+                planned = self._planned.popleft()
+                num_read -= len(planned.pixels_BHWC)
+                yield _batch(planned, errors)
 
 
 def _table_of(records: "Sequence[Mapping[str, Any]]") -> "pa.Table":
@@ -297,29 +311,18 @@ def _table_of(records: "Sequence[Mapping[str, Any]]") -> "pa.Table":
     return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
 
 
-def _split(piece: _Piece, count: int) -> tuple[_Piece, _Piece | None]:
-    """Return the first rows of a piece, and the others."""
-    if len(piece.rows) <= count:
-        return piece, None
-    parts = [
-        replace(piece, rows=piece.rows[own], pixels_BHWC=piece.pixels_BHWC[own]) for own in (slice(0, count), slice(count, None))
-    ]
-    return parts[0], parts[1]
-
-
-def _batch(pieces: Sequence[_Piece]) -> Batch:
-    rows = np.concatenate([piece.rows for piece in pieces])
-    pixels_BHWC = pieces[0].pixels_BHWC if len(pieces) == 1 else np.concatenate([piece.pixels_BHWC for piece in pieces])
-    errors = {row: error for piece in pieces for row, error in piece.errors.items() if rows[0] <= row <= rows[-1]}
+def _batch(planned: _Planned, errors: dict[int, UserError]) -> Batch:
+    """Return a batch whose rows were read, with their errors, which are taken out of ``errors``."""
+    rows = np.arange(planned.first, planned.first + len(planned.pixels_BHWC))
     return Batch(
-        images_BHWC=torch.from_numpy(np.ascontiguousarray(pixels_BHWC)),
+        images_BHWC=torch.from_numpy(planned.pixels_BHWC),
         labels_B=torch.zeros(len(rows), dtype=torch.int64),
         weights_B=torch.ones(len(rows)),
         positions_B=torch.from_numpy(rows),
         samples_B=torch.from_numpy(rows),
         epoch=0,
-        step=pieces[0].chunk,
-        errors=errors,
+        step=planned.chunk,
+        errors={row: errors.pop(row) for row in [*errors] if row <= rows[-1]},
     )
 
 

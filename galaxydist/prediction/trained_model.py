@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -42,12 +42,20 @@ class ModelChoice:
         trained_on: path or URL of the shards that the run was trained on; needed only for runs of earlier versions whose shards
             were moved.
         trust_code: run the function of a module that the run's ``model.name`` names.
+
+    Raises:
+        UserError: another checkpoint or test-time augmentation.
     """
 
     checkpoint: WhichCheckpoint | None = None
     tta: TTA | None = None
     trained_on: str | Path | None = None
     trust_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("checkpoint", self.checkpoint, WhichCheckpoint), ("tta", self.tta, TTA)):
+            if value is not None and value not in get_args(choices):
+                raise UserError(f"{name}={value!r} is not one of {', '.join(get_args(choices))}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from galaxydist.surveys.hdf5_schema import (
     NUM_CLASSES,
     SIMULATED,
     SURVEY_ATTRIBUTE,
+    check_hdf5,
     describe_damage,
     open_hdf5,
 )
@@ -127,18 +128,11 @@ def _extras(file: SurveyFile, conflicting: NDArray[np.bool_], original: Codes) -
 
 def read_survey_file(path: Path) -> SurveyFile:
     """Read the columns of a survey file and check them against the schema; raises as :func:`open_galaxy10` does."""
-    import h5py
-
     if not path.is_file():
         raise UserError(
             f"no survey file at {path}; make it with `galaxydist data fetch` (the real Galaxy10) or `galaxydist data simulate`"
         )
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}; make it readable for this account") from error
-    if not h5py.is_hdf5(path):
-        raise UserError(f"{path} is not an HDF5 file; expected Galaxy10's schema: {IMAGES}, {', '.join(COLUMNS)}")
+    check_hdf5(path)
     try:
         with open_hdf5(path) as h5:
             images = _check_schema(path, h5)

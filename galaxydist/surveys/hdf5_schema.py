@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.atomic_files import disk_error, remove_stale
+from galaxydist.surveys.file_kinds import HDF5, file_kind, refuse_kind
 
 IMAGES = "images"
 LABELS = "ans"
@@ -42,6 +43,14 @@ def open_hdf5(path: Path) -> Any:
         if "locking" not in str(error):
             raise
         return h5py.File(path, "r")
+
+
+def check_hdf5(path: Path) -> None:
+    """Raise a UserError that names the kind of a file that is not HDF5."""
+    import h5py
+
+    if (kind := file_kind(path)) != HDF5 and not h5py.is_hdf5(path):
+        raise refuse_kind(path, kind, "an HDF5 file")
 
 
 def describe_damage(path: Path, error: OSError, part: str) -> str:

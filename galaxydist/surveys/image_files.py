@@ -6,6 +6,7 @@ RGB JPEG and PNG files are kept as bytes, which the shard decoders read; other f
 import hashlib
 import io
 import logging
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -56,12 +58,35 @@ def parse_image(data: bytes, name: object) -> NDArray[np.uint8] | EncodedImage:
         DamagedImageError: the file is not an image or does not have 8-bit colours.
     """
     try:
+        if plain_jpeg_shape(data) is not None:  # most files, ten times as fast as Pillow
+            return EncodedImage(data, "jpg", str(name))
         with Image.open(io.BytesIO(data)) as image:
             if plain := _plain_format(image, data):
                 return EncodedImage(data, plain, str(name))
     except _UNDECODABLE as error:
         raise _undecodable(name, len(data), error) from error
     return decode_file(data, name)
+
+
+def plain_jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """Return height and width of a JPEG file in YCbCr; None for others, and if Pillow has to decide how the image is shown.
+
+    That is so with a segment APP1 (EXIF or XMP, which may turn the image) or an APP2 with several images (MPF), and for damaged
+    headers and sizes that Pillow refuses.
+    """
+    if not simplejpeg.is_jpeg(data):
+        return None
+    place = 2
+    while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) not in (b"\xda", b""):
+        if marker == b"\xe1" or (marker == b"\xe2" and data[place + 4 : place + 8] == b"MPF\0"):
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    is_plain = colours == "YCbCr" and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+    return (height, width) if is_plain else None
 
 
 def read_header(data: bytes) -> tuple[int, int, str] | None:

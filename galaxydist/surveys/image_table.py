@@ -263,7 +263,9 @@ def open_table(
     is_kept = ~np.any([*reasons.values()], axis=0)
     kept = np.flatnonzero(is_kept)
     if not len(kept):
-        raise UserError(f"{location}: no row can be used: {_describe(reasons)}")
+        raise UserError(
+            f"{location}: no row can be used: {_describe(reasons)}; correct the table, or name other columns (--label, --split)"
+        )
     if len(kept) < len(table):
         log_once(f"{location}: {len(table) - len(kept):,} of {len(table):,} rows are left out: {_describe(reasons)}")
     ids, source_ids = _ids(table, columns, kept, location, options.name)

@@ -1,7 +1,6 @@
 """Columns of a table of galaxies: their usual names, and their values as text, labels and positions."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -229,7 +228,7 @@ def read_labels(
         values = pc.if_else(pc.equal(values, "-1"), None, values)
         found.remove("-1")
     where = f"{location}, column {name!r}"
-    _check_label_values(found, len(values) - values.null_count, column, where)
+    _check_label_values(found, len(values) - values.null_count, where)
     if class_names is not None:
         wrong = [text for text in found if not text.isdecimal() or int(text) >= len(class_names)]
         if wrong and not set(found) <= set(class_names):
@@ -245,13 +244,11 @@ def read_labels(
     return names, _lookup(values, numbers)
 
 
-def _check_label_values(found: Sequence[str], num_labelled: int, column: "pa.ChunkedArray", where: str) -> None:
-    import pyarrow as pa
-
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_floating(kind) and any("." in text or "e" in text for text in found):
-        example = next(text for text in found if "." in text or "e" in text)
-        raise UserError(f"{where} has numbers with fractions ({example}), which are no classes; name another column with --label")
+def _check_label_values(found: Sequence[str], num_labelled: int, where: str) -> None:
+    if found and all(map(_is_number, found)) and (fractions := [text for text in found if float(text) % 1 > 0]):
+        raise UserError(
+            f"{where} has numbers with fractions ({fractions[0]}), which are no classes; name another column with --label"
+        )
     if len(found) > 20 and len(found) > 0.9 * num_labelled:
         raise UserError(
             f"{where} has {len(found)} different values in {num_labelled} rows, so that nearly each galaxy would be a "
@@ -296,9 +293,10 @@ def read_degrees(column: "pa.ChunkedArray", name: str, location: object) -> NDAr
 
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text)) or True
+        float(text)
     except ValueError:
         return False
+    return True
 
 
 def _is_sexagesimal(text: str) -> bool:

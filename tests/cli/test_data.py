@@ -157,7 +157,7 @@ def test_data_commands_refuse_invalid_names_paths_below_a_file_and_urls(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = image_folder(tmp_path / "squares")
-    for name in ("../../x", "my galaxies", "", ".hidden", "a/b"):
+    for name in ("../../x", "my galaxies", ".hidden", "a/b"):
         assert command(tmp_path / "root", "data", "shard", "--from", str(images), "--name", name) == 2
         assert f"the name {name!r} is not valid for a data set" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
@@ -171,7 +171,9 @@ def test_data_commands_refuse_invalid_names_paths_below_a_file_and_urls(
             assert command(root, *arguments) == 2
             assert f"the data root {root} cannot be a folder: {tmp_path / 'file'} is a file" in capsys.readouterr().err
     assert main(["data", "export", "--from", str(images), "--out", str(tmp_path / "file" / "below")]) == 2
-    assert "Not a directory" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'}" in (text := capsys.readouterr().err) and "is in the way (Not a directory)" in text
+    assert main(["data", "shard", "--from", str(images), "--out", "/proc/shards"]) == 2
+    assert "not allowed: No such file or directory (/proc/shards.partial.lock)" in capsys.readouterr().err
     for option in ("--out", "--data-dir"):
         with pytest.raises(SystemExit, match="2"):
             main(["data", "shard", option, "hf://datasets/me/galaxies"])

@@ -90,6 +90,7 @@ def test_version_option_prints_the_version(capsys: pytest.CaptureFixture[str]) -
         (["submit", "recipe=demo", "--dry-rnu", "cluster=local"], "unrecognized arguments: --dry-rnu; did you mean --dry-run?"),
         (["data", "check", "--data-dirr=x"], "did you mean --data-dir?"),
         (["data", "shard", "--fold", "4/3"], "not K/N"),
+        (["predict", "runs/a", "", "-o", "a.csv"], "an argument is empty: is a variable of the shell not set?"),
         (["data", "shard", "--quality", "101"], "more than 100"),
         (["data", "shard", "--workers", "0"], "less than 1"),
         (["data", "shard", "--enc", "png"], "unrecognized arguments: --enc; did you mean --encoding?"),
@@ -165,6 +166,13 @@ def test_a_user_s_error_is_one_message_without_traceback(tmp_path: Path) -> None
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "shard.tar"), 2, "no space left: No space left on device (shard.tar)"),
         (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "not allowed: Permission denied (/data)"),
+        (FileExistsError(errno.EEXIST, "File exists", "a.csv"), 2, "a.csv is in the way (File exists)"),
+        # Nothing can be created in /proc, and mkdir and open say that it does not exist.
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x"),
+            2,
+            "not allowed: No such file or directory (/pr",
+        ),
     ],
 )
 def test_interrupt_full_disk_and_permission_errors_have_exit_codes_and_messages(
@@ -178,13 +186,29 @@ def test_interrupt_full_disk_and_permission_errors_have_exit_codes_and_messages(
     assert text in capsys.readouterr().err
 
 
-def test_unexpected_os_error_is_raised_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
-        raise OSError(errno.EIO, "a disk that fails")
+def test_unexpected_os_error_is_raised_with_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for error in (OSError(errno.EIO, "a disk that fails"), FileNotFoundError(errno.ENOENT, "gone", str(tmp_path / "gone"))):
 
-    monkeypatch.setattr("galaxydist.cli.recipes.print_files", fail)
-    with pytest.raises(OSError, match="a disk that fails"):
-        cli.main(["recipes"])
+        def fail(_: object, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr("galaxydist.cli.recipes.print_files", fail)
+        with pytest.raises(OSError, match=error.strerror):
+            cli.main(["recipes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("weights save runs/a mine.csv", "mine.csv: weights are a safetensors file; name it like mine.safetensors"),
+        ("bench folds --real images --recipe small --minutes 3", "--minutes 3 and --recipe small: a recipe has its own length"),
+    ],
+)
+def test_options_that_would_be_ignored_or_destroy_something_are_refused(
+    words: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_full_disk_behind_stdout_exits_with_2_without_traceback() -> None:

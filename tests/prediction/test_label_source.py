@@ -133,8 +133,9 @@ def test_tars_of_others_are_labelled_without_shards(blob_run: BlobRun, tmp_path:
         shutil.copy(tar, tmp_path / "tars" / f"others-{tar.name}")
     out = tmp_path / "out.parquet"
     pattern = "others-test-{000000..000001}.tar"
-    for source in (tmp_path / "tars", tmp_path / "tars" / pattern):
-        assert run_predict(blob_run.run_dir, source, "-o", out, "--overwrite", "--logits") == 0
+    # The last: as a shell expands others-*.tar.
+    for sources in ([tmp_path / "tars"], [tmp_path / "tars" / pattern], sorted((tmp_path / "tars").glob("others-*.tar"))):
+        assert run_predict(blob_run.run_dir, *sources, "-o", out, "--overwrite", "--logits") == 0
         table = pq.read_table(out)
         rows = {name: row for row, name in enumerate(known.column("id"))}
         order = [rows[name] for name in table.column("id").to_pylist()]
@@ -327,6 +328,7 @@ def test_wrong_input_is_one_message_and_leaves_nothing(
     for arguments, message in (
         ((run, images, "-o", tmp_path / "out.txt"), "written as .csv or .parquet; name it like"),
         ((run, images, "-o", tmp_path), "is a folder; give the name of a file"),
+        ((run, images, "-o", "/proc/out.csv"), "not allowed: No such file or directory (/proc/out.csv.partial.lock)"),
         ((run, images, "-o", tmp_path / "mine.csv", "--overwrite"), "is in the way: it holds thesis.tex"),
         ((run, images, "-o", tmp_path / "no" / "out.csv"), "there is no folder"),
         ((tmp_path / "norun", images, "-o", out), "there is no such folder"),

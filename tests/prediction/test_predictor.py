@@ -145,6 +145,16 @@ def test_inputs_that_are_no_images_are_refused(predictor: Any, tmp_path: Path, b
             predictor(images)
     with pytest.raises(UserError, match="8 bits already"):
         predictor(np.zeros((128, 128, 3), np.uint8), scale=(0, 1))
+    pixels = np.zeros((128, 128, 3), np.uint8)
+    for options, message in (
+        ({"scale": "0 1"}, "scale='0 1' is not two numbers"),
+        ({"pxscale": [1, 2, 3]}, r"pxscale=\[1, 2, 3\] is not a number in arcsec/pixel, or one for each of the 1 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predictor(pixels, **options)
+    for choice, message in (({"checkpoint": "first"}, "'first' is not one of best, last"), ({"tta": "d5"}, "one of none, d4")):
+        with pytest.raises(UserError, match=message):
+            galaxydist.load_predictor(blob_run.run_dir, **choice)
     for device in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match="cannot be used"):
             galaxydist.load_predictor(blob_run.run_dir, device=device)

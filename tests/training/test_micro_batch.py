@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from galaxydist.distributed import World, init_distributed
-from galaxydist.errors import EveryRankError
+from galaxydist.errors import EveryRankError, RunFailedError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe
@@ -213,7 +213,8 @@ def test_is_out_of_memory_recognises_only_memory_errors() -> None:
         assert is_out_of_memory(raised.value)
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"), KeyError(1)):
+    of_another = RunFailedError("rank 1 failed: OutOfMemoryError: CUDA out of memory")
+    for error in (RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory"), KeyError(1), of_another):
         assert not is_out_of_memory(error)
 
 

@@ -21,7 +21,7 @@ from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.manifest import ANY_FILE
 from galaxydist.shards.tar import LONGEST_KEY
-from galaxydist.surveys.image_files import parse_image, to_rgb
+from galaxydist.surveys.image_files import parse_image, plain_jpeg_shape, to_rgb
 
 Pixels = NDArray[np.uint8]
 
@@ -58,7 +58,8 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     """
     if not _KEY.fullmatch(galaxy.id) or len(galaxy.id) > LONGEST_KEY:
         raise UserError(
-            f"galaxy id {galaxy.id!r} cannot name a file in a shard: use up to {LONGEST_KEY} letters, digits, _, - and +"
+            f"galaxy id {galaxy.id[:60]!r} ({len(galaxy.id)} characters) cannot name a file in a shard: use up to "
+            f"{LONGEST_KEY} letters, digits, _, - and +, or other ids (--id COLUMN, --id none)"
         )
     if galaxy.label is not None and not 0 <= galaxy.label < num_classes:
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
@@ -134,7 +135,7 @@ def decode_any_file(data: bytes, size: int, pixels: Pixels | None = None) -> Pix
         ValueError: it does not decode.
     """
     try:
-        shape = _plain_jpeg_shape(data)
+        shape = plain_jpeg_shape(data)
         if shape is not None:  # most files: the same result without Pillow
             decoded = np.asarray(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels if shape == (size, size) else None))
         else:
@@ -149,22 +150,6 @@ def decode_any_file(data: bytes, size: int, pixels: Pixels | None = None) -> Pix
     if not np.may_share_memory(decoded, pixels):
         pixels[...] = decoded
     return pixels
-
-
-def _plain_jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """Return height and width of a JPEG file in YCbCr; None for others, and if Pillow has to decide how the image is shown.
-
-    That is so with a segment APP1 (EXIF or XMP, which may turn the image) or an APP2 with several images (MPF).
-    """
-    if not simplejpeg.is_jpeg(data):
-        return None
-    place = 2
-    while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) not in (b"\xda", b""):
-        if marker == b"\xe1" or (marker == b"\xe2" and data[place + 4 : place + 8] == b"MPF\0"):
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4])
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    return (height, width) if colours == "YCbCr" else None
 
 
 @lru_cache

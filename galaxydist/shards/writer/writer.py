@@ -270,6 +270,7 @@ def writer_lock(work_dir: Path) -> Iterator[None]:
     """Keep out a second writer of the same shards; the lock is released however the process ends."""
     path = _lock_path(work_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # raises where no file can be created: filelock would call the lock held
     lock = FileLock(path, blocking=False)
     try:
         lock.acquire()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.surveys.folder_scan import natural_key
-from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGES, LABELS, describe_damage, open_hdf5
+from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGES, LABELS, check_hdf5, describe_damage, open_hdf5
 from galaxydist.surveys.image_arrays import ArrayLayout, ArrayOptions, array_layout, is_image_shape, show_shape
 from galaxydist.surveys.image_files import group_equal_rows
 from galaxydist.surveys.table_columns import arrow_column, is_text
@@ -166,10 +166,7 @@ def read_hdf5(
 
 def _find_images(path: Path, options: ArrayOptions) -> tuple[str, ArrayLayout, tuple[int, ...], int]:
     """Return the name, the layout, the shape of one image, and the chunk length of the data set with the images."""
-    import h5py
-
-    if not h5py.is_hdf5(path):
-        raise UserError(f"{path} is not an HDF5 file, or it is cut off at its start; make or fetch it again")
+    check_hdf5(path)
     try:
         with open_hdf5(path) as h5:
             sets = _data_sets(h5)
@@ -238,6 +235,8 @@ def _columns(path: Path, sets: Mapping[str, Any], count: int, label: str | None)
 
     columns: dict[str, NDArray[Any]] = {}
     for name, found in sets.items():
+        if found.ndim == 1 and len(found) != count:
+            logger.warning("%s: %r has %d values for %d images and is left out", path, name, len(found), count)
         if found.shape[0] != count or found.ndim > 2:
             continue
         is_label = name == label or (label is None and name.lower() in ("y", "label", "labels", "ans"))

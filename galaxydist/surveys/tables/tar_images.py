@@ -191,7 +191,9 @@ def _texts(tar: ScannedTar) -> pa.Table:
                 is_json = extension.rpartition(".")[2] in JSON_ENDINGS
                 found.append(parse_object(text or b"") if is_json else None if text is None else {"": text.decode().strip()})
             except ValueError as error:
-                raise UserError(f"{tar.path}: the .{extension} of {key} is damaged ({error})") from None
+                raise UserError(
+                    f"{tar.path}: the .{extension} of {key} is damaged ({error}); write or copy the tar again"
+                ) from None
         names = dict.fromkeys(name for content in found for name in content or ())
         columns |= {f"{extension}:{name}" if name else extension: [(row or {}).get(name) for row in found] for name in names}
     typed = [typed_column(name, values) for name, values in columns.items()]

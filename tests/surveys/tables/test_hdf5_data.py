@@ -192,12 +192,19 @@ def test_unfit_files_are_refused(tmp_path: Path, columns: dict[str, Any], source
         opened(path, **source)
 
 
+def test_columns_of_another_length_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="has no label column"):
+        opened(write(tmp_path / "zoo.h5", image=PIXELS, y=LABELS[:30]))
+    assert "'y' has 30 values for 60 images and is left out" in caplog.text
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(truncate, "zoo.h5 is truncated"), (lambda path: path.write_text("x"), "is not an HDF5 file")]
+    ("change", "message"),
+    [(truncate, "zoo.h5 is truncated"), (lambda path: path.write_text("x"), "CSV file, by its content, not an HDF5")],
 )
 def test_damaged_file_is_refused(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
     path = write(tmp_path / "zoo.h5", images=PIXELS, y=LABELS)

@@ -106,6 +106,8 @@ def test_labels_are_class_numbers_or_names_in_cls_or_json(tmp_path: Path) -> Non
         survey_of(path, label="clas")
     with pytest.raises(UserError, match=r"d.tar has no label with a usual name: name .* with --label.* It has smooth"):
         survey_of(str(sample_tar(tmp_path / "d.tar", json=as_json(smooth=lambda n: n))))
+    with pytest.raises(UserError, match=r"column 'cls' has numbers with fractions \(0\.5\), which are no classes"):
+        survey_of(str(sample_tar(tmp_path / "f.tar", cls=lambda n: b"%d.5" % (n % 3))))
     with pytest.raises(UserError, match=r"votes \(--label\) is empty or has lists or values of several types"):
         survey_of(str(sample_tar(tmp_path / "e.tar", json=as_json(votes=lambda n: [n]))), label="votes")
 
