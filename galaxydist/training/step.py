@@ -36,7 +36,7 @@ class TrainStep:
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights. A
     step whose gradient is not finite is skipped: weights, optimizer and batch-norm statistics stay as they were. If the
     optimizer's kernels are fused, a GPU does this without making the host wait. A step that is abandoned at a gate changes
-    nothing either.
+    nothing either. The model is put into training mode once, since an evaluation restores the modes of its modules.
 
     Args:
         world: the processes.
@@ -73,6 +73,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.strategy.model.parameters() if parameter.requires_grad]
         self.statistics = BatchNormBackup(self.strategy.model)
+        set_train_mode(self.strategy.model)
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -89,7 +90,6 @@ class TrainStep:
             StepAbandoned: on all ranks; nothing has changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        set_train_mode(self.strategy.model)
         self.statistics.keep(is_needed=self.config.on_nonfinite == "skip" or not self.gates.is_open)
         try:
             with self.timer.part("forward_backward"), self.gates.step() as pass_gate:

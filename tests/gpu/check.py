@@ -22,7 +22,7 @@ from typing import Any
 from tests.gpu.correctness import check_numbers, check_resume, check_synchronisation, check_unit_tests
 from tests.gpu.rig import Device, Rig, Row, TimeUpError
 from tests.gpu.several_ranks import check_failures, check_ranks
-from tests.gpu.speed import check_loader, check_memory
+from tests.gpu.speed import check_loader, check_memory, check_throughput
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ CHECKS = (
     Check("tests", "Tests marked gpu", 120, check_unit_tests),
     Check("sync", "Waits of the host", 60, check_synchronisation),
     Check("numbers", "Numbers", 120, check_numbers),
-    Check("ranks", "Several ranks", 120, check_ranks),
+    Check("ranks", "Several ranks", 150, check_ranks),
     Check("resume", "Resumed runs", 90, check_resume),
     Check("failures", "Failing ranks", 180, check_failures),
+    Check("throughput", "Training speed", 240, check_throughput),
     Check("memory", "Memory", 90, check_memory),
     Check("loader", "Loader", 60, check_loader),
 )
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     names = [check.name for check in CHECKS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
     options = parser.parse_args(arguments)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() leaves CUDA alone before a fork
     checks = [check for check in CHECKS if check.name in options.only]
     data_dir = options.data_dir or options.out / "data"
     summary = run_checks(checks, options.device, options.out.absolute(), data_dir.absolute(), 60 * options.minutes)
