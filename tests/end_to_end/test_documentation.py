@@ -18,7 +18,7 @@ from tests.helpers.shell_blocks import Block, commands, read_blocks, run_pages
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-# Any option, and those of accelerate, torchrun, srun and timeout.
+# Any option, and those of accelerate, torchrun, srun, timeout and ``make gpu-check``.
 OTHER_OPTIONS = {
     "--flag",
     "--multi_gpu",
@@ -28,6 +28,10 @@ OTHER_OPTIONS = {
     "--nproc-per-node",
     "--ntasks-per-node",
     "--gpus-per-node",
+    "--gpus-per-task",
+    "--device",
+    "--only",
+    "--python",
     "--preserve-status",
     "--signal",
 }
