@@ -32,9 +32,6 @@ OTHER_OPTIONS = {
     "--ntasks-per-node",
     "--gpus-per-node",
     "--gpus-per-task",
-    "--device",
-    "--only",
-    "--python",
     "--preserve-status",
     "--signal",
 }
