@@ -243,7 +243,7 @@ def test_lengthened_manifest_repeats_images_without_copying_shards(source: Manif
     assert long.shard_path("train", 0).samefile(source.shard_path("train", 0))
     originals = {image.data for image in stored_jpegs(source.dir)}
     reader = ImageDecoder(long, "train")
-    for shard, offset, length in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
+    for shard, _, offset, length in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
         assert long.shard_path("train", shard).read_bytes()[offset : offset + length] in originals
     reader.close()
     kept = long.path.stat().st_mtime_ns
