@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from galaxydist.distributed import World
 from galaxydist.loading.loader import Batch
 from galaxydist.training.checkpointer import Checkpointer
+from galaxydist.training.health.anomalies import check_loss_scale
 from galaxydist.training.health.watchdog import SAVING, VALIDATION, Watchdog
 from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.state import TrainState
@@ -139,6 +140,9 @@ class TrainLoop:
         elif warning := self.state.spikes.update(result.step, result.sums.loss):
             logger.warning("%s", warning)
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
+        if result.loss_scale:
+            check_loss_scale(result.step, result.loss_scale)
+            counters["train/loss_scale"] = result.loss_scale
         self.metrics.step_done(result, self.step.schedule(result.step), counters)
 
     def _end_epoch(self) -> None:

@@ -83,8 +83,8 @@ class TrainStep:
             step: optimizer steps done before.
 
         Returns:
-            This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 if its loss or the
-            gradient is not finite.
+            This rank's sums, float64 of shape 6: loss numerator, loss weight, correct, counted samples, 1 if its loss or the
+            gradient is not finite, and the next step's loss scale (0 without fp16).
 
         Raises:
             StepAbandoned: on all ranks; nothing has changed.
@@ -104,7 +104,9 @@ class TrainStep:
             self.statistics.restore(where=~is_finite)
             if self.strategy.ema is not None:
                 self.strategy.ema.update(step + 1)
-        return torch.cat([sums, (~is_finite).double().reshape(1)])
+        scale = self.world.mixed_precision.loss_scale
+        last = [is_finite.logical_not(), torch.zeros_like(is_finite) if scale is None else scale]
+        return torch.cat([sums, *(value.double().reshape(1) for value in last)])
 
     def forward_backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
         """Compute the gradients of the global batch's loss, with a gate before each micro-batch.
