@@ -18,7 +18,7 @@ from tests.helpers.shell_blocks import Block, commands, read_blocks, run_pages
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-# Any option, and those of accelerate, torchrun, srun, timeout and ``make gpu-check``.
+# Any option, and those of the GPU checks, accelerate, torchrun, srun and timeout.
 OTHER_OPTIONS = {
     "--device",
     "--only",
