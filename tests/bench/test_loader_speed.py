@@ -128,6 +128,7 @@ def test_bench_loader_measures_every_installed_peer(source: Manifest, tmp_path: 
 
 @pytest.mark.gpu
 @pytest.mark.multiprocess
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bench_loader_measures_dali_against_our_batches_on_the_gpu(
     source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
