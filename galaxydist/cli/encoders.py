@@ -197,11 +197,14 @@ def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
     from galaxydist.models.registry import ARCHITECTURES, recipe_of
     from galaxydist.models.weights import read_settings
     from galaxydist.recipe.model_names import parse_model_name
+    from galaxydist.recipe.resolve import list_recipes
     from galaxydist.recipe.schema import ModelConfig
 
     try:
         kind = parse_model_name(model).kind
     except ValueError as error:
+        if model in list_recipes():
+            return f"recipe={model}", {}
         raise UserError(f"{model}: {error}; or give recipe=NAME, or a run folder") from None
     if kind == "named":
         known = ARCHITECTURES[model]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ class Labelling:
             ThreadPoolExecutor(1, thread_name_prefix="galaxydist-write") as executor,
         ):
             writing: Future[None] | None = None
-            for number, labelled in _by_chunk(self._logits(batches, bar)):
+            for number, batches_of_chunk in groupby(self._logits(batches, bar), lambda found: found[0].step):
+                labelled = [*batches_of_chunk]
                 if writing is not None:
                     writing.result()
                 if world.size > 1 and self.work.failure_path.exists():
@@ -250,8 +252,9 @@ class Labelling:
         return True
 
     def _logits(self, batches: Iterator[Batch], bar: Any) -> Iterator[tuple[Batch, HostCopy]]:
+        """Yield batches without their images, and their logits."""
         for batch in batches:
-            yield batch, HostCopy(self._forward(batch.images_BHWC).float())
+            yield replace(batch, images_BHWC=torch.empty(0)), HostCopy(self._forward(batch.images_BHWC).float())
             bar.update(int((batch.samples_B >= 0).sum()))
 
     def _write(self, chunk: Chunk, labelled: list[tuple[Batch, HostCopy]]) -> None:
@@ -261,19 +264,3 @@ class Labelling:
         is_readable = (rows >= 0) & ~np.isin(rows, [*damaged])
         columns = self.source.take_columns(chunk.number_in_part)
         self.work.write(chunk, rows[is_readable], logits_NK[is_readable], columns, [*damaged.values()])
-
-
-def _by_chunk(labelled: Iterator[tuple[Batch, HostCopy]]) -> Iterator[tuple[int, list[tuple[Batch, HostCopy]]]]:
-    """Yield the number of each chunk, and its batches with their logits; images are dropped at once."""
-    held: list[tuple[Batch, HostCopy]] = []
-    for batch, copied in labelled:
-        if held and held[0][0].step != batch.step:
-            yield held[0][0].step, held
-            held = []
-        held.append((_without_images(batch), copied))
-    if held:
-        yield held[0][0].step, held
-
-
-def _without_images(batch: Batch) -> Batch:
-    return replace(batch, images_BHWC=torch.empty(0))
