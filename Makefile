@@ -22,7 +22,7 @@ TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true MAKEFLAGS= $(BIN)/python -m pytest
 WORKERS := -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly gpu-check gpu-bundle peers gpu-peers bench check docs format clean
+.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly gpu-check gpu-bundle peers dali bench check docs format clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -95,8 +95,8 @@ PEERS := galaxydist/bench/peers
 
 peers: .venv-bench/installed .venv-mosaic/installed .venv-spdl/installed
 
-# Large, and of use only with a GPU of CUDA 13.
-gpu-peers: .venv-dali/installed
+# Apart, since it takes 700 MB.
+dali: .venv-dali/installed
 
 bench: peers
 	$(BIN)/galaxydist bench loader $(BENCH)

@@ -35,7 +35,8 @@ class Loader:
         module: run by its process.
         environment: folder of its virtual environment, below the folder of environments.
         is_here: True if galaxydist's own environment has all its requirements and is used if that folder is missing.
-        needs_gpu: True if it decodes on a GPU, where its batches are, too; our decoder has no place in it.
+        needs_gpu: True if it decodes on a GPU, where its batches are, too.
+        takes_decoder: True if it can call our decoder.
         tolerance: largest difference from our pixels, in grey levels.
     """
 
@@ -45,9 +46,11 @@ class Loader:
     environment: str = ""
     is_here: bool = True
     needs_gpu: bool = False
+    takes_decoder: bool = True
     tolerance: int = TOLERANCE
 
 
+DALI = "galaxydist.bench.peers.dali_pipeline"
 GALAXYDIST = Loader(OURS, "galaxydist", "galaxydist.bench.peers.galaxydist_loader")
 PEERS = (
     Loader("imagefolder", "ImageFolder + DataLoader", "galaxydist.bench.peers.imagefolder", ".venv-bench"),
@@ -55,13 +58,15 @@ PEERS = (
     Loader("litdata", "LitData", "galaxydist.bench.peers.litdata", ".venv-bench", is_here=False),
     Loader("spdl", "SPDL", "galaxydist.bench.peers.spdl_pipeline", ".venv-spdl", is_here=False),
     Loader("mosaic", "Mosaic Streaming", "galaxydist.bench.peers.mosaic", ".venv-mosaic", is_here=False),
+    Loader("dali", "DALI on the CPU", DALI, ".venv-dali", is_here=False, takes_decoder=False),
     Loader(
-        "dali",
+        "dali-gpu",
         "DALI, mixed decoder",
-        "galaxydist.bench.peers.dali_pipeline",
+        DALI,
         ".venv-dali",
         is_here=False,
         needs_gpu=True,
+        takes_decoder=False,
         tolerance=GPU_TOLERANCE,
     ),
 )

@@ -186,7 +186,7 @@ OURS_TIMED, TRAIN_TIMED = 100, 8
 TRAIN_SIZE = 224
 RESUMES = 5
 IN_PLACE, ON_GPU = "tars in place", "galaxydist on the GPU"
-INSTALL = "`make bench` does, `make gpu-peers` for those on a GPU"
+INSTALL = "`make bench` does, `make dali` for DALI"
 QUICK_EPOCH = 100_000
 # Tolerance of mean and deviation between normalised batches of different galaxies with different augmentation.
 PIXEL_TOLERANCE = 0.15
@@ -209,7 +209,8 @@ class Bench:
         return steps_per_epoch(self.manifest.split("train").num_samples, BATCH_SIZE)
 
     def job_of(self, loader: Loader, **changes: Any) -> LoaderJob:
-        return replace(self.job, form_dir=str(self.manifest.dir.parent / loader.name), **changes)
+        device = "cuda" if loader.needs_gpu else "cpu"
+        return replace(self.job, form_dir=str(self.manifest.dir.parent / loader.name), device=device, **changes)
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,7 @@ def _prepare_and_check(bench: Bench) -> None:
 
 def _decoders(peer: Loader) -> tuple[bool, ...]:
     """Return False for the peer's own decoder and True for ours, if that can be used."""
-    return (False,) if peer.needs_gpu else (False, True)
+    return (False, True) if peer.takes_decoder else (False,)
 
 
 def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
@@ -366,7 +367,7 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
     for peer in bench.peers:
         job = bench.job_of(peer, task=task, warmup=ahead, batches=timed)
         jobs[peer.name] = peer, job, peer.title
-        if task == "decode" and not peer.needs_gpu:
+        if task == "decode" and peer.takes_decoder:
             jobs[f"{peer.name}+decoder"] = peer, replace(job, ours=True), f"{peer.title}, with our decoder"
     answers = _in_turn(bench, jobs)
     if task == "train":
@@ -382,7 +383,8 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
     result["in_place"] = {name: value for name, value in medians.items() if name.startswith(IN_PLACE)}
     if task == "decode":
         result |= {"limit": medians["limit"], "ratio_limit": medians[OURS] / medians["limit"]}
-        result["peers_with_our_decoder"] = {name: medians[f"{name}+decoder"] for name in peers}
+        hooks = [peer.name for peer in bench.peers if peer.takes_decoder]
+        result["peers_with_our_decoder"] = {name: medians[f"{name}+decoder"] for name in hooks}
     return result
 
 

@@ -49,7 +49,7 @@ class LoaderJob:
         mean, std: of all pixels, R G B, with full scale 1.
         shard_size: images in a shard or chunk of the loader's own form.
         step: start of ``resume``.
-        device: where our loader's batches end: ``cpu``, or ``cuda`` beside a peer whose batches are on the GPU.
+        device: where the batches end, if the loader has the choice: ``cpu`` or ``cuda``.
     """
 
     action: Action

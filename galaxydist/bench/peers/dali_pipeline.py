@@ -1,4 +1,4 @@
-"""Process that measures NVIDIA DALI on our own tars and their indexes: its mixed decoder and augmentation on a GPU."""
+"""Process that measures NVIDIA DALI on our own tars and their indexes, on the CPU or with its mixed decoder on a GPU."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ SPACE = 32
 
 @dataclass
 class DALILoader:
-    """Makes single epochs, as in DALI's documentation: batches on the GPU, with the labels' texts on the CPU."""
+    """Makes single epochs, as in DALI's documentation; the labels' texts stay on the CPU."""
 
     job: LoaderJob
     batches: Any
@@ -38,8 +38,9 @@ def _texts(rows_BN: Tensor) -> list[bytes]:
     return [row.tobytes() for row in rows_BN.numpy()]
 
 
-def _build_pipeline(job: LoaderJob, extensions: list[str], decoder: str) -> Any:
-    """Return the pipeline; ``decoder``: ``mixed``, Huffman codes on the CPU and the rest on the GPU, or all on the ``cpu``."""
+def _build_pipeline(job: LoaderJob, extensions: list[str]) -> Any:
+    # mixed: Huffman codes on the CPU, and the rest on the GPU.
+    decoder, device_id = ("cpu", None) if job.device == "cpu" else ("mixed", torch.cuda.current_device())
 
     @pipeline_def  # type: ignore[untyped-decorator]
     def pipeline() -> tuple[Any, ...]:
@@ -70,25 +71,24 @@ def _build_pipeline(job: LoaderJob, extensions: list[str], decoder: str) -> Any:
             )
         return images, *(fn.pad(text, fill_value=SPACE) for text in texts)
 
-    device = {"device_id": None} if decoder == "cpu" else {"device_id": torch.cuda.current_device()}
-    return pipeline(batch_size=job.batch_size, num_threads=job.workers, **device)
+    return pipeline(batch_size=job.batch_size, num_threads=job.workers, device_id=device_id)
 
 
 def prepare(job: LoaderJob) -> None:
     """Do nothing: DALI reads our shards."""
 
 
-def build_loader(job: LoaderJob, decoder: str = "mixed") -> Loader:
+def build_loader(job: LoaderJob) -> Loader:
     """Return a loader of single epochs.
 
     Raises:
-        UserError: there is no GPU.
+        UserError: the job is for a GPU, and there is none.
     """
-    if decoder == "mixed" and not torch.cuda.is_available():
+    if job.device != "cpu" and not torch.cuda.is_available():
         raise UserError("DALI's mixed decoder needs a GPU, and torch finds none: measure the other loaders with --peers")
     names = {"jpg": "image", "cls": "label"} | ({"json": "json"} if job.action == "check" else {})
     batches = DALIGenericIterator(
-        _build_pipeline(job, [*names], decoder),
+        _build_pipeline(job, [*names]),
         [*names.values()],
         reader_name=READER,
         last_batch_policy=LastBatchPolicy.PARTIAL,
