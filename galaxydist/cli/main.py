@@ -123,7 +123,7 @@ def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
 
     key, equals, _ = prefix.partition("=")
     if not equals:
-        yield from ("recipe=", *(["cluster="] if with_cluster else []))
+        yield from ("recipe=", "profile=", *(["cluster="] if with_cluster else []))
         yield from (f"{name}=" for name in RECIPE.fields if name != "name")
     elif key == "recipe":
         yield from (f"recipe={name}" for name in list_recipes())

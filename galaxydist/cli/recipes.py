@@ -173,6 +173,8 @@ def _show(name: str, overrides: list[str]) -> None:
 
     resolved = load_recipe([f"recipe={name}", *overrides])
     print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}")
+    if resolved.profiles:
+        print(f"# profiles: {', '.join(resolved.profiles)}; choose one with profile=NAME")
     print("# *: not the default. [run]: does not change the numbers, may be changed when the run is continued.")
     notes = {key: f"{'[run] ' if field.kind == 'run' else ''}{field.description}" for key, field in RECIPE.fields.items()}
     print_resolved(flatten(resolved.recipe), resolved.origins, notes)

@@ -19,6 +19,12 @@ A recipe is a small YAML file with the keys that differ from their defaults. Any
 
 `galaxydist recipes` lists the recipes, `galaxydist recipes vit` shows all values of one and where each comes from.
 
+The `profiles` of a recipe are named groups of such keys, for one or eight GPUs, of which none or one is chosen:
+
+    galaxydist train recipe=vit profile=8gpu
+
+Defaults give way to the recipe, the recipe to its profile, and that to the command line.
+
 **result** keys change the numbers of a run: another value gives another run folder. **run** keys change only the execution
 (threads, tracker, cache); they may be changed when a run is continued.
 

@@ -12,11 +12,12 @@ from galaxydist.recipe.fields import RECIPE, CrossFieldRule, S, Schema
 from galaxydist.recipe.rules import RULES
 from galaxydist.recipe.scalars import from_plain, parse_text, to_text
 from galaxydist.recipe.schema import Recipe
-from galaxydist.recipe.yaml12 import read_document
+from galaxydist.recipe.yaml12 import Document, read_document
 
 SCHEMA_DEFAULT = "schema default"
 COMMAND_LINE = "command line"
 FILE_NAME = "file name"
+PROFILES = "profiles"  # section of a file with named groups of values, of which the command line chooses one
 
 
 class ConfigError(EveryRankError):
@@ -44,6 +45,7 @@ class ConfigSpec(Generic[S]):
         error: its error class; ``noun`` is the name of the kind in messages.
         argument: command-line argument that names the file, ``recipe`` for ``recipe=vit``.
         prefix: prefix of the keys on the command line, but not in the file (``cluster.``, or empty).
+        profile: command-line argument that chooses one of the file's ``profiles``; empty if such files have none.
         examples: a name, a line of a file and a ``key=value``, for messages.
     """
 
@@ -53,6 +55,7 @@ class ConfigSpec(Generic[S]):
     argument: str
     examples: tuple[str, str, str]
     prefix: str = ""
+    profile: str = ""
 
     @property
     def noun(self) -> str:
@@ -71,11 +74,13 @@ class ResolvedConfig(Generic[S]):
         config: the values.
         origins: dotted key -> ``schema default``, ``recipes/vit.yaml:7``, ``command line`` or ``file name``.
         path: its file.
+        profiles: names of the file's profiles.
     """
 
     config: S
     origins: Mapping[str, str]
     path: Path
+    profiles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,11 @@ def load_config(
 
     Args:
         spec: the kind of configuration.
-        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (or ``NAME`` alone) and ``key=value`` for any key of the schema, in any
-            order.
+        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (or ``NAME`` alone), ``profile=NAME`` for one of the file's profiles,
+            which overrides the rest of the file, and ``key=value`` for any key of the schema, in any order.
         folders: folders of named files, in order of priority.
-        settings: values by dotted key that override the file and are overridden by the command line; may include ``recipe``.
+        settings: values by dotted key that override the file and are overridden by the command line; may include ``recipe`` and
+            ``profile``.
 
     Raises:
         ConfigError: the configuration is invalid; the text lists all problems with their origins.
@@ -200,9 +206,13 @@ def load_config(
     named = file_overrides.pop(spec.argument, Override(None, COMMAND_LINE))
     if spec.argument in overrides:
         named = Override(overrides.pop(spec.argument), COMMAND_LINE)
+    chosen = file_overrides.pop(spec.profile, None)
+    if spec.profile and spec.profile in overrides:
+        chosen = Override(overrides.pop(spec.profile), COMMAND_LINE)
     path = _find(named, folders, builder)
+    profiles: tuple[str, ...] = ()
     if path is not None:
-        _read_file(path, builder)
+        profiles = _read_file(path, builder, chosen)
     else:
         for key in (key for key, known in spec.schema.fields.items() if known.info.is_required()):
             builder.invalid.add(key)
@@ -216,7 +226,7 @@ def load_config(
     builder.origins["name"] = FILE_NAME
     config = builder.build()
     assert path is not None, "a missing file is a problem, and problems raise"
-    return ResolvedConfig(config, builder.origins, path)
+    return ResolvedConfig(config, builder.origins, path, profiles)
 
 
 def list_files(folders: Sequence[Path]) -> dict[str, Path]:
@@ -258,7 +268,7 @@ def _read_overrides(arguments: Sequence[str], builder: ConfigBuilder[S]) -> dict
     for argument in arguments:
         key, equals, text = argument.partition("=")
         is_word = bool(key) and not key.startswith("-")
-        if is_word and not equals and key not in spec.schema.fields and spec.argument not in overrides:
+        if is_word and not equals and key not in (*spec.schema.fields, spec.profile) and spec.argument not in overrides:
             overrides[spec.argument] = argument
         elif not equals or not is_word:
             name, _, override = spec.examples
@@ -294,7 +304,8 @@ def _find(named: Override, folders: Sequence[Path], builder: ConfigBuilder[S]) -
     return None
 
 
-def _read_file(path: Path, builder: ConfigBuilder[S]) -> None:
+def _read_file(path: Path, builder: ConfigBuilder[S], chosen: Override | None) -> tuple[str, ...]:
+    """Set the values of a file, then those of the chosen profile; return the names of all its profiles."""
     spec = builder.spec
     try:
         document = read_document(path, noun=spec.noun, example=spec.examples[1])
@@ -302,12 +313,54 @@ def _read_file(path: Path, builder: ConfigBuilder[S]) -> None:
         raise spec.error([(str(path), f"cannot be read: {error.strerror}")]) from error
     for line, text in document.problems:
         builder.refuse(f"{path}:{line}" if line else str(path), text)
+    profiles = _find_profiles(document, path, builder) if spec.profile else {}
     for key, value in document.values.items():
-        origin = f"{path}:{document.lines[key]}"
-        if key == "name":
-            builder.refuse(origin, f"name: a {spec.noun} is named by its file ({path.stem}); take the line out")
-        else:
-            builder.set(key, value, origin)
+        if not (spec.profile and key.partition(".")[0] == PROFILES):
+            _set_from_file(key, value, f"{path}:{document.lines[key]}", builder)
+    if chosen is not None and chosen.value not in profiles:
+        _refuse_profile(chosen, profiles, builder)
+    for name, keys in profiles.items():
+        is_chosen = chosen is not None and name == chosen.value
+        target = builder if is_chosen else ConfigBuilder(spec)  # the others are checked too
+        for key, written in keys.items():
+            origin = f"{path}:{document.lines[written]}, profile {name}"
+            _set_from_file(key, document.values[written], origin, target)
+        if not is_chosen:
+            builder.problems += target.problems
+    return tuple(profiles)
+
+
+def _find_profiles(document: Document, path: Path, builder: ConfigBuilder[S]) -> dict[str, dict[str, str]]:
+    """Return profile -> key -> the key as the document has it."""
+    profiles: dict[str, dict[str, str]] = {}
+    for written, line in document.lines.items():
+        section, _, rest = written.partition(".")
+        name, _, key = rest.partition(".")
+        if section != PROFILES:
+            continue
+        if name:
+            profiles.setdefault(name, {})
+        if key and written in document.values:
+            profiles[name][key] = written
+        elif document.values.get(written) is not None:
+            example = "profiles: {8gpu: {train: {batch_size: 960}}}"
+            builder.refuse(f"{path}:{line}", f"{written}: must be a mapping, like '{example}'")
+    return profiles
+
+
+def _set_from_file(key: str, value: Any, origin: str, builder: ConfigBuilder[S]) -> None:
+    if key == "name":
+        builder.refuse(origin, f"name: a {builder.spec.noun} is named by its file; take the line out")
+    else:
+        builder.set(key, value, origin)
+
+
+def _refuse_profile(chosen: Override, profiles: Mapping[str, Any], builder: ConfigBuilder[S]) -> None:
+    spec = builder.spec
+    close = get_close_matches(str(chosen.value), profiles, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    listed = f"profiles: {', '.join(profiles)}" if profiles else "it has no profiles"
+    builder.refuse(chosen.origin, f"{spec.profile}={shorten(chosen.value)}: the {spec.noun} has no such profile{hint} ({listed})")
 
 
 class RecipeError(ConfigError):
@@ -331,6 +384,7 @@ RECIPES = ConfigSpec(
     error=RecipeError,
     argument="recipe",
     examples=("vit", "model: {name: vit}", "optim.lr=1e-4"),
+    profile="profile",
 )
 
 
@@ -343,7 +397,7 @@ def load_recipe(
         RecipeError: the recipe is invalid; the text lists all problems with their origins.
     """
     resolved = load_config(RECIPES, arguments, recipe_folders() if folders is None else folders, settings=settings)
-    return ResolvedRecipe(resolved.config, resolved.origins, resolved.path)
+    return ResolvedRecipe(resolved.config, resolved.origins, resolved.path, resolved.profiles)
 
 
 def list_recipes(folders: Sequence[Path] | None = None) -> dict[str, Path]:

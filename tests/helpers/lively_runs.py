@@ -16,7 +16,7 @@ from tests.helpers.blobs import BlobSurvey
 LIVELY: Mapping[str, object] = {
     "train__epochs": 8,
     "train__log_every": 3,
-    "train__save_steps": 3,
+    "train__save_steps": 7,  # in the midst of epochs of five steps, and at the end of the last but one
     "eval__batch_size": 32,
     "train__ema": 0.9,
     "train__mixup": 0.4,

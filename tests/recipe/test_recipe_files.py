@@ -20,6 +20,8 @@ NAMES = [path.relative_to(FOLDER).with_suffix("").as_posix() for path in RECIPES
 # The numbers of processes that the recipes are meant for.
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24)
 
+CPU_RECIPES = ("demo", "simulated_start", "small")
+
 
 # Published encoders: recipe -> model.
 ENCODERS = {
@@ -60,7 +62,7 @@ def test_shipped_recipe_is_short_and_sets_only_non_default_values(path: Path) ->
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert any(line.startswith("# Settings:") for line in lines), "where the settings come from"
-    assert len([line for line in lines if line and not line.startswith("#")]) <= 16
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 22
     assert max(map(len, lines)) <= 130
     resolved = load(path)
     default = Recipe.model_validate({"name": resolved.recipe.name, "model": {"name": resolved.recipe.model.name}})
@@ -82,6 +84,21 @@ def test_shipped_batch_sizes_divide_evenly_over_common_world_sizes(path: Path) -
     batch_size = load(path).recipe.train.batch_size
     uneven = [world_size for world_size in WORLD_SIZES if batch_size % world_size]
     assert uneven == ([5, 7] if path.stem in ("demo", "simulated_start") else [5, 7, 16] if path.stem == "small" else [7])
+
+
+def test_profiles_scale_rate_and_moving_average_with_the_batch() -> None:
+    """Linear for SGD and by the square root for AdamW; the decay to the power of the ratio (sources: docs/training.md)."""
+    with_profiles = [path for path in RECIPES if load(path).profiles]
+    assert {path.stem for path in RECIPES if path.parent == FOLDER and path not in with_profiles} == set(CPU_RECIPES)
+    for path in with_profiles:
+        base, one, eight = (load(path, *words).recipe for words in ([], ["profile=1gpu"], ["profile=8gpu"]))
+        assert (one.train.batch_size, one.optim, one.train.ema) == (base.train.batch_size, base.optim, base.train.ema)
+        ratio = eight.train.batch_size / base.train.batch_size
+        assert eight.train.batch_size % 8 == 0 and ratio == 4
+        assert eight.optim.lr == pytest.approx(base.optim.lr * (ratio if base.optim.name == "sgd" else ratio**0.5))
+        assert eight.train.ema == pytest.approx(base.train.ema**ratio, abs=5e-4)
+        assert one.eval.batch_size == eight.eval.batch_size > base.eval.batch_size
+        assert one.train.save_minutes == eight.train.save_minutes > 0
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

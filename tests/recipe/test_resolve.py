@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.fields import RECIPE
-from galaxydist.recipe.identity import flatten
-from galaxydist.recipe.resolve import RecipeError, ResolvedRecipe, list_recipes, load_recipe
+from galaxydist.recipe.identity import flatten, run_name
+from galaxydist.recipe.resolve import Override, RecipeError, ResolvedRecipe, list_recipes, load_recipe
 
 PLAIN = "model: {name: custom_cnn}\n"
 
@@ -227,6 +227,46 @@ def test_recipe_file_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path) 
     (tmp_path / "plain.yaml").write_bytes(b"model: {name: vit}\n# \xff\n")
     with pytest.raises(RecipeError, match=r"plain.yaml:2: is not UTF-8 text"):
         load_recipe(["recipe=plain"], folders=[tmp_path])
+
+
+PROFILES = """model: {name: vit}
+optim: {lr: 1e-4}
+train: {epochs: 2}
+profiles:
+  1gpu: {train: {compile: true}}
+  8gpu:
+    optim: {lr: 4e-4, warmup: 0.2}
+    train: {epochs: 5}
+"""
+
+
+def test_chosen_profile_overrides_the_recipe_and_is_overridden_by_sweep_and_command_line(tmp_path: Path) -> None:
+    assert resolve(tmp_path, PROFILES).recipe == resolve(tmp_path, PROFILES.partition("profiles")[0]).recipe
+    resolved = resolve(tmp_path, PROFILES, "profile=8gpu", "optim.warmup=0.3")
+    recipe, origins = resolved.recipe, resolved.origins
+    assert (recipe.optim.lr, recipe.optim.warmup, recipe.train.epochs, recipe.train.compile) == (4e-4, 0.3, 5, False)
+    assert origins["optim.lr"] == f"{tmp_path}/plain.yaml:7, profile 8gpu" and origins["optim.warmup"] == "command line"
+    assert resolved.profiles == ("1gpu", "8gpu")
+    # The run is that of its values, however they were chosen.
+    typed = resolve(tmp_path, PROFILES, "optim.lr=4e-4", "optim.warmup=0.3", "train.epochs=5")
+    assert typed.recipe == recipe and run_name(typed.recipe) == run_name(recipe)
+    settings = {"recipe": Override("plain", "sweep:1"), "profile": Override("8gpu", "sweep:2")}
+    settings["train.epochs"] = Override(7, "sweep:3")
+    swept = load_recipe([], folders=[tmp_path], settings=settings).recipe
+    assert (swept.optim.lr, swept.train.epochs) == (4e-4, 7)
+
+
+def test_mistakes_about_profiles_are_refused_also_in_those_not_chosen(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, PROFILES, "profile=8gpus")
+    assert found == (
+        "command line",
+        "profile=8gpus: the recipe has no such profile; did you mean 8gpu? (profiles: 1gpu, 8gpu)",
+    )
+    assert problems(tmp_path, PLAIN, "profile=8gpu")[0][1].endswith("no such profile (it has no profiles)")
+    assert "is not key=value" in problems(tmp_path, PROFILES, "profile")[0][1]
+    wrong = "model: {name: vit}\nprofiles:\n  a: {optim: {lrr: 1}, train: {epochs: 0}, name: b}\n  c: 3\n"
+    texts = [text for _, text in problems(tmp_path, wrong)]
+    assert len(texts) == 4 and "profiles.c: must be a mapping" in texts[0] and "did you mean optim.lr" in texts[1]
 
 
 def test_recipe_section_with_only_comments_is_ignored(tmp_path: Path) -> None:
