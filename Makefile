@@ -22,7 +22,7 @@ TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true MAKEFLAGS= $(BIN)/python -m pytest
 WORKERS := -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly gpu-check gpu-bundle peers bench check docs format clean
+.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly gpu-check gpu-bundle peers dali bench check docs format clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -93,7 +93,10 @@ PEERS := galaxydist/bench/peers
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
 	@touch $@
 
-peers: .venv-bench/installed .venv-mosaic/installed
+peers: .venv-bench/installed .venv-mosaic/installed .venv-spdl/installed
+
+# Apart, since it takes 700 MB.
+dali: .venv-dali/installed
 
 bench: peers
 	$(BIN)/galaxydist bench loader $(BENCH)
@@ -115,5 +118,5 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-mosaic build dist site data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-mosaic .venv-spdl .venv-dali build dist site data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

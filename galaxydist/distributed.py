@@ -4,11 +4,12 @@ torch's flight recorder holds the last collectives of each rank; it is written i
 ``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
 """
 
+import contextlib
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +21,11 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 
 from galaxydist.cpus import bound_cores, cpu_quota, decoding_threads, fair_share
 from galaxydist.devices import Precision, RankDevice, check_devices, find_device, gather_devices, resolve_precision
-from galaxydist.errors import EveryRankError, RunFailedError, UserError
+from galaxydist.errors import EveryRankError, RunFailedError, UserError, is_known_to_all, mark_as_known
 from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores
 from galaxydist.log import set_up_logging
 from galaxydist.mixed_precision import MixedPrecision
+from galaxydist.rank_store import RankFailure, RankStore
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class World:
         cores: CPU cores for this process alone.
         threads: number of torch's threads, the same in all processes.
         job_id, restart_count: the batch job, if there is one.
+        store: messages to the other ranks; None for a single process.
     """
 
     mixed_precision: MixedPrecision
@@ -99,6 +102,7 @@ class World:
     threads: int
     job_id: str | None
     restart_count: int
+    store: RankStore | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,30 +128,43 @@ class World:
         return self.rank == 0
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Run a function on rank 0 and broadcast its result.
+        """Run a function on rank 0 and broadcast its result; the other ranks wait on the store, for hours if need be.
 
         Raises:
             UserError: raised on all ranks if the function raises one.
             RunFailedError: on the other ranks if rank 0 fails with another error, which rank 0 itself raises unchanged.
+            PeerFailedError: a rank has failed alone meanwhile.
         """
-        return work() if self.size == 1 else run_on_main(work)
+        return work() if self.size == 1 else run_on_main(work, store=self.store)
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """Run a function on all ranks and return this rank's result.
+        """Run a function on all ranks and return this rank's result; a rank that is done waits on the store for the others.
 
         Raises:
             UserError: raised on all ranks if any rank raises one: the one of the lowest rank.
             RunFailedError: on the other ranks if a rank fails with another error, which that rank raises unchanged.
+            PeerFailedError: a rank has failed outside of this.
         """
-        return work() if self.size == 1 else run_on_all(work)
+        return work() if self.size == 1 else run_on_all(work, store=self.store)
+
+    def announce_failure(self, error: BaseException) -> RankFailure | None:
+        """Tell the other ranks of an error that this rank alone raises.
+
+        Returns:
+            The failure of which the ranks have heard first, perhaps of another rank; None if all ranks know of the error.
+        """
+        if self.store is None or is_known_to_all(error):
+            return None
+        return self.store.announce(RankFailure.of(self.rank, error))
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order; all ranks must call it."""
         return [value] if self.size == 1 else all_gather(value)
 
     def barrier(self) -> None:
-        """Wait until all ranks have called it."""
-        if self.size > 1:
+        """Wait on the store until all ranks have called it; only then the collective, so that rank 0 stays with its store."""
+        if self.store is not None:
+            self.store.wait_for_all()
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -160,8 +177,13 @@ class World:
 # The collectives of ``World``, also for a process group beside that of the training; all ranks of the group must call them.
 
 
-def run_on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def run_on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None, store: RankStore | None = None) -> T:
     """Run a function on rank 0 of a group (None: the default group) and broadcast its result.
+
+    Args:
+        work: the function.
+        group: process group.
+        store: the other ranks wait on it; None: in the broadcast.
 
     Raises:
         EveryRankError, RunFailedError: as ``World.run_on_main``.
@@ -173,14 +195,19 @@ def run_on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -
             answer[0] = work()
         except Exception as error:
             failure, answer[1] = error, _shared_error(error, 0)
+    if store is not None:
+        store.wait_for_main()
     dist.broadcast_object_list(answer, group=group, group_src=0)
     _raise_shared([answer[1]], failure)
     result: T = answer[0]
     return result
 
 
-def run_on_all(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def run_on_all(work: Callable[[], T], group: dist.ProcessGroup | None = None, store: RankStore | None = None) -> T:
     """Run a function on all ranks of a group and return this rank's result.
+
+    Args:
+        work, group, store: as for ``run_on_main``.
 
     Raises:
         EveryRankError, RunFailedError: as ``World.run_on_all``.
@@ -191,6 +218,8 @@ def run_on_all(work: Callable[[], T], group: dist.ProcessGroup | None = None) ->
         done.append(work())
     except Exception as error:
         failure = error
+    if store is not None:
+        store.wait_for_all()
     _raise_shared(all_gather(failure and _shared_error(failure, dist.get_rank(group)), group), failure)
     return done[0]
 
@@ -212,6 +241,7 @@ def _shared_error(error: Exception, rank: int) -> Exception:
 def _raise_shared(errors: Sequence[Exception | None], own: Exception | None) -> None:
     """Raise the error of the lowest rank, failures before errors of the user; a rank that failed itself raises its own error."""
     if own is not None and not isinstance(own, UserError):
+        mark_as_known(own)
         raise own
     if found := sorted((error for error in errors if error is not None), key=lambda error: isinstance(error, UserError)):
         raise found[0]
@@ -260,6 +290,8 @@ def init_distributed(
     )
     for text in overruled_settings(environ, resolved):
         logger.warning("%s", text)
+    if world.size > 1:
+        world = replace(world, store=RankStore.of_group(world.rank, world.size))
     world = replace(world, cores=threads or _share_cores(world, environ))
     # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle.
     return _with_threads(world, min(world.all_gather(world.cores)))
@@ -315,7 +347,33 @@ def _share_cores(world: World, environ: Mapping[str, str]) -> int:
     return fair_share([*on_node.values()], [*on_node].index(world.rank), quota)
 
 
+@contextlib.contextmanager
+def open_world(
+    precision: Precision | Literal["auto"],
+    environ: MutableMapping[str, str],
+    *,
+    timeout: timedelta | None = None,
+    threads: int = 0,
+) -> Iterator[World]:
+    """Yield the ``World`` of ``init_distributed``, and destroy its process group at the end.
+
+    After an error of a run of several processes the group is left as it is, since NCCL's destroy waits for the other ranks. They
+    are told of the error if this rank alone raises it.
+    """
+    world = init_distributed(precision, environ, timeout=timeout, threads=threads)
+    try:
+        yield world
+    except BaseException as error:
+        world.announce_failure(error)
+        if world.store is None:
+            shutdown_distributed()
+        elif world.store.failure() is not None:
+            world.store.wait_until_seen()
+        raise
+    shutdown_distributed()
+
+
 def shutdown_distributed() -> None:
-    """Destroy the process group, if there is one."""
+    """Destroy the process group, if there is one. No rank may call it after an error, or the call may never return."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

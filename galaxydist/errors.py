@@ -44,8 +44,42 @@ class OneRankFailedError(RunFailedError):
     """``RunFailedError`` of a single rank, which prints it itself."""
 
 
+class PeerFailedError(RunFailedError):
+    """Another rank has failed alone, and this one cannot continue without it.
+
+    Args:
+        text: names the rank and the first line of its error.
+        code: exit code of that rank, which this one leaves with too.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class NonfiniteError(RunFailedError):
     """Error of a loss or gradient that is not finite: a restart would fail in the same way."""
+
+
+def mark_as_known(error: BaseException) -> None:
+    """Record that the other ranks know of an error that this rank alone raises."""
+    error.is_known_to_all = True  # type: ignore[attr-defined]
+
+
+def is_known_to_all(error: BaseException) -> bool:
+    """Return True for an error that every rank raises, or learns of, at the same point of the run."""
+    if isinstance(error, EveryRankError) or (isinstance(error, RunFailedError) and not isinstance(error, OneRankFailedError)):
+        return True
+    return any(getattr(found, "is_known_to_all", False) for found in (error, error.__cause__))
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a process that an error ends."""
+    if isinstance(error, PeerFailedError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
 
 
 def name_some(names: Sequence[str], most: int = 5) -> str:

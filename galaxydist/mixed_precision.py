@@ -65,6 +65,11 @@ class MixedPrecision:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer.optimizer)
 
+    @property
+    def loss_scale(self) -> torch.Tensor | None:
+        """The scale of the next step, a float32 scalar on the device; None without fp16, and before the first backward pass."""
+        return None if self.scaler is None else self.scaler._get_scale_async()
+
     def release(self) -> None:
         """Drop the optimizers from ``prepare``, which Accelerate keeps."""
         self._accelerator.free_memory()

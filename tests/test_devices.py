@@ -67,6 +67,15 @@ def test_process_without_a_gpu_computes_on_the_cpu() -> None:
     assert found == RankDevice(5, 1, "n2")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs one GPU")
+def test_rank_that_sees_one_gpu_takes_it_whatever_its_local_rank() -> None:
+    found = find_device(LauncherRank(3, 4, 4, 3), {})
+    assert (found.device, found.capability) == (torch.device("cuda", 0), torch.cuda.get_device_capability())
+    assert found.gpu == str(torch.cuda.get_device_properties(0).uuid)
+    check_devices([found])
+
+
 def machine(num_ranks: int, num_visible: int) -> list[RankDevice]:
     """Return the devices of ranks on two machines, one after the other."""
     half = num_ranks // 2

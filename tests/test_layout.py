@@ -24,7 +24,6 @@ SHORT = {
     "cli/train.py": "what launch.py imports",
     "cluster/snapshot.py": "the code that a job runs",
     "cluster/task.py": "entry point of a rank",
-    "errors.py": "ground floor",
     "log.py": "ground floor",
     "models/features.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",

@@ -21,7 +21,6 @@ from galaxydist.loading.loader import Batch
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.health.watchdog import Watchdog
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.trainer import Trainer
 
@@ -169,8 +168,8 @@ class WatchedTrainer(Trainer):
         super().__init__(resolved, world, environ)
         self._build_watch = build_watch
 
-    def _build_loop(self, stack: contextlib.ExitStack, watchdog: Watchdog) -> TrainLoop:
-        loop = super()._build_loop(stack, watchdog)
+    def _build_loop(self, stack: contextlib.ExitStack) -> TrainLoop:
+        loop = super()._build_loop(stack)
         is_over, step_done = self._build_watch(self), loop.step_done
 
         def watch(step: int) -> None:

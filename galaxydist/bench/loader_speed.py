@@ -185,7 +185,8 @@ AHEAD, LEAST_TIMED = 2, 12
 OURS_TIMED, TRAIN_TIMED = 100, 8
 TRAIN_SIZE = 224
 RESUMES = 5
-IN_PLACE = "tars in place"
+IN_PLACE, ON_GPU = "tars in place", "galaxydist on the GPU"
+INSTALL = "`make bench` does, `make dali` for DALI"
 QUICK_EPOCH = 100_000
 # Tolerance of mean and deviation between normalised batches of different galaxies with different augmentation.
 PIXEL_TOLERANCE = 0.15
@@ -208,7 +209,8 @@ class Bench:
         return steps_per_epoch(self.manifest.split("train").num_samples, BATCH_SIZE)
 
     def job_of(self, loader: Loader, **changes: Any) -> LoaderJob:
-        return replace(self.job, form_dir=str(self.manifest.dir.parent / loader.name), **changes)
+        device = "cuda" if loader.needs_gpu else "cpu"
+        return replace(self.job, form_dir=str(self.manifest.dir.parent / loader.name), device=device, **changes)
 
 
 @dataclass(frozen=True)
@@ -282,14 +284,16 @@ def _open_bench(root: Path, environ: Mapping[str, str], options: LoaderOptions) 
     num_images = options.num_images or (least if options.quick else IMAGES_PER_WORKER * workers)
     if num_images < least:
         raise UserError(f"--images {num_images} is too few to time with {workers} workers: give {least} or more")
+    wanted = [peer for peer in PEERS if options.peers is None or peer.name in options.peers]
+    if any(peer.needs_gpu for peer in wanted):
+        wanted = _without_gpu_peers(wanted, options.peers is not None)
     source = find_source(root, data=options.data, real=options.real, workers=workers)
     shard_size = max(1, num_images // (SHARDS_PER_WORKER * workers))
     manifest = repeat_source(source, root, num_images=num_images, least=least, shard_size=shard_size, workers=workers)
     processes = Processes(options.environments, environ)
-    wanted = [peer for peer in PEERS if options.peers is None or peer.name in options.peers]
     if missing := [peer for peer in wanted if processes.python(peer) is None]:
         titles = ", ".join(peer.title for peer in missing)
-        show(f"not measured, since not installed in {processes.environments.resolve()} (`make bench` does): {titles}")
+        show(f"not measured, since not installed in {processes.environments.resolve()} ({INSTALL}): {titles}")
     job = LoaderJob(
         action="measure",
         task="decode",
@@ -309,6 +313,23 @@ def _open_bench(root: Path, environ: Mapping[str, str], options: LoaderOptions) 
     return Bench(manifest, job, processes, peers, 1 if options.quick else options.rounds, options.quick, options.in_place)
 
 
+def _without_gpu_peers(wanted: list[Loader], are_named: bool) -> list[Loader]:
+    """Leave the loaders that decode on a GPU out where there is none.
+
+    Raises:
+        UserError: the user named one of them.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return wanted
+    titles = ", ".join(peer.title for peer in wanted if peer.needs_gpu)
+    if are_named:
+        raise UserError(f"{titles} needs a GPU, and torch finds none: name other loaders with --peers, or none for all of them")
+    show(f"not measured, since torch finds no GPU: {titles}")
+    return [peer for peer in wanted if not peer.needs_gpu]
+
+
 def _prepare_and_check(bench: Bench) -> None:
     num_images, size = bench.manifest.split("train").num_samples, bench.manifest.image_size
     show(
@@ -318,10 +339,15 @@ def _prepare_and_check(bench: Bench) -> None:
     for peer in bench.peers:
         prepare(bench.processes, peer, bench.job_of(peer), f"{bench.manifest.hash} {bench.job.shard_size}")
     worst = 0
-    for loader, ours in [(GALAXYDIST, False), *((peer, ours) for peer in bench.peers for ours in (False, True))]:
+    for loader, ours in [(GALAXYDIST, False), *((peer, ours) for peer in bench.peers for ours in _decoders(peer))]:
         worst = max(worst, check(bench.processes, loader, bench.job_of(loader, ours=ours), num_images))
     others = f", equal to ours within {worst} grey levels for all" if bench.peers else ""
     show(f"checked: every loader gives each galaxy once an epoch{others}")
+
+
+def _decoders(peer: Loader) -> tuple[bool, ...]:
+    """Return False for the peer's own decoder and True for ours, if that can be used."""
+    return (False, True) if peer.takes_decoder else (False,)
 
 
 def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
@@ -334,12 +360,14 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
         timed = min(timed, TRAIN_TIMED * bench.job.workers)
     else:
         jobs["limit"] = GALAXYDIST, replace(job, action="limit"), "limit: the decoder over bytes in memory"
+    if any(peer.needs_gpu for peer in bench.peers):
+        jobs[ON_GPU] = GALAXYDIST, replace(job, device="cuda"), "galaxydist, batches on the GPU"
     for name, index in (_index_in_place(bench.manifest) if bench.in_place else {}).items():
         jobs[name] = GALAXYDIST, replace(job, shards_dir=str(index.dir)), f"galaxydist, {name}"
     for peer in bench.peers:
         job = bench.job_of(peer, task=task, warmup=ahead, batches=timed)
         jobs[peer.name] = peer, job, peer.title
-        if task == "decode":
+        if task == "decode" and peer.takes_decoder:
             jobs[f"{peer.name}+decoder"] = peer, replace(job, ours=True), f"{peer.title}, with our decoder"
     answers = _in_turn(bench, jobs)
     if task == "train":
@@ -347,13 +375,16 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
     speeds = {name: [answer["images_per_s"] for answer in given] for name, given in answers.items()}
     _show_speeds(bench, task, speeds, {name: title for name, (_, _, title) in jobs.items()})
     medians = {name: median(values) for name, values in speeds.items()}
-    peers = {peer.name: medians[peer.name] for peer in bench.peers}
+    on_gpu = [peer.name for peer in bench.peers if peer.needs_gpu]
+    peers = {peer.name: medians[peer.name] for peer in bench.peers if not peer.needs_gpu}
     result = {"ours": medians[OURS], "peers": peers}
+    result["on_gpu"] = {name: value for name, value in medians.items() if name in (ON_GPU, *on_gpu)}
     result["ratio_best_peer"] = medians[OURS] / max(peers.values()) if peers else None
     result["in_place"] = {name: value for name, value in medians.items() if name.startswith(IN_PLACE)}
     if task == "decode":
         result |= {"limit": medians["limit"], "ratio_limit": medians[OURS] / medians["limit"]}
-        result["peers_with_our_decoder"] = {name: medians[f"{name}+decoder"] for name in peers}
+        hooks = [peer.name for peer in bench.peers if peer.takes_decoder]
+        result["peers_with_our_decoder"] = {name: medians[f"{name}+decoder"] for name in hooks}
     return result
 
 
@@ -398,8 +429,10 @@ def _show_speeds(bench: Bench, task: str, speeds: Mapping[str, Sequence[float]],
         "train": f"train: to normalised float32 {size} x {size}, random zoom-crop and mirrors (galaxydist: also any rotation)",
     }[task]
     show(f"\n{description}; img/s, median of {bench.rounds} (least ... greatest)")
+    on_gpu = {peer.name for peer in bench.peers if peer.needs_gpu}
     for name, values in speeds.items():
-        ratio = "" if name == OURS else f"   ours / this: {median(speeds[OURS]) / median(values):.2f}"
+        ours = speeds[ON_GPU if name in on_gpu else OURS]
+        ratio = "" if name in (OURS, ON_GPU) else f"   ours / this: {median(ours) / median(values):.2f}"
         show(f"  {titles[name]:<44}{spread(values, 0):<30}{ratio}")
 
 

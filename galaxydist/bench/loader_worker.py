@@ -49,6 +49,7 @@ class LoaderJob:
         mean, std: of all pixels, R G B, with full scale 1.
         shard_size: images in a shard or chunk of the loader's own form.
         step: start of ``resume``.
+        device: where the batches end, if the loader has the choice: ``cpu`` or ``cuda``.
     """
 
     action: Action
@@ -66,6 +67,7 @@ class LoaderJob:
     shard_size: int
     step: int = 0
     batch_size: int = BATCH_SIZE
+    device: str = "cpu"
 
     @property
     def shards(self) -> Path:
@@ -149,10 +151,12 @@ def measure(loader: Loader, job: LoaderJob) -> Answer:
     probed = [(images.float().mean().item(), images.float().std().item()) for images, _, _ in islice(batches, NUM_PROBED)]
     for _ in islice(batches, job.warmup):
         pass
+    _finish_on_device()
     started = time.perf_counter()
     num_images = 0
     for images, _, _ in islice(batches, job.batches):
         num_images += len(images)
+    _finish_on_device()
     seconds = time.perf_counter() - started
     means, deviations = zip(*probed, strict=True)
     return {
@@ -162,6 +166,14 @@ def measure(loader: Loader, job: LoaderJob) -> Answer:
         "mean": fmean(means),
         "std": fmean(deviations),
     }
+
+
+def _finish_on_device() -> None:
+    """Wait for a GPU, if one is in use: its batches are handed over before they are complete."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def check(loader: Loader, job: LoaderJob) -> Answer:
@@ -177,7 +189,7 @@ def check(loader: Loader, job: LoaderJob) -> Answer:
     times = dict.fromkeys(expected, 0)
     worst, worst_key = -1, ""
     for images, _, keys in loader:
-        for image, key in zip(images.numpy(), keys, strict=True):
+        for image, key in zip(images.cpu().numpy(), keys, strict=True):
             times[key] += 1
             difference = _difference(image, simplejpeg.decode_jpeg(expected[key], "RGB"))
             if difference > worst:

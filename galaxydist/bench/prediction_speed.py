@@ -17,7 +17,7 @@ from galaxydist.bench.common import Lap, show, show_json, spread
 from galaxydist.bench.loader_speed import find_source, repeat_source
 from galaxydist.bench.trainer_speed import read_clocks
 from galaxydist.cpus import available_cores
-from galaxydist.distributed import World, init_distributed, shutdown_distributed
+from galaxydist.distributed import World, open_world
 from galaxydist.evaluation.inference import ForwardPass
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
@@ -73,11 +73,8 @@ def measure_prediction(root: Path, environ: MutableMapping[str, str], conditions
     source = find_source(root, data=conditions.data, real=conditions.real, workers=workers)
     number = conditions.num_images
     manifest = repeat_source(source, root, num_images=number, least=number, shard_size=SHARD_SIZE, workers=workers)
-    world = init_distributed("auto", environ)
-    try:
+    with open_world("auto", environ) as world:
         results = _measure(world, manifest, conditions)
-    finally:
-        shutdown_distributed()
     show_json(*results)
     return results
 

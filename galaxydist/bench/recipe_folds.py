@@ -14,7 +14,7 @@ from galaxydist.bench.common import show
 from galaxydist.bench.real_galaxies import fit, mean_and_error, read_overrides, write_folds
 from galaxydist.bench.simulator import TUNING_ROWS
 from galaxydist.cpus import available_cores
-from galaxydist.distributed import init_distributed, shutdown_distributed
+from galaxydist.distributed import open_world
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.predictions import predictions_path, read_predictions
 from galaxydist.evaluation.results_files import stem_of
@@ -95,13 +95,10 @@ def _start_accuracy(recipe: Recipe, manifest: Manifest, environ: MutableMapping[
     """Return the test accuracy before the first step; None if the head starts from random weights."""
     if recipe.model.weights is None and not recipe.model.pretrained:
         return None
-    world = init_distributed(recipe.train.precision, environ)
-    try:
+    with open_world(recipe.train.precision, environ) as world:
         model = build_model(recipe.model, manifest.num_classes, recipe.data.image_size).to(world.device)
         augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=available_cores())
         return float(evaluate_split(world, model, manifest, "test", augment=augment, recipe=recipe)["accuracy"])
-    finally:
-        shutdown_distributed()
 
 
 def _held_out_accuracy(recipe: Recipe, real_dir: Path) -> float | None:

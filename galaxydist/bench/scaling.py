@@ -23,7 +23,7 @@ from tqdm import tqdm
 from galaxydist.bench.common import run_together, show, show_json, spread
 from galaxydist.bench.in_memory import MemoryTrainer, write_noise, write_recipe
 from galaxydist.cpus import bound_cores
-from galaxydist.distributed import init_distributed, shutdown_distributed
+from galaxydist.distributed import open_world
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.local_launcher import free_port
@@ -67,14 +67,11 @@ class StepClock:
 
 def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[str, Any]:
     """Train on images in memory; return the speed, and the number of processes and threads that took part."""
-    world = init_distributed("auto", environ)
-    clock = StepClock(world.device, job.steps)
-    try:
+    with open_world("auto", environ) as world:
+        clock = StepClock(world.device, job.steps)
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
             MemoryTrainer(load_recipe(job.arguments), world, environ, lambda _trainer: clock).run()
         threads = max(world.all_gather(torch.get_num_threads()))
-    finally:
-        shutdown_distributed()
     seconds = clock.times[1] - clock.times[0]
     return {
         "images_per_s": job.num_images / seconds,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from galaxydist.bench.common import Lap, show, show_json, spread
 from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, WatchedTrainer, plain_step, write_noise, write_recipe
-from galaxydist.distributed import World, init_distributed, shutdown_distributed
+from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.models.build import build_model
@@ -206,16 +206,13 @@ def measure_trainer(
         UserError: settings that the trainer refuses; fp16, for which the bare loop has no gradient scaler.
         AssertionError: the losses of the two loops differ.
     """
-    world = init_distributed(precision, dict(environ))
-    try:
+    with open_world(precision, dict(environ)) as world:
         if world.precision == "fp16":
             raise UserError("train.precision=auto is fp16 here, which the bare loop does not support: give --precision no")
         results = [
             TrainerBench(world, environ, model, sizes or Sizes(), steps, WARM_ROUNDS + rounds, settings or {}).measure()
             for model in models
         ]
-    finally:
-        shutdown_distributed()
     show_json(*results)
     return results
 

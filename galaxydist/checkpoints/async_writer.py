@@ -114,9 +114,11 @@ class CheckpointWriter:
             self.seconds_waited += self.clock() - began
 
     def _join(self) -> None:
-        write, self._write_in_progress = self._write_in_progress, None
-        if write is not None:
-            write.result()
+        if (write := self._write_in_progress) is not None:
+            try:
+                write.result()
+            finally:
+                self._write_in_progress = None  # not before: a rank that leaves after a failure waits in another thread
 
     def _write_copies(self, step: int, copies: dict[str, torch.Tensor], state_text: str, best: bool) -> None:
         with self._copies.finished():

@@ -25,11 +25,12 @@ from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.store import Checkpoint, DamagedCheckpointError, read_checkpoint, sha256_of, write_state
 from galaxydist.distributed import all_gather, run_on_all, run_on_main
 from galaxydist.errors import RunFailedError, UserError
+from galaxydist.rank_store import LONG_TIMEOUT
 
 
 def open_saving_group() -> dist.ProcessGroup:
     """Create a gloo group of all ranks for saving or loading; all ranks must call it."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=LONG_TIMEOUT))
 
 
 def save_sharded(

@@ -95,7 +95,7 @@ def fractions(text: str) -> tuple[float, ...]:
 
 def run_probe(arguments: argparse.Namespace) -> None:
     """Probe the encoder, and print the numbers."""
-    from galaxydist.distributed import init_distributed, shutdown_distributed
+    from galaxydist.distributed import open_world
     from galaxydist.explore.probe import ProbeOptions, check_labels, probe, render_result
     from galaxydist.models.performance import set_tf32
     from galaxydist.shards.remote.cache import CacheConfig
@@ -107,15 +107,12 @@ def run_probe(arguments: argparse.Namespace) -> None:
     check_labels(manifest)
     folder = root / "features" / folder_name(manifest.dataset) / folder_name(manifest.variant)
     options = ProbeOptions(folder, arguments.out, arguments.overwrite, arguments.fractions)
-    world = init_distributed("no", os.environ)
-    try:
+    with open_world("no", os.environ) as world:
         if world.size > 1:
             raise UserError(f"a probe runs in one process, not in {world.size}: call it without a launcher")
         set_tf32(False, world.device)
         encoder = _open_encoder(model, settings, manifest, root, arguments)
         result, path = probe(manifest, encoder, world, options)
-    finally:
-        shutdown_distributed()
     print(render_result(result))
     print(f"features: {path}; numbers: {path.with_suffix('.json')}")
 
@@ -200,11 +197,14 @@ def _defaults(model: str, root: Path) -> tuple[str, dict[str, Any]]:
     from galaxydist.models.registry import ARCHITECTURES, recipe_of
     from galaxydist.models.weights import read_settings
     from galaxydist.recipe.model_names import parse_model_name
+    from galaxydist.recipe.resolve import list_recipes
     from galaxydist.recipe.schema import ModelConfig
 
     try:
         kind = parse_model_name(model).kind
     except ValueError as error:
+        if model in list_recipes():
+            return f"recipe={model}", {}
         raise UserError(f"{model}: {error}; or give recipe=NAME, or a run folder") from None
     if kind == "named":
         known = ARCHITECTURES[model]

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from galaxydist.cli.jobs import find_folder
 from galaxydist.cli.options import Commands, add_command, add_data_dir, add_trust_code, evaluated_split, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import MARGIN, SPLITS, VARIANTS, Variant, check_not_margin
+from galaxydist.training.launch import Leave, launch
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
@@ -242,21 +243,26 @@ def add_evaluate(commands: Commands) -> None:
     add_data_dir(parser)
 
 
-def run_evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate a run, or stored predictions, and print the table."""
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate a run, or stored predictions, print the table and return the exit code."""
     if arguments.predictions is not None:
         _evaluate_predictions(arguments)
-        return
+        return 0
     if given := [option for option in ("validation", "out") if getattr(arguments, option) is not None]:
         raise UserError(f"--{given[0]} goes with --predictions FILE: the evaluation of a run is in its folder")
     if not arguments.target:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
-    run_dir, manifest, variant = read_target(arguments.target, arguments.manifest)
+    return launch(arguments, os.environ, work=evaluate_rank)
 
+
+def evaluate_rank(arguments: argparse.Namespace, environ: MutableMapping[str, str], _leave: Leave) -> int:
+    """Evaluate a run in this process, one of those that the launcher has started."""
     from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
+    run_dir, manifest, variant = read_target(arguments.target, arguments.manifest)
     data = EvaluationData(manifest, variant, arguments.trained_on, arguments.data_dir)
-    evaluate_run(run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
+    evaluate_run(run_dir, arguments.split or "test", environ, data, tta=arguments.tta)
+    return 0
 
 
 def _evaluate_predictions(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from galaxydist.cli.options import (
 )
 from galaxydist.errors import UserError
 from galaxydist.paths import cache_dir, find_shards
-from galaxydist.training.launch import launch
+from galaxydist.training.launch import Leave, launch
 
 EPILOG = """examples:
   galaxydist predict runs/vit-0123abcd new_images/ -o new.csv
@@ -119,7 +119,7 @@ def _locations(arguments: argparse.Namespace) -> list[str]:
     return sources
 
 
-def predict_rank(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> int:
+def predict_rank(arguments: argparse.Namespace, environ: MutableMapping[str, str], _leave: Leave) -> int:
     """Label this process's share of the source; rank 0 prints the result."""
     from galaxydist.prediction.label_source import LabelOptions, label_source
     from galaxydist.prediction.open_source import SourceChoice, open_source

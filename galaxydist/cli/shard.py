@@ -143,6 +143,8 @@ def run_shard(arguments: argparse.Namespace) -> None:
 
     if arguments.max_errors is not None and arguments.on_error != "skip":
         raise UserError("--max-errors is the number of images to leave out: add --on-error skip")
+    if arguments.unlabelled and arguments.classes is not None:
+        raise UserError(f"--unlabelled and --classes {arguments.classes}: galaxies without labels have no classes; leave one out")
 
     from galaxydist.shards.writer.writer import write_shards
     from galaxydist.surveys.data_origin import state_origin

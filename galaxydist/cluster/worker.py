@@ -106,7 +106,7 @@ def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
         sys.exit(code)
 
 
-def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], write_failure: Callable[[Exception], None]) -> int:
+def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], write_failure: Callable[[BaseException], None]) -> int:
     try:
         return launch(arguments, environ, write_failure)
     except Exception as error:
@@ -115,7 +115,7 @@ def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], write
         return EXIT_FAILED
 
 
-def _write_failure(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
+def _write_failure(folder: RunFolder, start: str | None, rank: int, error: BaseException) -> None:
     """Write the failure for the batch script, unless the training has done so."""
     kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
     text = first_line(error)

@@ -128,9 +128,13 @@ def time_all_reduce(
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=channel.rank, world_size=channel.size, timeout=timeout)
         try:
-            return _time_group(channel, device, num_bytes)
-        finally:
-            dist.destroy_process_group()
+            timing = _time_group(channel, device, num_bytes)
+        except RuntimeError:
+            if backend == "gloo":  # NCCL's destroy would wait for the other ranks
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+        return timing
     except RuntimeError as error:
         return Timing(error=first_line(error))
 

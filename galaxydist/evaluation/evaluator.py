@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.checkpoints.tensor_files import unflatten_state
 from galaxydist.counter_rng import hash64
-from galaxydist.distributed import World, init_distributed, shutdown_distributed
+from galaxydist.distributed import World, open_world
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.inference import CATALOGUE_COLUMNS, TTA, PredictionWriter, evaluate_split, merge_predictions
 from galaxydist.evaluation.leakage import TEST_SPLIT, FindTrainingShards, open_training_shards, validation_mask
@@ -39,6 +39,7 @@ from galaxydist.models.performance import choose_memory_format, set_memory_forma
 from galaxydist.models.registry import ModelRecord
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root, folder_name
+from galaxydist.rank_store import LONG_TIMEOUT
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
@@ -73,6 +74,7 @@ class Evaluator:
         find_training_shards: called on rank 0 if other shards than those of the training are evaluated.
         figures: draw figures; None for the recipe's setting.
         trust_code: run the function that the recipe names, if it names one.
+        beat: called after each batch, and between the parts of an evaluation.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -85,6 +87,7 @@ class Evaluator:
     find_training_shards: FindTrainingShards
     figures: bool | None = None
     trust_code: bool = False
+    beat: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         eval_config = self.recipe.eval
@@ -126,6 +129,7 @@ class Evaluator:
                 evaluation_dir, summary.metrics, context, metrics_log=log, curves=curves, figures=self._figures
             )
 
+        self.beat()
         evaluation = self.world.run_on_main(load_or_write)
         results.info("%s", render_evaluation(evaluation, evaluation_dir))
         return evaluation
@@ -153,6 +157,7 @@ class Evaluator:
             rank_file = RankFile(rank_file_path(path, world.rank), manifest.num_classes)
             world.run_on_all(lambda: stack.enter_context(rank_file))
             metrics = self._run_inference(manifest, split, in_validation_N, rank_file)
+            self.beat()
             world.run_on_main(lambda: self._merge(path, manifest, context, metrics, in_validation_N))
         return path
 
@@ -178,6 +183,7 @@ class Evaluator:
             split,
             augment=build_augment(recipe, self.trained_on, threads=world.cores),
             recipe=recipe,
+            beat=self.beat,
             in_validation_N=in_validation_N,
             rank_file=rank_file,
         )
@@ -430,8 +436,7 @@ def evaluate_run(
     def find_training_shards(trained_on: TrainingData) -> Manifest:
         return open_training_shards(trained_on, run.own_shards, data.trained_path, run.cache)
 
-    world = init_distributed(run.recipe.train.precision, environ)
-    try:
+    with open_world(run.recipe.train.precision, environ, timeout=LONG_TIMEOUT) as world:
         world.run_on_main(lambda: check_columns(run.manifest))
         evaluator = Evaluator(
             world,
@@ -442,8 +447,7 @@ def evaluate_run(
             trust_code=trusts_code(environ),
         )
         evaluation = evaluator.evaluate(run.manifest, split)
-    finally:
-        shutdown_distributed()
+        world.barrier()  # launchers kill ranks that outlive the first to exit
     assert evaluation is not None
     return evaluation
 

@@ -91,15 +91,11 @@ class Encoder:
         ):
             for batch in batches:
                 images_BCHW = normalise(batch.images_BHWC)
-                views = [self.extract(view_BCHW) for view_BCHW in tta_images(images_BCHW, _tta(info))]
+                views = [self.extract(view_BCHW) for view_BCHW in tta_images(images_BCHW, info.tta)]
                 mean_BD = torch.stack(views).mean(0) if len(views) > 1 else views[0]
                 count = int((batch.samples_B >= 0).sum())  # the last batch is padded at its end
                 start = int(batch.samples_B[0])
                 yield slice(start, start + count), mean_BD[:count].float()
-
-
-def _tta(info: EncoderInfo) -> TTA:
-    return "d4" if info.tta == "d4" else "none"
 
 
 def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) -> Encoder:

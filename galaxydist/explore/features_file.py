@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ class EncoderInfo:
     crop: float
     channel_mean: tuple[float, float, float]
     channel_std: tuple[float, float, float]
-    tta: str
+    tta: Literal["none", "d4"]
     licence: str | None = None
 
     @classmethod
@@ -295,11 +295,10 @@ def read_features(path: Path) -> FeaturesFile:
             class_names=tuple(content["class_names"]),
             **{name: content[name] for name in ("dataset", "variant", "manifest_hash", "origin")},
         )
-        has_columns = schema.equals(_schema(info))
+        if not schema.equals(_schema(info)):
+            raise ValueError("its columns are not those of features")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from None
-    if not has_columns:
-        raise _damaged(path, ValueError("its columns are not those of features"))
     return FeaturesFile(path, info, metadata.num_rows)
 
 

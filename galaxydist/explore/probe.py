@@ -251,10 +251,7 @@ def probe(manifest: Manifest, encoder: Encoder, world: World, options: ProbeOpti
     info = FeaturesInfo.of(encoder.info, manifest)
     path = options.out or features_path(options.folder, info)
     stored = _reusable(path, info, options)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {path.parent} cannot be made ({error.strerror}); choose another file with --out") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     if stored is None:
         write_features(path, info, encoder.features(manifest, world))
         stored = read_features(path)

@@ -7,7 +7,8 @@ each thread reads and decodes its images in one loop, without a call of the pool
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -37,9 +38,8 @@ class ImageError(UserError):
         self.problem = problem
 
 
-# Location of a stored image: shard, and offset and length of its file in bytes.
-Location = tuple[int, int, int]
-NOWHERE = (-1, 0, 0)
+# Location of a stored image: shard, that of the next image of the batch (-1: there is none), and offset and length of its file.
+Location = tuple[int, int, int, int]
 
 # Neighbours in a shard are read at once, with the labels and metadata between them: the largest gap and the most bytes at a time.
 LARGEST_GAP, MOST_BYTES = 8192, 1 << 20
@@ -77,8 +77,12 @@ class ImageDecoder:
         self._factor = factor if manifest.encoding == "jpeg" else 1
         self.size = manifest.image_size // self._factor
         self._shape = self.size, self.size, 3
-        jpeg = self._decode_jpeg if self._factor == 1 else self._decode_smaller_jpeg
-        self._decode = {"jpeg": jpeg, ANY_FILE: self._decode_any_file}.get(manifest.encoding, _decode_png)
+        smaller = {"min_height": self.size, "min_width": self.size, "min_factor": self._factor} if self._factor > 1 else {}
+        self._decode: Callable[..., Pixels] = _decode_png
+        if manifest.encoding == "jpeg":
+            self._decode = partial(simplejpeg.decode_jpeg, colorspace="RGB", **smaller)
+        elif manifest.encoding == ANY_FILE:
+            self._decode = partial(_decode_any_file, size=self.size)
         self._is_raw = manifest.encoding == "raw"
         shards = manifest.shards(split)
         self._starts = np.concatenate([[0], np.cumsum(shards["samples"])])
@@ -100,30 +104,30 @@ class ImageDecoder:
             size. Another ``UserError``: the shard is missing, cannot be opened, or has another size than in the manifest.
         """
         errors: dict[int, UserError] = {}
-        images = [*self.locate(samples), NOWHERE]
+        images = self.locate(samples)
+        open_shard, shard_bytes, decode, shape = self._source.open, self._shard_bytes, self._decode, self._shape
         block, block_shard, start, end = b"", -1, 0, 0
-        for number in range(samples.size):
-            shard, offset, length = images[number]
+        for number, (shard, next_shard, offset, length) in enumerate(images):
             pixels = pixels_BHWC[first + number]
             try:
-                file = self._source.open(shard)  # kept: the descriptor is closed with the last reference
-                if file.num_bytes != self._shard_bytes[shard]:
+                file = open_shard(shard)  # kept: the descriptor is closed with the last reference
+                if file.num_bytes != shard_bytes[shard]:
                     raise self._size_error(shard, samples[number], file.num_bytes)
                 if self._is_raw:
                     self._read_raw(file.descriptor, offset, length, pixels)
                     continue
                 if shard == block_shard and start <= offset <= end - length:
                     data = block[offset - start : offset - start + length]
-                elif shard == images[number + 1][0]:
-                    block, block_shard, start = _read_neighbours(file.descriptor, images[number:-1]), shard, offset
+                elif shard == next_shard:
+                    block, block_shard, start = _read_neighbours(file.descriptor, images[number:]), shard, offset
                     end, data = start + len(block), block[:length]
                 else:
                     data = os.pread(file.descriptor, length, offset)
                 if len(data) != length:
                     raise ValueError("the shard is truncated")
-                shape = self._decode(data, pixels)
-                if shape != self._shape:
-                    raise ValueError(f"it has {shape[1]} x {shape[0]} pixels instead of {self.size} x {self.size}")
+                found = decode(data, buffer=pixels).shape
+                if found != shape:
+                    raise ValueError(f"it has {found[1]} x {found[0]} pixels instead of {self.size} x {self.size}")
             except UserError as error:
                 errors[first + number] = error
             except (ValueError, OSError, SyntaxError) as error:
@@ -135,7 +139,7 @@ class ImageDecoder:
     def locate(self, samples: NDArray[np.int64]) -> list[Location]:
         """Return the locations of stored samples."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
-        columns = shards, self._offsets[samples], self._lengths[samples]
+        columns = shards, np.append(shards[1:], -1), self._offsets[samples], self._lengths[samples]
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def close(self) -> None:
@@ -145,16 +149,6 @@ class ImageDecoder:
     def advance(self, step: int) -> None:
         """Report that all batches up to this step have been read."""
         self._source.advance(step)
-
-    def _decode_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape  # type: ignore[no-any-return]
-
-    def _decode_smaller_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
-        smaller = {"min_height": self.size, "min_width": self.size, "min_factor": self._factor}
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, **smaller).shape  # type: ignore[no-any-return]
-
-    def _decode_any_file(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
-        return decode_any_file(data, self.size, pixels).shape
 
     def _read_raw(self, descriptor: int, offset: int, length: int, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
@@ -184,9 +178,9 @@ class ImageDecoder:
 
 def _read_neighbours(descriptor: int, images: Sequence[Location]) -> bytes:
     """Read the bytes from the first image to the last of the images that follow it in its shard, without large gaps."""
-    shard, start, length = images[0]
+    shard, _, start, length = images[0]
     end = start + length
-    for next_shard, offset, next_length in images[1:]:
+    for next_shard, _, offset, next_length in images[1:]:
         if next_shard != shard or not end <= offset <= end + LARGEST_GAP or offset + next_length > start + MOST_BYTES:
             break
         end = offset + next_length
@@ -212,15 +206,19 @@ def sample_key(manifest: Manifest, split: str, sample: int) -> str:
     return f"number {number}"
 
 
-def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
+def _decode_png(data: bytes, buffer: Pixels) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as image:
             decoded = np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError("not a PNG file") from None
-    if decoded.shape == pixels.shape:
-        pixels[...] = decoded
-    return decoded.shape
+    if decoded.shape == buffer.shape:
+        buffer[...] = decoded
+    return decoded
+
+
+def _decode_any_file(data: bytes, buffer: Pixels, size: int) -> Pixels:
+    return decode_any_file(data, size, buffer)
 
 
 def read_samples(

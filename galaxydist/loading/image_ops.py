@@ -126,6 +126,7 @@ def _taps(variance: Floats) -> Floats:
     return np.stack([far, near, TAP_UNIT - 2 * (near + far)], axis=1) / TAP_UNIT
 
 
+@functools.cache
 def blur_levels(least: float, greatest: float, width: int) -> dict[int, int]:
     """Return the ``levels`` of :class:`AffineWarp` for pitches from ``least`` to ``greatest``."""
     # With the same number of halvings the blur grows with the pitch.
@@ -302,6 +303,8 @@ class OpenCVBackend:
         cv2, geometry, size = _cv2(), transform.geometry, self._size
         # OpenCV warps four channels in two thirds of the time that three take.
         warped, planes = np.empty((size, size, 4), np.uint8), np.empty((4, size, size), np.uint8)
+        channels, rgb = list(planes), planes[:3]
+        shift_C, flags = self._scaling.shift_C[:, None, None], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         brightness_B = np.ones(len(batch_BCHW)) if transform.brightness_B is None else transform.brightness_B
         gain_BC = brightness_B[rows.start : rows.stop, None] * self._scaling.gain_C
         for row, gain_C in zip(rows, gain_BC, strict=True):
@@ -309,15 +312,14 @@ class OpenCVBackend:
                 assert matrices is not None
                 image = _soften(cv2, images_BHWC[row], int(geometry.halvings[row]), geometry.taps[row])
                 image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
-                flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
                 cv2.warpAffine(image, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
-                cv2.split(warped, list(planes))
+                cv2.split(warped, channels)
             else:
-                cv2.split(_turn_one(cv2, images_BHWC[row], geometry, row), list(planes[:3]))
+                cv2.split(_turn_one(cv2, images_BHWC[row], geometry, row), channels[:3])
             image_CHW = batch_BCHW[row]
-            np.copyto(image_CHW, planes[:3])
+            np.copyto(image_CHW, rgb)
             image_CHW *= gain_C.astype(np.float32)[:, None, None]
-            image_CHW += self._scaling.shift_C[:, None, None]
+            image_CHW += shift_C
             if transform.noise_B2 is not None:
                 self._add_noise(cv2, image_CHW, transform.noise_B2[row], gain_C)
 

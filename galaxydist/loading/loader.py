@@ -277,13 +277,14 @@ class _Loader(Iterator[Batch]):
 
     def _finish(self, pending: _Pending, failed: Mapping[int, UserError]) -> Batch:
         plan = pending.plan
-        labels = np.where(plan.samples >= 0, self._labels[plan.samples], -1).astype(np.int64)
-        weights = (labels >= 0).astype(np.float32)
-        weights[[*failed]] = 0.0
+        labels = self._labels[plan.samples].astype(np.int64)
+        is_labelled = (plan.samples >= 0) & (labels >= 0)
+        if failed:
+            is_labelled[[*failed]] = False
         return Batch(
             images_BHWC=torch.from_numpy(pending.pixels),
-            labels_B=torch.from_numpy(np.where(weights > 0, labels, 0)),
-            weights_B=torch.from_numpy(weights),
+            labels_B=torch.from_numpy(labels * is_labelled),
+            weights_B=torch.from_numpy(is_labelled.astype(np.float32)),
             positions_B=torch.from_numpy(plan.positions),
             samples_B=torch.from_numpy(plan.samples),
             epoch=plan.epoch,

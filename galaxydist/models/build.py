@@ -41,7 +41,7 @@ def freeze_backbone(model: nn.Module, head_names: Sequence[str]) -> None:
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Put a model into training mode, except the frozen part of a model from ``freeze_backbone``; to be called before each step.
+    """Put a model into training mode, except the frozen part of a model from ``freeze_backbone``.
 
     ``model.train()`` alone is not enough: a batch-norm layer in training mode updates its statistics even if its parameters have
     no gradient, and dropout in the backbone would change the features.

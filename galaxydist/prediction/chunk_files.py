@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,10 +265,9 @@ class Output:
         tables = self._tables(work, plan, source, schema)
         if self.path.suffix == PARQUET:
             self.record_path.unlink(missing_ok=True)
-            self._write_parquet(tables, text)
         else:
             replace_bytes(self.record_path, text.encode())
-            self._write_csv(tables)
+        self._write(tables, text)
         work.remove()
         return counts
 
@@ -286,34 +286,24 @@ class Output:
                 found = Predictions(logits_NK, self.class_names, self.temperature).to_table(logits=self.logits, top=self.top)
                 yield _beside(conform(users, schema), found)
 
-    def _write_parquet(self, tables: "Iterator[pa.Table]", record: str) -> None:
+    def _write(self, tables: "Iterator[pa.Table]", record: str) -> None:
+        """Write the file; in Parquet files with the record, in row groups of one size."""
         from itertools import chain, repeat, takewhile
 
+        from pyarrow import csv as arrow_csv
         from pyarrow import parquet
 
         first = next(tables)
         schema = first.schema.remove_metadata().with_metadata({METADATA_KEY: record})
         groups = takewhile(len, rechunk(chain([first], tables), first.schema, repeat(ROW_GROUP)))
+        writer_of = partial(parquet.ParquetWriter, compression="zstd") if self.path.suffix == PARQUET else arrow_csv.CSVWriter
         with (
             explain_full_disk(self.path),
-            whole_file(self.path, self._temporary) as file,
-            parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+            whole_file(self.path, self.path.with_name(f".{self.path.name}.tmp")) as file,
+            writer_of(file, schema) as writer,
         ):
             for group in groups:
-                writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP)
-
-    def _write_csv(self, tables: "Iterator[pa.Table]") -> None:
-        from pyarrow import csv as arrow_csv
-
-        first = next(tables)
-        with (
-            explain_full_disk(self.path),
-            whole_file(self.path, self._temporary) as file,
-            arrow_csv.CSVWriter(file, first.schema) as writer,
-        ):
-            writer.write_table(first)
-            for table in tables:
-                writer.write_table(table)
+                writer.write_table(group.replace_schema_metadata(schema.metadata))
 
     def _write_damaged(self, damaged: Sequence[tuple[str, str]], left_out: Sequence[str]) -> None:
         """Write the list of the damaged images and of the rows without an image, or remove an older list."""
@@ -326,10 +316,6 @@ class Output:
         table.writerows((part, reason) for part, reason in damaged)
         table.writerows(("", reason) for reason in left_out)
         replace_bytes(self.damaged_path, text.getvalue().encode("utf-8", "backslashreplace"))
-
-    @property
-    def _temporary(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.tmp")
 
 
 def _beside(users: "pa.Table", predictions: "pa.Table") -> "pa.Table":

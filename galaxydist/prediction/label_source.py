@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from galaxydist.devices import uses_gpu
-from galaxydist.distributed import World, init_distributed, shutdown_distributed
+from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import read_run_recipe
 from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
@@ -24,13 +24,11 @@ from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Ou
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.sources import PredictionSource, ReadSettings, ShardsToLabel, damage_of
 from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, precision_on
+from galaxydist.rank_store import LONG_TIMEOUT
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import writer_lock
 
 logger = logging.getLogger(__name__)
-
-# A process that has labelled its share waits for the others, whose images may lie on a slower disk.
-TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,8 @@ def label_source(
     options = options or LabelOptions()
     recipe = read_run_recipe(RunFolder(run))
     precision = precision_on(recipe, has_gpu=uses_gpu(environ))
-    world = init_distributed(precision, environ, timeout=TIMEOUT, threads=recipe.train.threads)
-    try:
+    # A process that has labelled its share waits for the others, whose images may lie on a slower disk.
+    with open_world(precision, environ, timeout=LONG_TIMEOUT, threads=recipe.train.threads) as world:
         world.run_on_main(lambda: check_output(out, overwrite=options.overwrite))
         trained = world.run_on_all(lambda: open_trained_model(run, environ, options.choice))
         if world.is_main:
@@ -117,8 +115,6 @@ def label_source(
         found = Labelling(world, trained, source, out, options).run()
         world.barrier()  # launchers kill ranks that outlive the first to exit
         return found
-    finally:
-        shutdown_distributed()
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
@@ -244,7 +240,8 @@ class Labelling:
             ThreadPoolExecutor(1, thread_name_prefix="galaxydist-write") as executor,
         ):
             writing: Future[None] | None = None
-            for number, labelled in _by_chunk(self._logits(batches, bar)):
+            for number, batches_of_chunk in groupby(self._logits(batches, bar), lambda found: found[0].step):
+                labelled = [*batches_of_chunk]
                 if writing is not None:
                     writing.result()
                 if world.size > 1 and self.work.failure_path.exists():
@@ -255,8 +252,9 @@ class Labelling:
         return True
 
     def _logits(self, batches: Iterator[Batch], bar: Any) -> Iterator[tuple[Batch, HostCopy]]:
+        """Yield batches without their images, and their logits."""
         for batch in batches:
-            yield batch, HostCopy(self._forward(batch.images_BHWC).float())
+            yield replace(batch, images_BHWC=torch.empty(0)), HostCopy(self._forward(batch.images_BHWC).float())
             bar.update(int((batch.samples_B >= 0).sum()))
 
     def _write(self, chunk: Chunk, labelled: list[tuple[Batch, HostCopy]]) -> None:
@@ -266,19 +264,3 @@ class Labelling:
         is_readable = (rows >= 0) & ~np.isin(rows, [*damaged])
         columns = self.source.take_columns(chunk.number_in_part)
         self.work.write(chunk, rows[is_readable], logits_NK[is_readable], columns, [*damaged.values()])
-
-
-def _by_chunk(labelled: Iterator[tuple[Batch, HostCopy]]) -> Iterator[tuple[int, list[tuple[Batch, HostCopy]]]]:
-    """Yield the number of each chunk, and its batches with their logits; images are dropped at once."""
-    held: list[tuple[Batch, HostCopy]] = []
-    for batch, copied in labelled:
-        if held and held[0][0].step != batch.step:
-            yield held[0][0].step, held
-            held = []
-        held.append((_without_images(batch), copied))
-    if held:
-        yield held[0][0].step, held
-
-
-def _without_images(batch: Batch) -> Batch:
-    return replace(batch, images_BHWC=torch.empty(0))

@@ -1,9 +1,10 @@
 """Predictions for images in memory or in files: ``load_predictor(RUN)(images)``."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,8 @@ class Predictor:
         with ThreadPoolExecutor(self._threads, thread_name_prefix="galaxydist-decode") as pool:
             tasks = ((number,) for number in range(len(items)))
             prepared = bounded_map(pool, prepare, tasks, self._batch_size + self._threads)
-            logits += [self.predict_batch(np.stack(batch)) for batch in _batches(prepared, self._batch_size)]
+            while batch := [*islice(prepared, self._batch_size)]:
+                logits.append(self.predict_batch(np.stack(batch)))
         return Predictions(np.concatenate(logits), self.class_names, self.trained.temperature)
 
     @torch.inference_mode()
@@ -231,17 +233,6 @@ def _pixels(item: Any, name: str, scaling: PixelScaling | None) -> Any:
     if isinstance(item, Image.Image):
         return decode_opened(ImageOps.exif_transpose(item), name)
     return to_eight_bits(np.asarray(item), scaling, name)
-
-
-def _batches(images: Iterator[Pixels], size: int) -> Iterator[list[Pixels]]:
-    batch: list[Pixels] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def load_predictor(

@@ -257,7 +257,9 @@ class TrainConfig(Section):
     save_minutes: NonNegative = run_field(0.0, "minutes between additional checkpoints; 0: none")
     async_save: bool = run_field(True, "write checkpoints in the background, from a copy in memory")
     hang_timeout: NonNegative = run_field(
-        1800.0, "seconds without a step after which the run ends and names the processes that are behind; 0 turns it off"
+        600.0,
+        "seconds without a sign of life in a step after which the run ends and names the processes that are behind; the first "
+        "step, validation, saving and evaluation may take longer; 0 turns it off",
     )
     profile: str | None = run_field(None, "steps to trace with torch's profiler, such as 10-20; the trace is in the run folder")
 

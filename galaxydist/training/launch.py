@@ -7,24 +7,26 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EveryRankError,
     OneRankFailedError,
     RunFailedError,
     UserError,
+    exit_code_of,
 )
-from galaxydist.job_environment import find_rank
+from galaxydist.job_environment import LauncherRank, find_rank
 from galaxydist.log import set_up_logging
+from galaxydist.rank_store import LastWork, end_process
 
 logger = logging.getLogger(__name__)
 
@@ -32,28 +34,36 @@ logger = logging.getLogger(__name__)
 LOGGING_S = 3.0
 
 
-# Work of one process: from its arguments and its environment to the number of the signal that stopped it, or 0.
-RankWork = Callable[[Any, MutableMapping[str, str]], int]
+# The launcher's report of an error may take this time; a log on a hung file system must not keep the process.
+REPORT_S = 10.0
+
+# Ends the process after an error, with last works; returns if the process is the only one, whose error is raised as usual.
+Leave = Callable[[BaseException, Iterable[LastWork]], None]
+# Work of one process: from its arguments, its environment and ``Leave`` to the number of the signal that stopped it, or 0.
+RankWork = Callable[[Any, MutableMapping[str, str], Leave], int]
 
 
-def train_recipe(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
+def train_recipe(arguments: Sequence[str], environ: MutableMapping[str, str], leave: Leave) -> int:
     """Train the recipe of ``recipe=NAME`` and ``key=value`` overrides, and return the number of the signal that stopped it."""
     from galaxydist.recipe.resolve import load_recipe  # not above: `galaxydist --help` imports this module
 
     resolved = load_recipe(arguments)
     with _importing():
         from galaxydist.training.trainer import train
-    return train(resolved, environ)
+    return train(resolved, environ, leave)
 
 
 def launch(
     arguments: Any,
     environ: MutableMapping[str, str],
-    note: Callable[[Exception], None] = lambda _: None,
+    note: Callable[[BaseException], None] = lambda _: None,
     *,
     work: RankWork = train_recipe,
 ) -> int:
     """Run the work of one process, by default a training, and log an error once for all ranks.
+
+    One process of several does not return after an error: it ends by ``os._exit``, since the interpreter's own end might wait
+    for the other ranks.
 
     Args:
         arguments: of the work; for a training ``recipe=NAME`` and ``key=value`` overrides.
@@ -66,26 +76,57 @@ def launch(
     """
     set_up_process(environ)
     set_up_logging()
-    rank = 0  # also if the launcher's variables are wrong: each process that finds this logs it
+    # Rank 0 also if the launcher's variables are wrong: each process that finds this logs it.
+    end = _RankEnd(LauncherRank(), environ, note)
     try:
-        rank = find_rank(environ).rank
-        set_up_logging(rank)
-        stop_signal = work(arguments, environ)
-    except (UserError, RunFailedError) as error:
-        is_users = isinstance(error, UserError)
-        is_alone = not isinstance(error, EveryRankError) if is_users else isinstance(error, OneRankFailedError)
-        if rank == 0 or is_alone:
-            logger.error("%s", error)
-            note(error)
-        _write_launcher_error(f"galaxydist: error: {error}", environ)
-        if rank and not is_alone:
-            time.sleep(LOGGING_S)
-        return EXIT_BAD_INPUT if is_users else EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        end.launched = find_rank(environ)
+        set_up_logging(end.launched.rank)
+        stop_signal = work(arguments, environ, end.leave)
+    except (Exception, KeyboardInterrupt) as error:
+        end.leave(error)
+        if not isinstance(error, UserError | RunFailedError | KeyboardInterrupt):
+            raise
+        end.report(error)
+        return exit_code_of(error)
     if not stop_signal:
         return 0
     return EXIT_INTERRUPTED if stop_signal == signal.SIGINT else EXIT_STOPPED
+
+
+@dataclass
+class _RankEnd:
+    """The end of a rank after an error.
+
+    Args:
+        launched: rank and world size.
+        environ: the process's environment.
+        note: see ``launch``.
+    """
+
+    launched: LauncherRank
+    environ: Mapping[str, str]
+    note: Callable[[BaseException], None]
+
+    def leave(self, error: BaseException, works: Iterable[LastWork] = ()) -> None:
+        """Report the error and end this process, if it is one of several (``Leave``)."""
+        if self.launched.size > 1:
+            end_process(exit_code_of(error), [(lambda: self.report(error), REPORT_S), *works])
+
+    def report(self, error: BaseException) -> None:
+        """Log an error, unless another rank does, and write it for the launcher."""
+        if isinstance(error, KeyboardInterrupt):
+            return
+        rank, is_explained = self.launched.rank, isinstance(error, UserError | RunFailedError)
+        is_alone = isinstance(error, OneRankFailedError) or not isinstance(error, EveryRankError | RunFailedError)
+        if not is_explained:
+            traceback.print_exception(error)
+        elif rank == 0 or is_alone:
+            logger.error("%s", error)
+        if rank == 0 or is_alone:
+            self.note(error)
+        _write_launcher_error(f"galaxydist: error: {'' if is_explained else type(error).__name__ + ': '}{error}", self.environ)
+        if rank and not is_alone:
+            time.sleep(LOGGING_S)
 
 
 def _write_launcher_error(text: str, environ: Mapping[str, str]) -> None:

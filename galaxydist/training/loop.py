@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from galaxydist.distributed import World
 from galaxydist.loading.loader import Batch
 from galaxydist.training.checkpointer import Checkpointer
-from galaxydist.training.health.watchdog import Watchdog
+from galaxydist.training.health.anomalies import check_loss_scale
+from galaxydist.training.health.watchdog import SAVING, VALIDATION, Watchdog
 from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep
@@ -139,6 +140,9 @@ class TrainLoop:
         elif warning := self.state.spikes.update(result.step, result.sums.loss):
             logger.warning("%s", warning)
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
+        if result.loss_scale:
+            check_loss_scale(result.step, result.loss_scale)
+            counters["train/loss_scale"] = result.loss_scale
         self.metrics.step_done(result, self.step.schedule(result.step), counters)
 
     def _end_epoch(self) -> None:
@@ -148,7 +152,7 @@ class TrainLoop:
         validation: dict[str, float | None] = {}
         is_best = False
         if self.validate is not None and (is_last or epoch % self.validate_every == 0):
-            self.watchdog.beat(self.state.step, "validation")
+            self.watchdog.beat(self.state.step, VALIDATION)
             with self.step.timer.part("validation"):
                 validation = self.validate()
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
@@ -163,7 +167,7 @@ class TrainLoop:
             self._save(is_best=False)
 
     def _save(self, *, is_best: bool) -> None:
-        self.watchdog.beat(self.state.step, "saving")
+        self.watchdog.beat(self.state.step, SAVING)
         with self.step.timer.part("checkpoint"):
             self.checkpointer.save(is_best=is_best)
         self._saved_step = self.state.step

@@ -14,7 +14,7 @@ from torch import nn
 
 from galaxydist.cpus import total_memory
 from galaxydist.distributed import World
-from galaxydist.errors import EveryRankError, OneRankFailedError
+from galaxydist.errors import EveryRankError, OneRankFailedError, RunFailedError
 from galaxydist.models.build import set_train_mode
 from galaxydist.models.performance import choose_memory_format
 from galaxydist.recipe.schema import Recipe
@@ -37,6 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an out-of-memory error of an allocator, cuDNN, cuBLAS or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, RunFailedError):  # it may quote the message of another rank
+        return False
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 

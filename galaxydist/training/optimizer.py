@@ -70,7 +70,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, **fused)
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, **fused)
-        return _with_momentum_buffers(sgd) if fused and config.momentum > 0 else sgd
+        _fill_momentum_buffers(sgd)
+        return sgd
     from timm import optim
 
     optimizer: torch.optim.Optimizer
@@ -86,15 +87,17 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
     return optimizer
 
 
-def _with_momentum_buffers(sgd: torch.optim.SGD) -> torch.optim.SGD:
-    """Add momentum buffers of zeros, which give the same first step as none.
+def _fill_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
+    """Add momentum buffers of zeros where fused kernels would make new ones; they give the same first step.
 
-    The fused kernel does not write new buffers if the first step is skipped (a non-finite gradient).
+    The kernels of SGD do not write into new buffers if they leave the step out (a gradient that is not finite), and take what is
+    in that memory for the momentum in the next step. AdamW's buffers begin as zeros.
     """
-    for group in sgd.param_groups:
-        for parameter in group["params"]:
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum", 0.0) > 0:
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -141,6 +144,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         for old, new in zip(saved, ours, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    _fill_momentum_buffers(optimizer)  # a state from before the first step, or of unfused kernels that left it out, has none
 
 
 def _use_fused(config: OptimConfig, device: torch.device, *, is_sharded: bool) -> bool:

@@ -36,7 +36,7 @@ class TrainStep:
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights. A
     step whose gradient is not finite is skipped: weights, optimizer and batch-norm statistics stay as they were. If the
     optimizer's kernels are fused, a GPU does this without making the host wait. A step that is abandoned at a gate changes
-    nothing either.
+    nothing either. The model is put into training mode once, since an evaluation restores the modes of its modules.
 
     Args:
         world: the processes.
@@ -73,6 +73,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.strategy.model.parameters() if parameter.requires_grad]
         self.statistics = BatchNormBackup(self.strategy.model)
+        set_train_mode(self.strategy.model)
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -82,14 +83,13 @@ class TrainStep:
             step: optimizer steps done before.
 
         Returns:
-            This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 if its loss or the
-            gradient is not finite.
+            This rank's sums, float64 of shape 6: loss numerator, loss weight, correct, counted samples, 1 if its loss or the
+            gradient is not finite, and the next step's loss scale (0 without fp16).
 
         Raises:
             StepAbandoned: on all ranks; nothing has changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        set_train_mode(self.strategy.model)
         self.statistics.keep(is_needed=self.config.on_nonfinite == "skip" or not self.gates.is_open)
         try:
             with self.timer.part("forward_backward"), self.gates.step() as pass_gate:
@@ -104,7 +104,9 @@ class TrainStep:
             self.statistics.restore(where=~is_finite)
             if self.strategy.ema is not None:
                 self.strategy.ema.update(step + 1)
-        return torch.cat([sums, (~is_finite).double().reshape(1)])
+        scale = self.world.mixed_precision.loss_scale
+        last = [is_finite.logical_not(), torch.zeros_like(is_finite) if scale is None else scale]
+        return torch.cat([sums, *(value.double().reshape(1) for value in last)])
 
     def forward_backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
         """Compute the gradients of the global batch's loss, with a gate before each micro-batch.

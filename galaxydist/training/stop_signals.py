@@ -170,10 +170,10 @@ class StepGates:
         hooks = [layer.register_forward_hook(self._after_layer) for layer in self._layers]
         try:
             yield self._pass
+            self._receive()  # not after an error, which may have ended another rank too
         finally:
             for hook in hooks:
                 hook.remove()
-            self._receive()
 
     def _pass(self) -> None:
         """Pass a gate, or abandon the step."""

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from galaxydist.checkpoints import store
-from galaxydist.distributed import World, init_distributed, keep_threads, set_flight_recorder, shutdown_distributed
-from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError, first_line
+from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
+from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError, first_line, is_known_to_all
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
@@ -46,6 +46,7 @@ from galaxydist.models.performance import (
     set_tf32,
 )
 from galaxydist.paths import data_root, weights_dir
+from galaxydist.rank_store import SEEN_S, LastWork, run_within
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
@@ -58,7 +59,8 @@ from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTim
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.health.watchdog import Watchdog, build_watchdog, collective_timeout
+from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
+from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
@@ -72,20 +74,23 @@ from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, build_utilisation
-from galaxydist.training.trackers import complete_tracker, start_tracker
+from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
 
 logger = logging.getLogger(__name__)
 
 # Largest number of tensors of a parameter's size that an optimizer keeps, reserved while the micro-batch is searched.
 OPTIMIZER_TENSORS = 2
+# Seconds for the last works of a rank that leaves after a failure. Launchers kill a process 30 s after they have asked it to end.
+LAST_WRITE_S, FINISH_S, RELEASE_S, NOTE_S = 15.0, 8.0, 3.0, 5.0
 
 
-def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
+def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None) -> int:
     """Train a recipe, continue its run, or show its result if it has one. Every process of the run calls it.
 
     Args:
         resolved: the recipe, with the origins of its values.
         environ: the process's environment.
+        leave: ends a process of several after an error of its rank alone; by default the error is raised.
 
     Returns:
         0 after the evaluation, else the number of the signal that stopped the run (its state is saved).
@@ -95,14 +100,13 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
     """
     config = resolved.recipe.train
     timeout = collective_timeout(config.hang_timeout)
-    with deterministic_algorithms(config.deterministic, environ):
-        world = init_distributed(config.precision, environ, timeout=timeout, threads=config.threads)
-        try:
-            stop_signal = Trainer(resolved, world, environ).run()
-            world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
-            return stop_signal
-        finally:
-            shutdown_distributed()
+    with (
+        deterministic_algorithms(config.deterministic, environ),
+        open_world(config.precision, environ, timeout=timeout, threads=config.threads) as world,
+    ):
+        stop_signal = Trainer(resolved, world, environ, leave).run()
+        world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
+    return stop_signal
 
 
 class Trainer:
@@ -114,6 +118,7 @@ class Trainer:
         resolved: the recipe, with the origins of its values.
         world: the processes.
         environ: the process's environment.
+        leave: as for ``train``.
 
     Attributes:
         manifest: the shards of the run; ``other_manifests`` are those of ``eval.variants``.
@@ -125,15 +130,20 @@ class Trainer:
         step: takes one optimizer step.
         checkpointer: saves ``state``.
         tracker: the run's tracker, on rank 0.
+        watchdog: ends the run if it hangs, or if another rank has failed.
+        last_works: what this rank still does if it leaves after a failure.
     """
 
-    def __init__(self, resolved: ResolvedRecipe, world: World, environ: MutableMapping[str, str]) -> None:
+    def __init__(
+        self, resolved: ResolvedRecipe, world: World, environ: MutableMapping[str, str], leave: Leave = lambda *_: None
+    ) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
-        self.world, self.environ = world, environ
+        self.world, self.environ, self._leave = world, environ, leave
         self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
         self._summary: dict[str, float] | None = None
+        self.last_works: list[LastWork] = []
 
     def run(self) -> int:
         """Train to the result, as ``train`` does, and return its result."""
@@ -142,7 +152,7 @@ class Trainer:
             if self.is_finished:
                 logger.info("%s is finished.", self.run_folder)
                 self.evaluate()
-                _log_result(complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ))
+                _log_result(self.world.run_on_main(self._complete_tracker))
                 return 0
             self.build()
             self.restore()
@@ -203,7 +213,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def open_run_folder(self) -> Iterator[None]:
-        """Lock the run folder, and handle stop signals while it is open."""
+        """Lock the run folder; handle stop signals, and watch the ranks, while it is open."""
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal(is_verbose=self.world.is_main))
 
@@ -211,6 +221,7 @@ class Trainer:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
+                self.last_works.append((self._lock.release, RELEASE_S))
                 folder.clear_failure()
                 return folder.path, progress, is_finished
 
@@ -219,7 +230,11 @@ class Trainer:
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
-            yield
+            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works)
+            stack.enter_context(self.watchdog)
+            self.last_works.append((self.watchdog.close_stacks, RELEASE_S))
+            with self._leaving_alone():
+                yield
 
     def build(self) -> None:
         """Build the model on its device, the optimizer, the training state, the step and the checkpointer."""
@@ -253,6 +268,8 @@ class Trainer:
                 "recipe": to_dict(recipe),
             },
         )
+
+        self.last_works.insert(0, (self.checkpointer.writer.wait, LAST_WRITE_S))
 
     def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
         """Move the model to its device, choose the micro-batch, and synchronise or compile the model if the recipe says so.
@@ -366,33 +383,68 @@ class Trainer:
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
         """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
-        self.tracker = start_tracker(
-            self.world,
-            self.recipe,
-            self.run_folder,
-            self.manifest,
-            run_id=self.state.tracker_run_id,
-            environ=self.environ,
-        )
-        self.state.tracker_run_id = self.tracker.run_id
+
+        def start() -> None:
+            self.tracker = start_tracker(
+                self.world,
+                self.recipe,
+                self.run_folder,
+                self.manifest,
+                run_id=self.state.tracker_run_id,
+                environ=self.environ,
+            )
+            self.state.tracker_run_id = self.tracker.run_id
+
+        self.tracker = Tracker()
+        self.world.run_on_main(start)
+        finish = partial(self.tracker.finish, {}, 1)
+        self.last_works.insert(1, (finish, FINISH_S))
         try:
             yield
-        except Exception as error:
-            self._note_failure(error)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._note_failure(error)
+            run_within(FINISH_S, finish)
             raise
-        finally:
-            _log_result(self.tracker.finish(self._summary or {}, 1 if self._summary is None else 0))
+        _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
+
+    def _complete_tracker(self) -> str | None:
+        return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
+
+    @contextlib.contextmanager
+    def _leaving_alone(self) -> Iterator[None]:
+        """After an error of this rank alone, tell the other ranks, and leave the process if the launcher allows it.
+
+        The contexts around this one are not closed then: that might wait for the other ranks, or for work on a GPU that does.
+        """
+        try:
+            yield
+        except BaseException as error:
+            store, first = self.world.store, self.world.announce_failure(error)
+            if store is not None and first is not None:
+                works = [*self.last_works, (store.wait_until_seen, SEEN_S)]
+                if isinstance(error, Exception) and first.rank != self.world.rank:  # whose end has broken the connections
+                    self._leave(first.to_error(), works)
+                if isinstance(error, Exception):
+                    run_within(NOTE_S, partial(self._note_failure, error))
+                self._leave(error, works)
+            raise
 
     def _note_failure(self, error: Exception) -> None:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
-        if not self.world.is_main and not isinstance(error, OneRankFailedError):
+        if not self.world.is_main and is_known_to_all(error):
             return
         kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
         if isinstance(error, UserError):
             kind = "bad_input"
         text = first_line(error)
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-            self.run_folder.write_failure(kind, self.state.step, text, start=start_of(self.environ))
+            self.run_folder.write_failure(kind, self._num_steps, text, start=start_of(self.environ))
+
+    @property
+    def _num_steps(self) -> int | None:
+        """The steps done; None before the state is built."""
+        return self.state.step if hasattr(self, "state") else None
 
     def train(self) -> int:
         """Train from the state's step on; at the end the last checkpoint is complete.
@@ -406,12 +458,11 @@ class Trainer:
             stack.enter_context(cudnn_benchmark(self.world.device.type == "cuda" and not self.recipe.train.deterministic))
             loader = stack.enter_context(self.world.run_on_all(self.open_loader))
             batches = stack.enter_context(DevicePrefetcher(loader, self.world.device))
-            watchdog = stack.enter_context(build_watchdog(self.world, self.recipe.train, self.run_folder))
             stack.enter_context(self.checkpointer.writer)
-            loop = self._build_loop(stack, watchdog)
-            with explained_out_of_memory(self.recipe, self.world, self.step.micro_batch):
+            loop = self._build_loop(stack)
+            with self._leaving_alone(), explained_out_of_memory(self.recipe, self.world, self.step.micro_batch):
                 stop_signal = loop.run(batches, self.stop)
-            self.checkpointer.wait()
+                self.checkpointer.wait()
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
         if stop_signal:
             saved = "which is saved" if self.state.step else "with nothing to save yet"
@@ -438,7 +489,7 @@ class Trainer:
             start_step=self.state.step,
         )
 
-    def _build_loop(self, stack: contextlib.ExitStack, watchdog: Watchdog) -> TrainLoop:
+    def _build_loop(self, stack: contextlib.ExitStack) -> TrainLoop:
         config, state = self.recipe.train, self.state
         metrics = MetricLogger(
             self.world,
@@ -461,13 +512,13 @@ class Trainer:
             self.step,
             metrics,
             self.checkpointer,
-            validate=partial(self._validate, watchdog) if has_split(self.manifest, "val") else None,
+            validate=self._validate if has_split(self.manifest, "val") else None,
             validate_every=self.recipe.eval.every,
-            watchdog=watchdog,
+            watchdog=self.watchdog,
             step_done=profiler.step_done,
         )
 
-    def _validate(self, watchdog: Watchdog) -> dict[str, float | None]:
+    def _validate(self) -> dict[str, float | None]:
         """Return the metrics of the validation split. All ranks take part."""
         average_statistics(self.world, *self.state.modules().values())
         try:
@@ -479,7 +530,7 @@ class Trainer:
                     "val",
                     augment=self.augment,
                     recipe=self.recipe,
-                    beat=lambda: watchdog.beat(self.state.step, "validation"),
+                    beat=lambda: self.watchdog.beat(self.state.step, VALIDATION),
                 )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -493,8 +544,18 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate the test splits of the run's shards and of ``eval.variants``, and return the metrics of the former."""
+
+        def beat() -> None:
+            self.watchdog.beat(self._num_steps or 0, EVALUATION)
+
+        beat()
         evaluator = Evaluator(
-            self.world, self.run_folder, self.recipe, find_training_shards=lambda _: self.manifest, trust_code=True
+            self.world,
+            self.run_folder,
+            self.recipe,
+            find_training_shards=lambda _: self.manifest,
+            trust_code=True,
+            beat=beat,
         )
         metrics, *_ = [evaluator.evaluate(manifest, "test") for manifest in (self.manifest, *self.other_manifests)]
         return metrics

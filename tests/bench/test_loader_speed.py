@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from galaxydist.bench.loader_processes import GALAXYDIST, PEERS, Loader, Processes, check, prepare
 from galaxydist.bench.loader_speed import RepeatedShards, lengthen, repeat_source
@@ -98,7 +99,7 @@ def test_bench_loader_measures_all_tasks_against_imagefolder_and_webdataset(
     named = (*sorted(peers), "litdata")
     arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path), "--in-place")
     text, results = run_quick(tmp_path, capsys, *arguments)
-    assert f"not measured, since not installed in {tmp_path} (`make bench` does): LitData" in text
+    assert f"not measured, since not installed in {tmp_path} (`make bench` does, `make dali` for DALI): LitData" in text
     assert "limit: the decoder over bytes in memory" in text
     assert [*results] == ["decode", "train", "resume", "memory"]
     for task in ("decode", "train"):
@@ -117,12 +118,35 @@ def test_bench_loader_measures_all_tasks_against_imagefolder_and_webdataset(
 @pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_bench_loader_measures_every_installed_peer(source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    processes = Processes(ROOT, os.environ)
-    if not all(processes.python(peer) for peer in PEERS):
-        pytest.skip("the other loaders are not installed: make bench")
+    peers, processes = [peer for peer in PEERS if not peer.needs_gpu], Processes(ROOT, os.environ)
+    if not all(processes.python(peer) for peer in peers):
+        pytest.skip("the other loaders are not installed: make bench dali")
     arguments = ("--data", str(source.path), "--tasks", "train", "--environments", str(ROOT))
     _, results = run_quick(tmp_path, capsys, *arguments)
-    assert results["train"]["peers"].keys() == {peer.name for peer in PEERS}
+    assert results["train"]["peers"].keys() == {peer.name for peer in peers}
+
+
+@pytest.mark.gpu
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bench_loader_measures_dali_against_our_batches_on_the_gpu(
+    source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dali = next(peer for peer in PEERS if peer.needs_gpu)
+    environments = ROOT if Processes(ROOT, os.environ).python(dali) else tmp_path
+    arguments = ("--data", str(source.path), "--tasks", "decode", "train", "--environments", str(environments))
+    text, results = run_quick(tmp_path, capsys, "--peers", "dali-gpu", *arguments)
+    if environments == tmp_path:
+        pytest.skip("DALI is not installed: make dali")
+    assert "equal to ours within" in text and "galaxydist, batches on the GPU" in text
+    assert all(results[task]["on_gpu"].keys() == {"galaxydist on the GPU", "dali-gpu"} for task in ("decode", "train"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_loader_refuses_dali_without_a_gpu_and_writes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "loader", "--data-dir", str(tmp_path), "--peers", "dali-gpu"]) == EXIT_BAD_INPUT
+    assert "DALI, mixed decoder needs a GPU, and torch finds none: name other loaders with --peers" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -220,7 +244,7 @@ def test_lengthened_manifest_repeats_images_without_copying_shards(source: Manif
     assert long.shard_path("train", 0).samefile(source.shard_path("train", 0))
     originals = {image.data for image in stored_jpegs(source.dir)}
     reader = ImageDecoder(long, "train")
-    for shard, offset, length in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
+    for shard, _, offset, length in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
         assert long.shard_path("train", shard).read_bytes()[offset : offset + length] in originals
     reader.close()
     kept = long.path.stat().st_mtime_ns

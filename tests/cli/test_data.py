@@ -252,7 +252,7 @@ def test_data_shard_indexes_tars_in_place_or_writes_them_anew(tmp_path: Path, ca
         (["--val", "{tars}"], "--val without --train: give the tars of each split"),
         (["--from", "{tars}", "--train", "{tars}"], "--from .* and --train .*: give one of them"),
         (["--from", "{tars}/part-{{7..9}}.tar"], "there is no tar .*part-7.tar"),
-        (["--from", "{tars}", "--in-place", "--label", "clas"], r"part-000.tar has no text or JSON key 'clas' \(--label\)"),
+        (["--from", "{tars}", "--in-place", "--label", "clas"], r"part-000.tar has no column 'clas' \(--label\)"),
     ],
 )
 def test_data_shard_refuses_options_that_do_not_fit_tars(

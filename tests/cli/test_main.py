@@ -201,6 +201,7 @@ def test_unexpected_os_error_is_raised_with_its_traceback(monkeypatch: pytest.Mo
     ("words", "text"),
     [
         ("weights save runs/a mine.csv", "mine.csv: weights are a safetensors file; name it like mine.safetensors"),
+        ("data shard --unlabelled --classes a,b", "--unlabelled and --classes a,b: galaxies without labels have no classes"),
         ("bench folds --real images --recipe small --minutes 3", "--minutes 3 and --recipe small: a recipe has its own length"),
     ],
 )

@@ -20,6 +20,9 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Any option, and those of accelerate, torchrun, srun and timeout.
 OTHER_OPTIONS = {
+    "--device",
+    "--only",
+    "--python",
     "--flag",
     "--multi_gpu",
     "--multi",

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_an_installed_command_lists_recipes_in_an_empty_folder(installed: Path, 
     )
     assert done.returncode == 0, done.stderr
     assert {"demo", "vit", "reference/vit"} <= {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def test_a_run_records_its_versions_where_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code may lie in a folder of PYTHONPATH, without metadata."""
+    from galaxydist.training import state
+    from galaxydist.version import __version__
+
+    def version(name: str) -> str:
+        if name == "galaxydist":
+            raise metadata.PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(state, "version", version)
+    found = state.library_versions()
+    assert found["galaxydist"] == __version__ and found["torch"] == metadata.version("torch")
 
 
 def constraints() -> dict[str, Version]:

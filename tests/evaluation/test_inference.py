@@ -1,5 +1,6 @@
 """From a run to its file of predictions: parts of processes, sizes and skies, what is made again and what is not."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from galaxydist.cli.main import main
-from galaxydist.evaluation.inference import MEASURED_WIDTH, PredictionWriter, measure, merge_predictions
+from galaxydist.evaluation.counts import Counts
+from galaxydist.evaluation.inference import MEASURED_WIDTH, ForwardPass, PredictionWriter, measure, merge_predictions
 from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, rank_file_path, read_predictions
 from galaxydist.galaxy import Galaxy
+from galaxydist.loading.augment import Normalise
 from galaxydist.loading.loader import Batch
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -121,6 +125,30 @@ def test_predictions_are_read_from_the_device_only_after_later_batches_have_begu
         writer.add(batch, logits_BK, logits_BK.argmax(1))
         with pytest.raises(NotImplementedError):
             writer.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_evaluation_of_a_batch_on_a_gpu_never_waits_for_it(tmp_path: Path) -> None:
+    device, images_BHWC = torch.device("cuda"), torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
+    samples_B = torch.arange(4)
+    batch = Batch(images_BHWC, samples_B % 3, torch.ones(4), samples_B, samples_B, epoch=0, step=0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval().to(device)
+    normalise = Normalise((0.1,) * 3, (0.1,) * 3, 64)
+    forward = ForwardPass(model, normalise, torch.float32, contextlib.nullcontext, torch.channels_last, "d4")
+    counts = Counts(3, device, subset_N=np.array([True, False, True, True]))
+    with RankFile(tmp_path / "part", 3) as part, PredictionWriter(part, image_size=64, threads=1) as writer:
+        for is_strict in (False, True):  # the first time, libraries are set up
+            labels_B, weights_B, there_BHWC = (t.to(device) for t in (batch.labels_B, batch.weights_B, images_BHWC))
+            try:
+                torch.cuda.set_sync_debug_mode("error" if is_strict else "default")
+                with torch.inference_mode():
+                    logits_BK = forward(there_BHWC)
+                    writer.add(batch, logits_BK, counts.add(logits_BK, labels_B, weights_B, samples_B))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        writer.finish()
+    assert counts.count == 6
 
 
 @dataclass(frozen=True)

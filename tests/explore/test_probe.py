@@ -341,6 +341,7 @@ def test_wrong_words_are_refused_with_one_message(blobs: Path, tmp_path: Path, c
         (("custom_cm", blobs), "custom_cm"),
         (("custom_cnn", tmp_path / "nothing"), "there is no such path"),
         (("resnet18", blobs, "--data-dir", tmp_path), "weights fetch recipe=resnet18"),
+        (("convnext_nano", blobs, "--data-dir", tmp_path), "weights fetch timm/convnext_nano"),  # a recipe by its name
         (("vit", blobs, "--random", "data.image_size=100"), "vit needs a multiple of 16 pixels; try 96 or 112"),
         (("custom_cnn", blobs, "model.width=-1"), "model.width"),
         (("model.safetensors", blobs), "weights model.safetensors: no such file"),

@@ -42,9 +42,11 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 if ! [ -d site ]; then
     wheels=$("$python" missing.py wheels)
-    mkdir site
+    rm -rf site.part
+    mkdir site.part
     # shellcheck disable=SC2086
-    [ -z "$wheels" ] || "$python" -m pip install --quiet --no-index --no-deps --no-compile --target site $wheels
+    [ -z "$wheels" ] || "$python" -m pip install --quiet --no-index --no-deps --no-compile --target site.part $wheels
+    mv site.part site
 fi
 export PYTHONPATH="$PWD/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m tests.gpu.check --data-dir "$PWD/data" "$@"

@@ -22,7 +22,7 @@ Device = Literal["cuda", "cpu"]
 Verdict = Literal["pass", "fail", "measured", "needs CUDA"]
 
 # Number of simulated galaxies for the checks of speed; a bundle brings them along.
-NUM_SIMULATED = {"cuda": 800, "cpu": 40}
+NUM_SIMULATED = {"cuda": 400, "cpu": 40}
 
 
 class TimeUpError(Exception):

@@ -42,6 +42,7 @@ def nccl_variables(rank: int) -> dict[str, str]:
         "NCCL_NVLS_ENABLE": "0",
         "NCCL_MNNVL_ENABLE": "0",
         "NCCL_RAS_ENABLE": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
     }

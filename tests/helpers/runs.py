@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,12 @@ def quick_settings(manifest: Path | str, run_dir: Path, **changes: object) -> li
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
 
-def run_here(arguments: Sequence[str]) -> int:
-    """launch.py in this process, as one process of one; the exit code."""
+def run_here(arguments: Sequence[str], environ: MutableMapping[str, str] | None = None) -> int:
+    """launch.py in this process, as one process of one; the exit code. It may change ``environ``; None: a copy of this one's."""
     from accelerate.state import AcceleratorState, PartialState
 
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    if environ is None:
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     try:
         return main(list(arguments), environ)
     finally:

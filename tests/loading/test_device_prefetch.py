@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from galaxydist.errors import UserError
-from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
 from galaxydist.loading.loader import Batch, BufferPool, DecodeOptions, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 
@@ -264,3 +264,14 @@ def test_prefetched_gpu_batches_equal_plain_copies(blobs: Path, pin: bool) -> No
     for found, batch in zip(sums, expected, strict=True):
         images = batch.images_BHWC.double()
         assert [value.item() for value in found] == [images.sum(), (images**2).sum(), batch.labels_B.sum()]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_result_of_a_gpu_is_read_while_later_work_still_runs() -> None:
+    values = torch.arange(1000, device="cuda").square()
+    copied = HostCopy(values)
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    values.zero_()
+    assert torch.equal(copied.wait(), torch.arange(1000).square())
+    assert not torch.cuda.current_stream().query(), "the wait was for all of the work"

@@ -440,7 +440,7 @@ def test_file_size_limit_while_writing_shards_leaves_no_file(tmp_path: Path) -> 
     """A limit on the size of files stands in for the disk's end: the same error, at the same place."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
     _, text = run_writer(tmp_path / "shards", 0, limit).communicate(timeout=240)
-    assert "UserError: no space left while writing shards" in text
+    assert "UserError: no space left while writing to" in text
     assert "give the same command again" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -1,23 +1,25 @@
 """Any folder of images as a survey."""
 
+import io
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage
 from galaxydist.paths import is_dataset_name
 from galaxydist.surveys import folder_scan
 from galaxydist.surveys.folder_scan import mirrored_classes, natural_key, safe_name, unique_ids
-from galaxydist.surveys.image_files import decode_file, encode_png
+from galaxydist.surveys.image_files import decode_file, encode_png, parse_image, plain_jpeg_shape
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.survey_sources import open_survey
 from tests.helpers.golden_sources import FOLDERS, METADATA, exported_folder, plain_folder, survey_file_hash
@@ -314,6 +316,36 @@ def test_other_image_suffixes_are_read_and_unreadable_ones_counted(tmp_path: Pat
     (tmp_path / "only" / "1.fits").touch()
     with pytest.raises(UserError, match=r"an empty class: .*only has no images \(.*\): it has 1 \.fits \(FITS is not read"):
         open_survey(tmp_path)
+
+
+def test_headers_of_jpeg_files_are_read_as_pillow_reads_them() -> None:
+    """Only plain files are kept as bytes; a header without Pillow decides as Pillow does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+
+    def saved(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
+        image.save(stream := io.BytesIO(), form, **options)
+        return stream.getvalue()
+
+    rgb = Image.fromarray(pixels)
+    plain = [
+        saved(rgb, subsampling=0),
+        saved(rgb, progressive=True),
+        saved(rgb, icc_profile=bytes(3000)),
+        saved(rgb, comment=b"a"),
+    ]
+    others = [saved(rgb, exif=turned), saved(rgb.convert("L")), saved(rgb.convert("CMYK")), saved(rgb, keep_rgb=True)]
+    others.append(saved(rgb, "MPO", save_all=True, append_images=[rgb]))
+    for data in plain:
+        assert plain_jpeg_shape(data) == (24, 32) and parse_image(data, "a") == EncodedImage(data, "jpg", "a")
+        assert plain_jpeg_shape(data[:20]) is None
+    for data in others:
+        assert plain_jpeg_shape(data) is None
+        found = parse_image(data, "a")
+        decoded = decode_file(data, "a")
+        assert isinstance(found, EncodedImage) or np.array_equal(found, decoded)
+    assert np.shape(decode_file(others[0], "a")) == (32, 24, 3)
 
 
 def test_images_are_rotated_by_exif_and_transparent_pixels_are_black(tmp_path: Path) -> None:

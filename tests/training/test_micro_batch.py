@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from galaxydist.distributed import World, init_distributed
-from galaxydist.errors import EveryRankError
+from galaxydist.errors import EveryRankError, RunFailedError
 from galaxydist.models.build import build_model
+from galaxydist.models.performance import deterministic_algorithms
+from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe
 from galaxydist.training.micro_batch import (
+    check_deterministic,
     choose_micro_batch,
     conditions,
     explain_out_of_memory,
@@ -213,7 +218,8 @@ def test_is_out_of_memory_recognises_only_memory_errors() -> None:
         assert is_out_of_memory(raised.value)
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"), KeyError(1)):
+    of_another = RunFailedError("rank 1 failed: OutOfMemoryError: CUDA out of memory")
+    for error in (RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory"), KeyError(1), of_another):
         assert not is_out_of_memory(error)
 
 
@@ -250,6 +256,20 @@ def test_two_ranks_with_different_memory_choose_the_same_micro_batch(tmp_path: P
     assert first[1]["sizes"] == [24] and second[1]["sizes"][:3] == [24, 12, 6]
     for part in ("not even a micro-batch of 1", "on rank 0 ", "train.batch_size=47, 2 processes", "train.strategy=fsdp"):
         assert part in first[2]["found"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMED_MODELS)
+def test_models_without_deterministic_algorithms_on_a_gpu_are_refused(name: str, world: World) -> None:
+    """The average pooling of the reference VGGs has none in its backward pass."""
+    size = 200 if name == "reference_vit" else 224
+    recipe = build_recipe(f"model.name={name}", "model.width=32", image_size=size)
+    model = build_model(recipe.model, 10, size).to(world.device)
+    is_refused = name.startswith("reference_vgg")
+    expected = pytest.raises(EveryRankError, match=r"train\.deterministic=true") if is_refused else nullcontext()
+    with deterministic_algorithms(True, os.environ), expected:
+        check_deterministic(world, recipe, model)
 
 
 @pytest.mark.gpu

@@ -22,10 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from galaxydist.checkpoints.sharded import own_part
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import EveryRankError, UserError
+from galaxydist.models.performance import deterministic_algorithms
 from galaxydist.recipe.rules import OPTIMIZERS
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.fsdp import open_mesh
-from galaxydist.training.optimizer import LRSchedule, build_optimizer, load_optimizer_state, set_learning_rate, step_if_finite
+from galaxydist.training.optimizer import (
+    FUSED,
+    LRSchedule,
+    build_optimizer,
+    load_optimizer_state,
+    set_learning_rate,
+    step_if_finite,
+)
 from galaxydist.training.step import clip_gradients
 
 CPU = torch.device("cpu")
@@ -155,6 +163,23 @@ def test_step_with_a_gradient_that_is_not_finite_changes_nothing(name: str, is_s
                 optimizer.step()
     for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
         assert torch.equal(own_part(one), own_part(other)) and own_part(one).isfinite().all()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_step_left_out_after_a_restart_before_the_first_step_changes_nothing(name: str) -> None:
+    """The state of a run whose first steps were all left out has no momentum yet."""
+    model, plain = tiny_model(), tiny_model()
+    optimizer = build(model, name, fused="on")
+    load_optimizer_state(optimizer, through_a_checkpoint(build(model, name).state_dict()))
+    with deterministic_algorithms(True, {}):
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # with nan
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan)
+        step_if_finite(optimizer, torch.tensor(False))
+        optimizer.found_inf = None  # type: ignore[attr-defined]
+        take_steps(model, optimizer, range(2))
+    take_steps(plain, build(plain, name, fused="on"), range(2))
+    assert equal(model, plain)
 
 
 def test_fused_sgd_of_sharded_parameters_is_refused(mesh: DeviceMesh) -> None:

@@ -21,7 +21,9 @@ from galaxydist.bench.loader_worker import (
     open_job,
     stored_jpegs,
 )
+from galaxydist.cpus import decoding_threads
 from galaxydist.loading.augment import Augment
+from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import DecodeOptions, TrainLoader
 from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.manifest import read_manifest
@@ -35,17 +37,21 @@ MEMORY_EPOCHS = 10
 
 def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
     """Yield training batches as in a run, without the galaxies' keys, since a run uses their numbers."""
-    manifest = read_manifest(job.shards)
-    if job.task == "decode":
-        with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=DecodeOptions(threads=job.workers)) as loader:
-            for batch in loader:
-                yield batch.images_BHWC, batch.labels_B, []
-        return
-    augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
-    decode = DecodeOptions(job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, threads=job.workers)
-    with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode, draw=augment.draw) as loader:
-        for batch in loader:
-            yield augment(batch.images_BHWC, batch.draws), batch.labels_B, []
+    manifest, device = read_manifest(job.shards), torch.device(job.device)
+    threads, pin = decoding_threads(job.workers, has_gpu=device.type != "cpu"), device.type != "cpu"
+    decode, augment = DecodeOptions(threads=threads, pin=pin), None
+    if job.task == "train":
+        decode = DecodeOptions(job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, threads=threads, pin=pin)
+        augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
+    with (
+        TrainLoader(
+            manifest, seed=SEED, batch_size=job.batch_size, decode=decode, draw=augment.draw if augment else None
+        ) as loader,
+        DevicePrefetcher(loader, device) as batches,
+    ):
+        for batch in batches:
+            images = augment(batch.images_BHWC, batch.draws) if augment else batch.images_BHWC
+            yield images, batch.labels_B, []
 
 
 def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:

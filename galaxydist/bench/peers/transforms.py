@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from galaxydist.bench.loader_worker import SMALLEST_CROP, LoaderJob
 
 
-def our_decoder(data: bytes) -> Tensor:
+def our_decoder(data: bytes | memoryview) -> Tensor:
     """Decode a JPEG to uint8 H x W x 3, as galaxydist does."""
     return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB"))
 

@@ -245,7 +245,7 @@ def _choose(
             f"are no labels. It has {name_some(names, 40) or 'images only'}"
         )
     if final is not None and columns.label not in (given.get("label"), None):
-        what = "names of the folders in the tars" if columns.label == FOLDER else f"those of the files .{columns.label}"
+        what = "names of the folders in the tars" if columns.label == FOLDER else f"texts of the files .{columns.label}"
         logger.info("labels are the %s (--label names others)", what)
     return replace(columns, file=NAME)
 

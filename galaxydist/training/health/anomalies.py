@@ -171,6 +171,25 @@ class NonFiniteSteps:
         self.num_steps = state["num_steps"]
 
 
+def check_loss_scale(step: int, scale: float) -> None:
+    """Check the scale of the loss with fp16, which halves with each gradient that overflows.
+
+    Args:
+        step: optimizer steps done before the step after which the loss has this scale.
+        scale: equal on all ranks.
+
+    Raises:
+        NonfiniteError: the scale is below 1; unscaled gradients fit into fp16 unless the training diverges.
+    """
+    if scale >= 1.0:
+        return
+    raise NonfiniteError(
+        f"The gradient overflows in fp16 at step {step} (from 0), and the loss scale has fallen to {scale:g}: the training "
+        "diverges. The last checkpoint is from before it and stays. Lower optim.lr, lengthen optim.warmup, clip with "
+        "train.clip_norm, or start again with train.precision=bf16 (compute capability 8 or later) or train.precision=no."
+    )
+
+
 class LossSpikes:
     """Compares each loss with the median of the 200 before it; its state is saved, so that a continued run warns alike.
 

@@ -1,20 +1,19 @@
 """Heartbeats of the ranks of a run: exchanged through a c10d store, and compared to find a hang.
 
-While the run is healthy each rank writes one key every few seconds and reads none. Only a rank that is overdue requests a
-verdict; the first to do so reads the keys of all ranks, and the others wait for its verdict.
+While the run is healthy each rank writes one key every few seconds, and only looks whether a rank has failed. Only a rank that is
+overdue requests a verdict; the first to do so reads the keys of all ranks, and the others wait for its verdict.
 """
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from galaxydist.errors import first_line
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+from galaxydist.rank_store import FAILURE_POLL_S, RankFailure, RankStore
 
 # Ranks, or groups of ranks, that a message describes one by one.
 MAX_NAMED = 8
@@ -62,7 +61,7 @@ class Heartbeat:
 
     @property
     def position(self) -> str:
-        return f"in step {self.step}, {self.phase}"
+        return f"in step {self.step}, {self.phase}" if self.step >= 0 else f"in the {self.phase}"
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, process {self.pid})"
@@ -189,21 +188,21 @@ class HeartbeatStore:
     """Exchanges heartbeats through the process group's store, in a thread; no method makes another thread wait.
 
     Args:
-        store: store of the process group; the thread opens its own connection.
+        ranks: the store; the thread opens its own connection.
         heartbeat: returns this rank's heartbeat for a serial number.
-        rank, world_size: rank of the process, and world size.
         interval_s: seconds between two heartbeats.
+        peer_failed: called in the thread when another rank has failed.
     """
 
-    store: "Store"
+    ranks: RankStore
     heartbeat: Callable[[int], Heartbeat]
-    rank: int
-    world_size: int
     interval_s: float
+    peer_failed: Callable[[RankFailure], None]
 
     def __post_init__(self) -> None:
-        # Commands on one connection wait for one another, and the main thread's command may be the one that hangs.
-        self._store = self.store.clone()
+        # The main thread's command may be the one that hangs.
+        self._ranks = self.ranks.connect()
+        self._store, self.rank, self.world_size = self._ranks.store, self.ranks.rank, self.ranks.size
         self._num_readings = max(MIN_READINGS, round(MIN_OBSERVATION_S / self.interval_s))
         self._serial = 0
         self._requested = threading.Event()
@@ -267,7 +266,14 @@ class HeartbeatStore:
         self._store.set(f"rank/{self.rank}", self.heartbeat(self._serial).to_json())
 
     def _wait(self) -> None:
-        self._wake.wait(self.interval_s)
+        """Wait for the next heartbeat or a request, and look for a failure of another rank meanwhile."""
+        ends_at = time.monotonic() + self.interval_s
+        while not self._wake.wait(max(0.0, min(FAILURE_POLL_S, ends_at - time.monotonic()))):
+            if (failure := self._ranks.failure()) is not None and failure.rank != self.rank:
+                self._ranks.acknowledge()
+                self.peer_failed(failure)
+            if time.monotonic() >= ends_at:
+                break
         self._wake.clear()
 
     def _find_verdict(self) -> Verdict:

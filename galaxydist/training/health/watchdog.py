@@ -1,9 +1,9 @@
-"""Watchdog of a training loop: ends a run that hangs, and names the ranks that the others wait for.
+"""Watchdog of a training: ends a run that hangs, and names the ranks that the others wait for; ends this rank if another failed.
 
-The main thread of each rank calls ``beat`` several times a step. When it has not for ``timeout_s``, the rank asks the others: the
-run hangs only if every rank is overdue or silent. Then one rank reports which ranks are behind, all ranks dump the stacks of
-their threads, and all exit with ``EXIT_HUNG``. A rank that cannot run Python any more is killed by a small process beside it
-(``guard_process.py``).
+The main thread of each rank calls ``beat`` several times a step. When it has not for the time that its phase may take, the rank
+asks the others: the run hangs only if every rank is overdue or silent. Then one rank reports which ranks are behind, all ranks
+dump the stacks of their threads, and all exit with ``EXIT_HUNG``. A rank that cannot run Python any more is killed by a small
+process beside it (``guard_process.py``).
 
 The time during which a process was stopped (Ctrl-Z, SIGSTOP, a suspended job) does not count as idle; the monotonic clock of
 Linux stops while the machine is suspended.
@@ -19,15 +19,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
-
-import torch.distributed as dist
+from typing import NamedTuple, NoReturn, TextIO
 
 from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
+from galaxydist.rank_store import LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.health import guard_process
@@ -115,12 +115,11 @@ class HangGuard:
                 self._process.wait()
 
 
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
-# The first step compiles and tunes kernels, and opens files and connections.
-START_FACTOR = 3
-LEAST_START_S = 1800.0
+# Phases that may take longer than a step. The first step belongs to the start: it compiles and tunes kernels, and opens files and
+# connections; so does the first batch of a validation. Rank 0 draws figures and computes intervals in an evaluation.
+START, VALIDATION, SAVING, EVALUATION = "start", "validation", "saving", "evaluation"
+# The time that a phase may take without a beat, in timeouts of a step, and the least of it in seconds.
+PHASES = {START: (3, 1800.0), VALIDATION: (3, 1800.0), SAVING: (3, 1800.0), EVALUATION: (6, 3600.0)}
 # The process exits after this time even if a hung file system or pipe blocks its report.
 REPORT_S = 20.0
 EXIT_WAIT_S = 5.0
@@ -137,54 +136,47 @@ class Beat(NamedTuple):
     number: int
 
 
-def start_allowance(timeout_s: float) -> float:
-    """Return the seconds that the first step may take by default."""
-    return max(START_FACTOR * timeout_s, LEAST_START_S)
+def phase_allowances(timeout_s: float) -> dict[str, float]:
+    """Return the seconds that each phase may take without a beat, for the seconds that a step may take."""
+    return {phase: max(factor * timeout_s, least_s) for phase, (factor, least_s) in PHASES.items()}
 
 
-def collective_timeout(timeout_s: float) -> timedelta | None:
-    """Return the timeout for the process group, longer than the watchdog's, which names the ranks behind; None: torch's own."""
-    return timedelta(seconds=start_allowance(timeout_s) + 600) if timeout_s > 0 else None
+def collective_timeout(timeout_s: float) -> timedelta:
+    """Return the timeout for the process group, longer than the watchdog's of any phase, which names the ranks behind."""
+    return timedelta(seconds=max(phase_allowances(timeout_s).values()) + 600) if timeout_s > 0 else LONG_TIMEOUT
 
 
-def heartbeat_store(world_size: int) -> "Store | None":
-    """Return the part of the process group's store that is used for heartbeats; None for a single process."""
-    if world_size == 1:
-        return None
-    from torch._C._distributed_c10d import PrefixStore
-
-    return PrefixStore("galaxydist/heartbeats", dist.distributed_c10d._get_default_store())
-
-
-def build_watchdog(world: World, config: TrainConfig, folder: RunFolder) -> "Watchdog":
-    """Build the watchdog of a run's loop."""
-    return Watchdog(world.rank, world.size, config.hang_timeout, heartbeat_store(world.size), folder.stacks_dir)
+def build_watchdog(world: World, config: TrainConfig, folder: RunFolder, last_works: Sequence[LastWork]) -> "Watchdog":
+    """Build the watchdog of a run."""
+    return Watchdog(world.rank, world.size, config.hang_timeout, world.store, folder.stacks_dir, last_works=last_works)
 
 
 @dataclass
 class Watchdog:
-    """Context manager around the training loop of one rank.
+    """Context manager around the training and evaluation of one rank.
 
     Args:
         rank, world_size: rank of this process, and world size.
-        timeout_s: seconds without a beat on any rank after which the run is ended; 0: never.
-        store: see ``heartbeat_store``; None for a single process.
+        timeout_s: seconds without a beat in a step, on any rank, after which the run is ended; 0: only a failure ends it.
+        store: messages to the other ranks; None for a single process.
         stacks_dir: folder of the stack dumps, such as ``rank-0003.txt``.
-        start_s: seconds that the first step may take; None: ``start_allowance``.
+        last_works: done before the process ends; they may be added to while it runs.
+        allowances: seconds by phase; None: ``phase_allowances``.
     """
 
     rank: int
     world_size: int
     timeout_s: float
-    store: "Store | None"
+    store: RankStore | None
     stacks_dir: Path
-    start_s: float | None = None
+    last_works: Sequence[LastWork] = ()
+    allowances: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         self._host = socket.gethostname()
-        self._start_s = start_allowance(self.timeout_s) if self.start_s is None else self.start_s
+        self._allowances = phase_allowances(self.timeout_s) if self.allowances is None else self.allowances
         self._tick_s = min(max(self.timeout_s / 20, 0.05), 5.0)
-        self._beat = Beat(-1, "start", 0, 0)
+        self._beat = Beat(-1, START, 0, 0)
         self._first_step = -1
         self._idle_s = 0.0
         self._ended = ""
@@ -208,6 +200,9 @@ class Watchdog:
         self._beat = Beat(step, phase, phase_index, last.number + 1)
 
     def __enter__(self) -> "Watchdog":
+        if self.store is not None:
+            interval_s = min(max(self.timeout_s / 60, 0.1), 10.0) if self.timeout_s > 0 else 10.0
+            self._others = HeartbeatStore(self.store, self._heartbeat, interval_s, peer_failed=self._follow)
         if self.timeout_s > 0:
             self._stacks = StacksFile(self.stacks_dir, self.rank)
             self._guard = HangGuard(
@@ -215,31 +210,31 @@ class Watchdog:
                 f"galaxydist: rank {self.rank} ({self._host}, process {os.getpid()}) is ended; its stacks: {self._stacks.path}; "
                 "C code has kept Python from running there",
             )
-            if self.store is not None:
-                self._others = HeartbeatStore(
-                    self.store,
-                    self._heartbeat,
-                    rank=self.rank,
-                    world_size=self.world_size,
-                    interval_s=min(max(self.timeout_s / 60, 0.1), 10.0),
-                )
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended = "finished" if kind is None else f"failed with {kind.__name__}"
+        self._closing.set()
         if self.timeout_s > 0:
-            self._ended = "left the loop" if kind is None else f"failed with {kind.__name__}"
-            self._closing.set()
             self._thread.join()
-            if self._others is not None:
-                self._others.close()
+        if self._others is not None:
+            self._others.close()
+        if self.timeout_s > 0:
             self._guard.close()
+        self.close_stacks()
+
+    def close_stacks(self) -> None:
+        """Remove the file of this rank's stacks if it is empty."""
+        if self.timeout_s > 0:
             self._stacks.close()
 
     @property
     def _allowed_s(self) -> float:
-        return self._start_s if self._beat.step == self._first_step else self.timeout_s
+        """Seconds that the phase may take without a beat; the first step is a part of the start."""
+        allowed_s = self._allowances.get(self._beat.phase, self.timeout_s)
+        return max(allowed_s, self._allowances[START]) if self._beat.step == self._first_step else allowed_s
 
     def _heartbeat(self, serial: int) -> Heartbeat:
         beat = self._beat
@@ -298,28 +293,34 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> NoReturn:
         """Report the hang, dump the stacks and exit."""
-        self._guard.feed(REPORT_S)
-        deadline = threading.Timer(REPORT_S, os._exit, (EXIT_HUNG,))
-        deadline.daemon = True
-        deadline.start()
-        try:
+
+        def report() -> None:
             if (text := self._message(verdict)) is not None:
-                # Past Python's buffers and their locks, which a hung thread may hold; on a new line, after a progress bar.
-                os.write(2, f"\ngalaxydist: error: {text}\n".encode())
+                _write(text)
             beat = self._heartbeat(0)
             self._stacks.dump(f"{beat} {beat.position}, for {beat.idle_s:.0f} s")
             write_flight_record(self.stacks_dir, self.rank)
             if self._others is not None and verdict.kind == "hung":
                 self._others.wait_for_exit(verdict.num_living, EXIT_WAIT_S)
-            for stream in (sys.stdout, sys.stderr):
-                flushing = threading.Thread(target=stream.flush, daemon=True)
-                flushing.start()
-                flushing.join(1.0)
-        finally:
-            os._exit(EXIT_HUNG)
+
+        self._leave(EXIT_HUNG, [(report, REPORT_S), *self.last_works])
+
+    def _follow(self, failure: RankFailure) -> NoReturn:
+        """Leave because another rank has failed: this one would wait for it for ever."""
+        assert self.store is not None
+        report: list[LastWork] = [(lambda: _write(str(failure)), REPORT_S)] if self.rank == 0 else []
+        self._leave(failure.code, [*report, *self.last_works, (self.store.wait_until_seen, SEEN_S)])
+
+    def _leave(self, code: int, works: Sequence[LastWork]) -> NoReturn:
+        if self.timeout_s > 0:
+            self._guard.feed(sum(seconds for _, seconds in works) + REPORT_S)
+        end_process(code, works)
 
     def _message(self, verdict: Verdict) -> str | None:
         setting = f"train.hang_timeout={self.timeout_s:g}"
+        if self._allowed_s != self.timeout_s:
+            phase = "the first step" if self._beat.step == self._first_step else self._beat.phase
+            setting += f", which allows {phase} {self._allowed_s:g} s"
         if verdict.hang is not None:
             return verdict.hang.message(setting=setting, stacks=str(self.stacks_dir / "rank-*.txt"), now=time.time())
         if verdict.kind == "lost":
@@ -329,3 +330,8 @@ class Watchdog:
                 f"store of rank 0 or its launcher is gone or stopped ({verdict.error}). Stacks: {self._stacks.path}"
             )
         return None
+
+
+def _write(text: str) -> None:
+    """Write an error past Python's buffers and their locks, which a hung thread may hold; on a new line, after a progress bar."""
+    os.write(2, f"\ngalaxydist: error: {text}\n".encode())

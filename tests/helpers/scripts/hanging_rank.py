@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from galaxydist.training.health.watchdog import Watchdog, collective_timeout, heartbeat_store
+from galaxydist.rank_store import RankStore
+from galaxydist.training.health.watchdog import SAVING, VALIDATION, Watchdog, collective_timeout, phase_allowances
 
 STEPS_BEFORE = 5
 
@@ -40,18 +42,31 @@ def go_wrong(fault: str, watchdog: Watchdog) -> None:
         hold_the_lock_in_c()
     elif fault == "slow":
         work_slowly(watchdog)
+    elif fault == VALIDATION:
+        sleep_forever_in_data()
+    elif fault == SAVING:
+        time.sleep(2.5 * watchdog.timeout_s)
 
 
-def main(fault: str, faulty_rank: int, stacks_dir: Path, timeout_s: float, start_s: float | None = None) -> None:
-    """Take steps, until the fault comes."""
+def main(fault: str, faulty_rank: int, stacks_dir: Path, timeout_s: float, allowances: Mapping[str, float] | None = None) -> None:
+    """Take steps, until the fault comes.
+
+    Args:
+        fault, faulty_rank, stacks_dir, timeout_s: see above.
+        allowances: seconds of phases that differ from the watchdog's own.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         dist.init_process_group("gloo", timeout=collective_timeout(timeout_s))
-    with Watchdog(rank, world_size, timeout_s, heartbeat_store(world_size), stacks_dir, start_s=start_s) as watchdog:
-        for step in range(STEPS_BEFORE + 5 if fault in ("slow", "start") else 1000):
+    store = RankStore.of_group(rank, world_size) if world_size > 1 else None
+    allowed = {**phase_allowances(timeout_s), **(allowances or {})}
+    with Watchdog(rank, world_size, timeout_s, store, stacks_dir, allowances=allowed) as watchdog:
+        for step in range(STEPS_BEFORE + 5 if fault in ("slow", "start", "saving") else 1000):
             watchdog.beat(step, "data")
             if fault == "start" and step == 0:
                 time.sleep(3 * timeout_s)
+            if step == STEPS_BEFORE and fault in (VALIDATION, SAVING):
+                watchdog.beat(step, fault)
             if step == STEPS_BEFORE and rank == faulty_rank:
                 go_wrong(fault, watchdog)
             for _ in range(40 if fault == "coarse" else 1):  # two seconds without a beat

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from galaxydist.errors import EXIT_HUNG
 from galaxydist.training.health import guard_process
 from galaxydist.training.health.heartbeats import Hang, Heartbeat, find_hang
-from galaxydist.training.health.watchdog import Watchdog, collective_timeout, start_allowance
+from galaxydist.training.health.watchdog import SAVING, START, VALIDATION, Watchdog, collective_timeout, phase_allowances
 from tests.helpers.forked_runs import Ranks, forked
 from tests.helpers.runs import TORCHRUN_2
 from tests.helpers.scripts.hanging_rank import main as hang
@@ -127,10 +127,9 @@ def test_stacks_of_an_earlier_hang_are_kept(tmp_path: Path) -> None:
 
 
 def test_collectives_outlast_the_watchdog() -> None:
-    assert collective_timeout(0) is None
-    for timeout_s in (10.0, 1800.0):
-        given_s = collective_timeout(timeout_s)
-        assert given_s is not None and given_s.total_seconds() > start_allowance(timeout_s) > timeout_s
+    for timeout_s in (10.0, 600.0, 7200.0):
+        assert collective_timeout(timeout_s).total_seconds() > max(phase_allowances(timeout_s).values()) > timeout_s
+    assert collective_timeout(0) > collective_timeout(600.0)
 
 
 def test_monotonic_clock_is_clock_monotonic_which_excludes_suspend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +137,7 @@ def test_monotonic_clock_is_clock_monotonic_which_excludes_suspend(tmp_path: Pat
     assert "CLOCK_MONOTONIC" in time.get_clock_info("monotonic").implementation
     ended: list[object] = []
     monkeypatch.setattr(Watchdog, "_end", lambda _, verdict: ended.append(verdict))
-    with Watchdog(0, 1, 4.0, None, tmp_path, start_s=4.0) as watchdog:  # looks every 0.2 s
+    with Watchdog(0, 1, 4.0, None, tmp_path, allowances={START: 4.0}) as watchdog:  # looks every 0.2 s
         watchdog.beat(0, "data")
         time.sleep(0.5)
         now = time.time
@@ -183,9 +182,9 @@ def exit_codes(run: Ranks, *but: int) -> list[int | None]:
 
 
 @contextmanager
-def ranks(fault: str, tmp_path: Path, *, number: int, faulty: int = -1, start_s: float | None = None) -> Iterator[Ranks]:
+def ranks(fault: str, tmp_path: Path, *, number: int, faulty: int = -1, **allowances: float) -> Iterator[Ranks]:
     """Start ranks; at the end no process of theirs is left, guards included."""
-    arguments = fault, faulty, tmp_path / "stacks", TIMEOUT_S, start_s
+    arguments = fault, faulty, tmp_path / "stacks", TIMEOUT_S, allowances
     with forked(hang, *arguments, folder=tmp_path, size=number, environ={"TORCH_FR_BUFFER_SIZE": "100"}) as run:
         guards = set()
         try:
@@ -260,13 +259,27 @@ def test_rank_holding_the_gil_in_c_is_dumped_and_killed(number: int, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fault", ["slow", "start"])
-def test_slow_run_with_heartbeats_or_a_long_start_is_not_ended(fault: str, tmp_path: Path) -> None:
-    """Rank 1 works longer than the timeout, with signs of life, while rank 0 waits without any; or the first step is long."""
-    with ranks(fault, tmp_path, number=2, faulty=1, start_s=20 * TIMEOUT_S) as run:
+@pytest.mark.parametrize("fault", ["slow", START, SAVING])
+def test_slow_run_with_heartbeats_or_a_long_start_or_save_is_not_ended(fault: str, tmp_path: Path) -> None:
+    """Rank 1 works longer than the timeout: with signs of life, while rank 0 waits without any; in the first step; in a save."""
+    with ranks(fault, tmp_path, number=2, faulty=1, start=20 * TIMEOUT_S, saving=20 * TIMEOUT_S) as run:
         assert exit_codes(run) == [0, 0]
         assert "hangs" not in run.text("err")
     assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_hang_in_a_validation_is_ended_after_its_allowance_and_named(tmp_path: Path) -> None:
+    with ranks(VALIDATION, tmp_path, number=2, faulty=1, start=20 * TIMEOUT_S, validation=2 * TIMEOUT_S) as run:
+        wait_for_step(run, 4)
+        since = time.monotonic()
+        assert exit_codes(run) == [EXIT_HUNG] * 2
+        assert time.monotonic() - since > 2 * TIMEOUT_S - 1
+        complaints = run.text("err")
+    assert "behind: rank 1 (" in complaints and "in step 5, validation, for " in complaints
+    # Either rank may report; the one that waits does so in a step.
+    assert "(train.hang_timeout=3, which allows validation 6 s)" in complaints or "(train.hang_timeout=3)" in complaints
 
 
 @pytest.mark.slow

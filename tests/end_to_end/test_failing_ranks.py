@@ -1,0 +1,104 @@
+"""A rank that fails alone: it leaves at once with its message, and so do the others, under every launcher."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from galaxydist.checkpoints import store
+from tests.helpers.forked_runs import ROOT, Ranks, forked, train
+from tests.helpers.runs import ACCELERATE_2, LAUNCH, TORCHRUN_2, count_errors, quick_settings
+
+FAILING = "tests.helpers.scripts.failing_model:build"
+MESSAGES = {
+    "memory": "Out of memory on rank ",
+    "user": "the disk of this node is full; free some",
+    "bug": "KeyError: 'a bug'",
+    "interrupt": "KeyboardInterrupt",
+}
+CODES = {"memory": 1, "user": 2, "bug": 1, "interrupt": 130}
+# The default of train.hang_timeout is ten minutes: what ends sooner has not waited for it.
+AT_ONCE_S = 120.0
+
+
+def settings_of(blobs: Path, run_dir: Path) -> list[str]:
+    changes = {"model__name": FAILING, "model__width": None, "model__drop_rate": 0, "train__epochs": 100, "train__save_steps": 4}
+    return quick_settings(blobs, run_dir, **changes)
+
+
+def exit_codes(run: Ranks) -> list[int | None]:
+    """Once all have left by themselves, as under an srun that does not end them."""
+    deadline = time.monotonic() + AT_ONCE_S
+    for process in run.processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return run.exit_codes
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("fault", "size", "faulty"),
+    [
+        ("memory", 2, 1),
+        pytest.param("user", 3, 2, marks=pytest.mark.slow),
+        pytest.param("bug", 3, 0, marks=pytest.mark.slow),
+        pytest.param("interrupt", 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_alone_ends_the_run_at_once_with_its_message(
+    fault: str, size: int, faulty: int, blobs: Path, tmp_path: Path
+) -> None:
+    """Nothing of it waits for a peer: the stand-ins for NCCL's destroy and for a wait for the device never return."""
+    run_dir, named, stuck = tmp_path / "run", MESSAGES[fault], fault != "user"
+    environ = {"FAULT": fault, "FAULTY_RANK": str(faulty), "FAULT_STEP": "4", "OTHERS_STUCK": "1" if stuck else ""}
+    with forked(train, settings_of(blobs, run_dir), folder=tmp_path / "out", size=size, environ=environ) as run:
+        assert exit_codes(run) == [CODES[fault]] * size, run.text("err")
+        said = [run.said(rank, "err") for rank in range(size)]
+        pid = run.pids[faulty]
+    if fault != "interrupt":
+        assert named in said[faulty]
+        failure = json.loads((run_dir / "failure.json").read_text())
+        assert failure["kind"] == ("bad_input" if fault == "user" else "crash") and failure["step"] == 4
+    if faulty:
+        assert f"process {pid}) failed: {named}" in said[0] and count_errors(said[0]) == 1
+        assert "Traceback" not in said[0]
+    assert all("error" not in said[rank] for rank in range(1, size) if rank != faulty)
+    assert not (run_dir / "lock.json").exists() and not (run_dir / "stacks").exists()
+    # The checkpoint that rank 0 was writing is complete.
+    newest = store.load(run_dir / "checkpoints")
+    assert newest is not None and newest.step == 4
+
+
+PROCESSES_2 = (sys.executable, "-m", "galaxydist", "train", "--processes", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("launcher", "fault", "code"),
+    [(TORCHRUN_2, "user", 1), (ACCELERATE_2, "memory", 1), (PROCESSES_2, "user", 2)],
+    ids=["torchrun", "accelerate", "processes"],
+)
+def test_launchers_end_with_the_message_of_the_rank_that_failed_alone(
+    launcher: tuple[str, ...], fault: str, code: int, blobs: Path, tmp_path: Path
+) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "FAULT": fault, "FAULTY_RANK": "1", "FAULT_STEP": "4", "OTHERS_STUCK": "1"}
+    arguments = settings_of(blobs, tmp_path / "run")
+    command = [*launcher, *([] if launcher is PROCESSES_2 else [str(LAUNCH)]), *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == code, done.stderr
+    assert f"galaxydist: error (rank 1): {MESSAGES[fault]}" in done.stderr
+    assert "Traceback" not in done.stderr.split("galaxydist: error")[0]
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["error"].startswith(MESSAGES[fault])
+    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
+
+
+def _is_of(process: psutil.Process, tmp_path: Path) -> bool:
+    try:
+        return any(str(tmp_path) in word for word in process.cmdline())
+    except psutil.Error:
+        return False
