@@ -74,6 +74,12 @@ class CheckpointWriter:
         write = self._write_in_progress
         return write is not None and write.done() and write.exception() is not None
 
+    @property
+    def is_writing(self) -> bool:
+        """True if ``save`` would have to wait for a write in progress."""
+        write = self._write_in_progress
+        return write is not None and not write.done()
+
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
         """Save a checkpoint, after waiting for a write in progress.
 

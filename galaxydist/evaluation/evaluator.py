@@ -35,7 +35,7 @@ from galaxydist.loading.training_data import TrainingData, build_augment, find_c
 from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.own_function import source_hash, trusts_code
-from galaxydist.models.performance import choose_memory_format, set_memory_format, set_tf32
+from galaxydist.models.performance import choose_memory_format, deterministic_algorithms, set_memory_format, set_tf32
 from galaxydist.models.registry import ModelRecord
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root, folder_name
@@ -436,7 +436,11 @@ def evaluate_run(
     def find_training_shards(trained_on: TrainingData) -> Manifest:
         return open_training_shards(trained_on, run.own_shards, data.trained_path, run.cache)
 
-    with open_world(run.recipe.train.precision, environ, timeout=LONG_TIMEOUT) as world:
+    config = run.recipe.train
+    with (
+        deterministic_algorithms(config.deterministic, environ),
+        open_world(config.precision, environ, timeout=LONG_TIMEOUT) as world,
+    ):
         world.run_on_main(lambda: check_columns(run.manifest))
         evaluator = Evaluator(
             world,

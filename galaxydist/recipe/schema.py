@@ -252,7 +252,9 @@ class TrainConfig(Section):
         8.0, "warn of a loss this many robust standard deviations above the median of the last 200 steps; 0 turns it off"
     )
     log_every: Count = run_field(20, "steps between lines of metrics.jsonl")
-    save_every: Count = run_field(1, "epochs between checkpoints")
+    save_every: Count = run_field(
+        1, "epochs between checkpoints; one that is not the best is left out while an earlier one is still being written"
+    )
     save_steps: Annotated[int, Field(ge=0)] = run_field(0, "steps between additional checkpoints; 0: none")
     save_minutes: NonNegative = run_field(0.0, "minutes between additional checkpoints; 0: none")
     async_save: bool = run_field(True, "write checkpoints in the background, from a copy in memory")

@@ -33,9 +33,13 @@ class SaveSchedule:
             time_is_up: ``SaveTimer.is_up`` of rank 0, as all ranks received it.
         """
         epoch, rest = divmod(step, self.steps_per_epoch)
-        at_steps = self.every_steps > 0 and step > 0 and step % self.every_steps == 0
         at_epochs = rest == 0 and epoch > 0 and epoch % self.every_epochs == 0
-        return time_is_up or at_steps or at_epochs or step >= self.total_steps
+        return time_is_up or at_epochs or not self.may_skip(step)
+
+    def may_skip(self, step: int) -> bool:
+        """Return False if ``every_steps`` asks for a checkpoint, or at the end of the run."""
+        at_steps = self.every_steps > 0 and step > 0 and step % self.every_steps == 0
+        return not at_steps and step < self.total_steps
 
 
 class SaveTimer:
@@ -85,7 +89,11 @@ class Checkpointer:
 
     def flags(self) -> tuple[bool, bool]:
         """Return whether a save is due by rank 0's timer, and whether a write in the background has failed."""
-        return self.world.is_main and self.timer.is_up, self.writer.failed
+        return self.world.is_main and self.timer.is_up and not self.writer.is_writing, self.writer.failed
+
+    def is_skipped(self, step: int) -> bool:
+        """Return True, on all ranks, if a save that is due would wait for an earlier write and may be left out. All take part."""
+        return self.schedule.may_skip(step) and any(self.world.all_gather(self.writer.is_writing))
 
     def save(self, *, is_best: bool) -> None:
         """Save the current state. All ranks take part."""

@@ -87,8 +87,8 @@ class TrainLoop:
             if is_end or is_save_due or flags.stop_signal:
                 flags = _either(flags, self._sync(leave=0))
                 if is_end:
-                    self._end_epoch()
-                if is_save_due or flags.stop_signal:
+                    self._end_epoch(is_save_due=is_save_due)
+                if flags.stop_signal or (is_save_due and not is_end):
                     self._save_changes()
             if flags.stop_signal:
                 return flags.stop_signal
@@ -145,7 +145,7 @@ class TrainLoop:
             counters["train/loss_scale"] = result.loss_scale
         self.metrics.step_done(result, self.step.schedule(result.step), counters)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, *, is_save_due: bool) -> None:
         """Validate and save if either is due."""
         epoch = self.state.step // self.length.steps_per_epoch
         is_last = self.state.step >= self.length.total_steps
@@ -158,7 +158,8 @@ class TrainLoop:
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
             self.metrics.record(self.state.step, validation)
         self.metrics.raise_failure()
-        if is_best or self.state.stopping.should_stop or self.checkpointer.schedule.is_due(self.state.step):
+        is_needed = is_best or self.state.stopping.should_stop
+        if is_needed or (is_save_due and not self.checkpointer.is_skipped(self.state.step)):
             self._save(is_best=is_best)
         self.metrics.epoch_done(self.state.step, validation)
 

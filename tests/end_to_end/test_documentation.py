@@ -18,7 +18,7 @@ from tests.helpers.shell_blocks import Block, commands, read_blocks, run_pages
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-# Any option, and those of accelerate, torchrun, srun and timeout.
+# Any option, and those of the GPU checks, accelerate, torchrun, srun and timeout.
 OTHER_OPTIONS = {
     "--device",
     "--only",
@@ -31,6 +31,7 @@ OTHER_OPTIONS = {
     "--nproc-per-node",
     "--ntasks-per-node",
     "--gpus-per-node",
+    "--gpus-per-task",
     "--preserve-status",
     "--signal",
 }

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import galaxydist
 from galaxydist.checkpoints import store
+from galaxydist.cli.main import main
+from galaxydist.errors import UserError
+from galaxydist.evaluation.evaluator import Evaluator
 from tests.helpers.forked_runs import ROOT, Ranks, forked, train
-from tests.helpers.runs import ACCELERATE_2, LAUNCH, TORCHRUN_2, count_errors, quick_settings
+from tests.helpers.runs import ACCELERATE_2, LAUNCH, TORCHRUN_2, count_errors, quick_settings, read_evaluation, run_here
+from tests.helpers.scripts.failing_model import block_for_ever
 
 FAILING = "tests.helpers.scripts.failing_model:build"
 MESSAGES = {
@@ -23,7 +29,8 @@ MESSAGES = {
 }
 CODES = {"memory": 1, "user": 2, "bug": 1, "interrupt": 130}
 # The default of train.hang_timeout is ten minutes: what ends sooner has not waited for it.
-AT_ONCE_S = 120.0
+AT_ONCE_S = 300.0
+STUCK = {"FAULT_STEP": "4", "OTHERS_STUCK": "1", "DEVICE_STUCK": "1"}
 
 
 def settings_of(blobs: Path, run_dir: Path) -> list[str]:
@@ -54,7 +61,7 @@ def test_a_rank_that_fails_alone_ends_the_run_at_once_with_its_message(
 ) -> None:
     """Nothing of it waits for a peer: the stand-ins for NCCL's destroy and for a wait for the device never return."""
     run_dir, named, stuck = tmp_path / "run", MESSAGES[fault], fault != "user"
-    environ = {"FAULT": fault, "FAULTY_RANK": str(faulty), "FAULT_STEP": "4", "OTHERS_STUCK": "1" if stuck else ""}
+    environ = {**STUCK, "FAULT": fault, "FAULTY_RANK": str(faulty), "OTHERS_STUCK": "1" if stuck else ""}
     with forked(train, settings_of(blobs, run_dir), folder=tmp_path / "out", size=size, environ=environ) as run:
         assert exit_codes(run) == [CODES[fault]] * size, run.text("err")
         said = [run.said(rank, "err") for rank in range(size)]
@@ -73,6 +80,53 @@ def test_a_rank_that_fails_alone_ends_the_run_at_once_with_its_message(
     assert newest is not None and newest.step == 4
 
 
+def train_in_a_program(settings: list[str]) -> int:
+    """A program that calls the Python API, and goes on after an error."""
+    try:
+        galaxydist.train(galaxydist.load_recipe(settings))
+    except UserError:
+        return 5
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_program_that_calls_the_api_keeps_its_process_after_an_error_of_its_rank(blobs: Path, tmp_path: Path) -> None:
+    environ = {**STUCK, "DEVICE_STUCK": "", "FAULT": "user", "FAULTY_RANK": "1"}
+    settings = settings_of(blobs, tmp_path / "run")
+    with forked(train_in_a_program, settings, folder=tmp_path / "out", size=2, environ=environ) as run:
+        assert exit_codes(run) == [2, 5], run.text("err")  # the other rank hangs: its watchdog ends it
+        assert f"process {run.pids[1]}) failed: {MESSAGES['user']}" in run.said(0, "err")
+
+
+def evaluate(run_dir: str, fails: bool) -> int:
+    """``galaxydist evaluate``, of which rank 1 fails alone or none."""
+
+    def fail(*_: object) -> None:
+        raise KeyError("a bug")
+
+    if fails:
+        torch.distributed.destroy_process_group = block_for_ever  # type: ignore[assignment]
+        if os.environ["RANK"] == "1":
+            Evaluator._run_inference = fail  # type: ignore[assignment, method-assign]
+    return main(["evaluate", run_dir])
+
+
+@pytest.mark.multiprocess
+def test_evaluate_on_2_processes_counts_each_galaxy_once_or_ends_at_once(blobs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
+    (run_dir / "evaluation" / "test-predictions.parquet").unlink()
+    before = read_evaluation(run_dir)
+    with forked(evaluate, str(run_dir), True, folder=tmp_path / "fails", size=2) as run:
+        assert exit_codes(run) == [1, 1], run.text("err")
+        assert f"process {run.pids[1]}) failed: KeyError: 'a bug'" in run.said(0, "err") and "Traceback" in run.said(1, "err")
+    with forked(evaluate, str(run_dir), False, folder=tmp_path / "out", size=2) as run:
+        assert exit_codes(run) == [0, 0], run.text("err")
+        assert "accuracy" in run.said(0) and run.said(1) == ""
+    assert read_evaluation(run_dir)["confusion"] == before["confusion"]
+
+
 PROCESSES_2 = (sys.executable, "-m", "galaxydist", "train", "--processes", "2")
 
 
@@ -86,7 +140,7 @@ PROCESSES_2 = (sys.executable, "-m", "galaxydist", "train", "--processes", "2")
 def test_launchers_end_with_the_message_of_the_rank_that_failed_alone(
     launcher: tuple[str, ...], fault: str, code: int, blobs: Path, tmp_path: Path
 ) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "FAULT": fault, "FAULTY_RANK": "1", "FAULT_STEP": "4", "OTHERS_STUCK": "1"}
+    environ = {**os.environ, **STUCK, "PYTHONPATH": str(ROOT), "FAULT": fault, "FAULTY_RANK": "1"}
     arguments = settings_of(blobs, tmp_path / "run")
     command = [*launcher, *([] if launcher is PROCESSES_2 else [str(LAUNCH)]), *arguments]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,12 +13,14 @@ from typing import Any
 import psutil
 import pytest
 
+from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training import trackers
 from galaxydist.training.trackers import (
     BLOCK_SIZE,
     RunTracker,
+    Tracker,
     choose_wandb_mode,
     has_ended,
     mend_files,
@@ -305,3 +308,29 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_training(
     monkeypatch.setattr(wandb, "init", fail)
     assert run_here(quick_settings(blobs, tmp_path / "run", **WANDB, train__epochs=1)) == 0
     assert "wandb could not start (no room for wandb)" in caplog.text
+
+
+def test_a_run_that_fails_does_not_wait_for_a_tracker_that_hangs(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hangs, over = threading.Event(), threading.Event()
+
+    class HangingTracker(Tracker):
+        def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None:
+            assert (summary, exit_code) == ({}, 1)
+            hangs.set()
+            over.wait()
+            return None
+
+    def fail(*_: object) -> int:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("galaxydist.training.trainer.start_tracker", lambda *_, **__: HangingTracker())
+    monkeypatch.setattr("galaxydist.training.trainer.FINISH_S", 0.1)
+    monkeypatch.setattr("galaxydist.training.loop.TrainLoop.run", fail)
+    try:
+        assert run_here(quick_settings(blobs, tmp_path / "run")) == 2
+        assert hangs.is_set() and "the disk is full" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "lock.json").exists()
+    finally:
+        over.set()
