@@ -17,6 +17,7 @@ from galaxydist.object_store import is_url
 from galaxydist.paths import weights_dir
 from galaxydist.planner.limits import check_cache, check_memory, check_processes, find_warnings
 from galaxydist.planner.memory import Memory, ModelMemory, estimate, model_memory, planned_precision
+from galaxydist.planner.scaling import ScalingProposal, idle_warning, propose_batches
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
@@ -217,15 +218,17 @@ class RunPlan:
     """The estimated cost of a run.
 
     Args:
-        recipe, model, strategy, precision: names.
+        recipe, optimizer, model, strategy, precision: names.
         batch_size, epochs: of the recipe.
         data: source of the numbers of galaxies and bytes.
         num_trained, num_frozen: numbers of parameters.
         checkpoint_bytes, checkpoints_bytes: size of one checkpoint, and of all that are kept.
+        scaling: batches and rates for more GPUs.
         warnings: settings that may not be intended.
     """
 
     recipe: str
+    optimizer: str
     model: str
     strategy: str
     precision: str
@@ -240,6 +243,7 @@ class RunPlan:
     reading: ShardTraffic
     checkpoint_bytes: int
     checkpoints_bytes: int
+    scaling: tuple[ScalingProposal, ...]
     warnings: tuple[str, ...]
 
 
@@ -267,6 +271,8 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
     warnings = find_warnings(
         recipe, model, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard
     )
+    if idle := idle_warning(recipe, job.world_size, job.images_per_s):
+        warnings.append(idle)
     if reading.num_shards > 1 and reading.shards_held_most == reading.num_shards and recipe.data.balance == "none":
         warnings.append(
             f"a node has all {reading.num_shards} shards in use at the same time: use smaller shards if they come from a URL "
@@ -274,6 +280,7 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
         )
     return RunPlan(
         recipe=recipe.name,
+        optimizer=recipe.optim.name,
         model=recipe.model.name if recipe.model.size == "small" else f"{recipe.model.name} ({recipe.model.size})",
         strategy=recipe.train.strategy,
         precision=planned_precision(recipe),
@@ -288,6 +295,7 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
         reading=reading,
         checkpoint_bytes=model.checkpoint,
         checkpoints_bytes=KEPT_CHECKPOINTS * model.checkpoint,
+        scaling=propose_batches(recipe, data.num_train, job.images_per_s),
         warnings=tuple(warnings),
     )
 

@@ -2,6 +2,7 @@
 
 from galaxydist.planner.estimate import KEPT_CHECKPOINTS, RunPlan
 from galaxydist.planner.memory import ALLOWED_BYTES, ALLOWED_SHARE
+from galaxydist.planner.scaling import RULES
 
 WIDTH = 28
 
@@ -26,6 +27,7 @@ def render_plan(plan: RunPlan) -> str:
             f"{KEPT_CHECKPOINTS} kept (2 and the best)",
             f"{show_size(kept)}; {show_size(kept + plan.checkpoint_bytes)} while one is written",
         ),
+        *_scaling(plan),
     ]
     if plan.warnings:
         lines += ["", *(f"warning: {text}" for text in plan.warnings)]
@@ -111,6 +113,22 @@ def _reading(plan: RunPlan) -> list[str]:
         _line("in use at a time", f"up to {_count(reading.shards_held_most, 'shard')} on a node"),
         _line("cache of a node", f"{show_size(reading.cache_bytes)} or more, if the shards lie at a URL"),
     ]
+
+
+def _scaling(plan: RunPlan) -> list[str]:
+    if not plan.scaling:
+        return []
+    rule = RULES.get(plan.optimizer, (None, f"no rule for the rate of {plan.optimizer}"))[1]
+    lines = ["", f"batches for more GPUs ({rule}; not trained):"]
+    for proposal in plan.scaling:
+        keys = [f"train.batch_size={proposal.batch_size}"]
+        keys += [f"optim.lr={proposal.lr:g}"] if proposal.lr is not None else []
+        keys += [f"train.ema={proposal.ema:g}"] if proposal.ema else []
+        idle = "; the GPUs would still be idle" if proposal.is_idle else ""
+        images = f"{proposal.batch_size // proposal.num_gpus} images a GPU a step"
+        about = f"{images}, {_count(proposal.steps_per_epoch, 'step')} an epoch{idle}"
+        lines.append(_line(f"  {_count(proposal.num_gpus, 'GPU')}", f"{' '.join(keys)} ({about})"))
+    return lines
 
 
 def _line(name: str, value: str) -> str:
