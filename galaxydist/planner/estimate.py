@@ -15,9 +15,9 @@ from galaxydist.loading.training_data import find_cache, has_split, open_manifes
 from galaxydist.loading.training_data import find_manifest as manifest_location
 from galaxydist.object_store import is_url
 from galaxydist.paths import weights_dir
+from galaxydist.planner.larger_batches import ScalingProposal, idle_warning, propose_batches
 from galaxydist.planner.limits import check_cache, check_memory, check_processes, find_warnings
 from galaxydist.planner.memory import Memory, ModelMemory, estimate, model_memory, planned_precision
-from galaxydist.planner.scaling import ScalingProposal, idle_warning, propose_batches
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest

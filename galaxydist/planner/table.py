@@ -1,8 +1,8 @@
 """The text table of a plan."""
 
 from galaxydist.planner.estimate import KEPT_CHECKPOINTS, RunPlan
+from galaxydist.planner.larger_batches import RULES
 from galaxydist.planner.memory import ALLOWED_BYTES, ALLOWED_SHARE
-from galaxydist.planner.scaling import RULES
 
 WIDTH = 28
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from galaxydist.planner.estimate import ClusterShape, RunPlan, plan_run
-from galaxydist.planner.scaling import propose_batches
+from galaxydist.planner.larger_batches import propose_batches
 from galaxydist.planner.table import render_plan
 from galaxydist.recipe.resolve import load_recipe
 
