@@ -78,7 +78,7 @@ def test_run_killed_at_random_instants_and_continued_is_bit_equal(
                 wait_until(lambda known=known, run=run: lines_of(metrics) > known or run.exit_codes != [None])  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.15))
             run.kill()
-        assert run.exit_codes in ([-signal.SIGKILL], [0])
+        assert run.exit_codes in ([-signal.SIGKILL], [0]), run.text("err")[-3000:]
         if run.exit_codes == [0]:
             break
     assert kill >= 0.75 * kills - 1, "it was done before most of the kills came"
