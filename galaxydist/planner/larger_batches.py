@@ -1,9 +1,10 @@
 """Batches and learning rates for more GPUs, and steps too short to keep a GPU busy.
 
 Rules of the learning rate from one batch size to another: linear for SGD (Goyal et al. 2017, arXiv:1706.02677, section 2.1), by
-the square root for AdamW (Malladi et al. 2022, arXiv:2205.10330) and LAMB (You et al. 2020, arXiv:1904.00962). The decay of the
-moving average is raised to the power of the ratio (Busbridge et al. 2023, arXiv:2307.13813). They hold to a largest batch that
-depends on the data, so a proposal is where to begin, not a result.
+the square root for AdamW (Malladi et al. 2022, arXiv:2205.10287) and LAMB (You et al. 2020, arXiv:1904.00962). The decay of the
+moving average is raised to the power of the ratio (Busbridge et al. 2023, arXiv:2307.13813). The rule for AdamW also changes the
+betas and epsilon, which are kept here. All hold to a largest batch that depends on the data, so a proposal is where to begin, not
+a result.
 """
 
 from dataclasses import dataclass
