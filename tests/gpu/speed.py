@@ -99,7 +99,7 @@ def idle_share(manifest: str, folder: str) -> float:
 
 
 def long_epoch(manifest: str, num_samples: int) -> str:
-    """Return the manifest of an epoch that lists the images many times: at the end of an epoch the host waits for its last step."""
+    """Return the manifest of an epoch that lists the images many times: the host waits for the last step of an epoch."""
     from galaxydist.bench.loader_speed import lengthen
     from galaxydist.shards.manifest import read_manifest
 
