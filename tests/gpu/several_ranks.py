@@ -137,8 +137,7 @@ def check_failures(rig: Rig) -> Iterator[Row]:
     if rig.is_cuda:
         run_dir = rig.new_folder() / "run"
         settings = quick_settings(rig.blobs_with_splits, run_dir, **EXACT)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-        environ = {"CUDA_VISIBLE_DEVICES": visible, **nccl_variables(0)}
+        environ = nccl_variables(0)
         del environ["LOCAL_RANK"], environ["LOCAL_WORLD_SIZE"], environ["NCCL_HOSTID"]
         with rig.start(train_one_visible, settings, size=2, environ=environ) as ranks:
             yield equal("one visible GPU a task, LOCAL_RANK 0 and 1: exit codes", rig.wait(ranks), [0, 0])
