@@ -66,10 +66,9 @@ def propose_batches(recipe: Recipe, num_train: int, images_per_s: float | None) 
     enough = ENOUGH_IMAGES_OF_GPU if images_per_s is None else max(ENOUGH_IMAGES_OF_GPU, 2 * LAUNCH_S * images_per_s)
     own, found = recipe.train.batch_size, []
     for num_gpus in PROPOSED_GPUS:
-        images = min(round(enough / 2), num_train // (2 * LEAST_STEPS * num_gpus)) * 2
-        keeps = own % (2 * num_gpus) == 0 and own >= images * num_gpus
-        batch_size = own if keeps else images * num_gpus
-        if batch_size < own:  # the data set is too small
+        pairs = max(round(enough / 2), -(-own // (2 * num_gpus)))
+        batch_size = max(own, 2 * num_gpus * min(pairs, num_train // (2 * LEAST_STEPS * num_gpus)))
+        if batch_size % (2 * num_gpus):  # the data set is too small for a larger batch in equal shares
             continue
         ratio = batch_size / own
         exponent, _ = RULES.get(recipe.optim.name, (None, ""))
