@@ -59,7 +59,7 @@ def propose_batches(recipe: Recipe, num_train: int, images_per_s: float | None) 
     """Return a proposal for each of ``PROPOSED_GPUS``; none where larger batches leave an epoch fewer than ``LEAST_STEPS`` steps.
 
     Args:
-        recipe: its batch, rate and decay are scaled; a batch that keeps the GPUs busy stays as it is.
+        recipe: its batch, rate and decay are scaled; a batch that keeps the GPUs busy stays, but for equal shares.
         num_train: training galaxies.
         images_per_s: training speed of one GPU; None if unknown.
     """
