@@ -90,7 +90,7 @@ def idle_share(manifest: str, folder: str) -> float:
 
     TrainLoop._step = profiled  # type: ignore[method-assign]
     changes = {"data__image_size": 224, "train__batch_size": 96, "train__epochs": 1}
-    assert run_here(settings_of(long_epoch(manifest, 96 * PROFILED.stop), folder, "resnet50", changes)) == 0
+    assert run_here(settings_of(long_epoch(manifest, folder, 96 * (PROFILED.stop + 5)), folder, "resnet50", changes)) == 0
     events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     kernels = [event.time_range for event in events if not event.is_user_annotation]
     return 1 - busy_time([(kernel.start, kernel.end) for kernel in kernels]) / (
@@ -98,12 +98,13 @@ def idle_share(manifest: str, folder: str) -> float:
     )
 
 
-def long_epoch(manifest: str, num_samples: int) -> str:
-    """Return the manifest of an epoch that lists the images many times: the host waits for the last step of an epoch."""
-    from galaxydist.bench.loader_speed import lengthen
+def long_epoch(manifest: str, folder: str, num_images: int) -> str:
+    """Return the manifest of an epoch with the images many times: the host waits for the last step of an epoch."""
+    from galaxydist.bench.loader_speed import repeat_source
     from galaxydist.shards.manifest import read_manifest
 
-    return str(lengthen(read_manifest(Path(manifest)), Path(manifest).parent.with_name("long-epoch"), num_samples).path)
+    options = {"num_images": num_images, "least": num_images, "shard_size": 256, "workers": 1}
+    return str(repeat_source(read_manifest(Path(manifest)), Path(folder), **options).path)
 
 
 def busy_time(intervals: list[tuple[float, float]]) -> float:
