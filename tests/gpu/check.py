@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -153,7 +154,18 @@ def run_checks(checks: Sequence[Check], device: Device, out: Path, data_dir: Pat
             if problem:
                 print(f"        fail  {problem}", flush=True)
             summary.add(check, rows, time.monotonic() - started, problem)
+            if summary.checks[-1]["status"] == "fail":
+                keep_errors(rig.folder, out / "errors" / check.name)
     return summary
+
+
+def keep_errors(folder: Path, target: Path) -> None:
+    """Copy what the processes of a check printed to stderr, before its folder is removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path in folder.rglob("*.err"):
+        kept = target / path.relative_to(folder)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept)
 
 
 def describe_machine() -> dict[str, Any]:
