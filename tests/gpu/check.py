@@ -177,6 +177,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() leaves CUDA alone before a fork
+    if options.device == "cuda":  # one card, the first visible one, as a task sees its only card
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     checks = [check for check in CHECKS if check.name in options.only]
     data_dir = options.data_dir or options.out / "data"
     summary = run_checks(checks, options.device, options.out.absolute(), data_dir.absolute(), 60 * options.minutes)
