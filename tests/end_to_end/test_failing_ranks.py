@@ -148,7 +148,7 @@ def test_launchers_end_with_the_message_of_the_rank_that_failed_alone(
     assert f"galaxydist: error (rank 1): {MESSAGES[fault]}" in done.stderr
     assert "Traceback" not in done.stderr.split("galaxydist: error")[0]
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["error"].startswith(MESSAGES[fault])
-    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
+    assert not [process for process in psutil.process_iter() if _is_of(process, tmp_path)]
 
 
 def _is_of(process: psutil.Process, tmp_path: Path) -> bool:
