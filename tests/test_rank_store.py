@@ -27,7 +27,7 @@ from galaxydist.errors import (
 )
 from galaxydist.rank_store import RankFailure, RankStore
 from galaxydist.training.launch import launch
-from tests.helpers.forked_runs import forked
+from tests.helpers.forked_runs import forked, wait_for_exits
 
 
 @pytest.fixture
@@ -173,8 +173,7 @@ def launch_refused() -> int:
 @pytest.mark.multiprocess
 def test_rank_0_leaves_after_an_error_of_all_ranks_once_the_others_have_it(tmp_path: Path) -> None:
     with forked(launch_refused, folder=tmp_path, size=3) as run:
-        for process in run.processes:
-            process.join(100)
+        wait_for_exits(run.processes, 100)
         assert run.exit_codes == [2, 2, 2], run.text("err")
         assert run.text("err") == "galaxydist: error: there are no galaxies\n"
 
@@ -194,8 +193,7 @@ def launch_failing() -> int:
 @pytest.mark.multiprocess
 def test_a_rank_that_fails_alone_wakes_the_others_where_there_is_no_watchdog(tmp_path: Path) -> None:
     with forked(launch_failing, folder=tmp_path, size=3) as run:
-        for process in run.processes:
-            process.join(100)
+        wait_for_exits(run.processes, 100)
         assert run.exit_codes == [2, 2, 2], run.text("err")
         assert run.said(2, "err") == "galaxydist: error (rank 2): the disk of this node is full\n"
         assert f"process {run.pids[2]}) failed: the disk of this node is full" in run.said(0, "err")

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,7 @@ from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import Evaluator
-from tests.helpers.forked_runs import ROOT, Ranks, forked, train
+from tests.helpers.forked_runs import ROOT, Ranks, forked, train, wait_for_exits
 from tests.helpers.runs import ACCELERATE_2, LAUNCH, TORCHRUN_2, count_errors, quick_settings, read_evaluation, run_here
 from tests.helpers.scripts.failing_model import block_for_ever
 
@@ -40,9 +39,7 @@ def settings_of(blobs: Path, run_dir: Path) -> list[str]:
 
 def exit_codes(run: Ranks) -> list[int | None]:
     """Once all have left by themselves, as under an srun that does not end them."""
-    deadline = time.monotonic() + AT_ONCE_S
-    for process in run.processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    wait_for_exits(run.processes, AT_ONCE_S)
     return run.exit_codes
 
 
