@@ -394,7 +394,7 @@ def load_cluster(arguments: Sequence[str], *, folders: Sequence[Path] | None = N
         ClusterError: lists all problems with their origins.
     """
     resolved = load_config(CLUSTERS, arguments, _folders() if folders is None else folders)
-    return ResolvedCluster(resolved.config, resolved.origins, resolved.path, tuple(arguments))
+    return ResolvedCluster(resolved.config, resolved.origins, resolved.path, arguments=tuple(arguments))
 
 
 def list_clusters(folders: Sequence[Path] | None = None) -> dict[str, Path]:

@@ -316,7 +316,7 @@ def _read_file(path: Path, builder: ConfigBuilder[S], chosen: Override | None) -
     profiles = _find_profiles(document, path, builder) if spec.profile else {}
     for key, value in document.values.items():
         if not (spec.profile and key.partition(".")[0] == PROFILES):
-            _set_from_file(key, value, f"{path}:{document.lines[key]}", builder)
+            _set_from_file(path, key, value, f"{path}:{document.lines[key]}", builder)
     if chosen is not None and chosen.value not in profiles:
         _refuse_profile(chosen, profiles, builder)
     for name, keys in profiles.items():
@@ -324,7 +324,7 @@ def _read_file(path: Path, builder: ConfigBuilder[S], chosen: Override | None) -
         target = builder if is_chosen else ConfigBuilder(spec)  # the others are checked too
         for key, written in keys.items():
             origin = f"{path}:{document.lines[written]}, profile {name}"
-            _set_from_file(key, document.values[written], origin, target)
+            _set_from_file(path, key, document.values[written], origin, target)
         if not is_chosen:
             builder.problems += target.problems
     return tuple(profiles)
@@ -348,9 +348,9 @@ def _find_profiles(document: Document, path: Path, builder: ConfigBuilder[S]) ->
     return profiles
 
 
-def _set_from_file(key: str, value: Any, origin: str, builder: ConfigBuilder[S]) -> None:
+def _set_from_file(path: Path, key: str, value: Any, origin: str, builder: ConfigBuilder[S]) -> None:
     if key == "name":
-        builder.refuse(origin, f"name: a {builder.spec.noun} is named by its file; take the line out")
+        builder.refuse(origin, f"name: a {builder.spec.noun} is named by its file ({path.stem}); take the line out")
     else:
         builder.set(key, value, origin)
 

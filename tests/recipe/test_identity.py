@@ -107,7 +107,7 @@ GOLDEN_RUN_NAMES = {
     "resnet18": "resnet18-77fe901e",
     "resnet26": "resnet26-902f9c4e",
     "resnet50": "resnet50-9c370509",
-    "simulated_start": "simulated_start-342667f2",
+    "simulated_start": "simulated_start-7c541f99",
     "small": "small-78ce5671",
     "vgg16": "vgg16-d9afdcd4",
     "vgg19": "vgg19-f9e984c8",
