@@ -374,7 +374,8 @@ def open_world(
         if world.store is None:
             shutdown_distributed()
         else:
-            world.store.wait_to_leave()
+            world.store.acknowledge()
+            world.store.wait_until_seen()
         raise
     shutdown_distributed()
 

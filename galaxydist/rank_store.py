@@ -29,10 +29,8 @@ LONG_TIMEOUT = timedelta(hours=12)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.25
 # Seconds between two looks at the store for a failure of another rank.
 FAILURE_POLL_S = 1.0
-# The store may be rank 0's own: it stays that long until the others have read of its failure.
+# The store may be rank 0's own: it stays that long until the others know of the error.
 SEEN_S = 4.0
-# After an error of all ranks each waits that long for the others: longer than rank 0 may take to finish its tracker.
-LEAVING_S = 10.0
 FLUSH_S = 1.0
 
 # Worlds that this process has opened; all processes of a run open the same, so that their keys never meet.
@@ -89,7 +87,7 @@ class RankStore:
     size: int
 
     def __post_init__(self) -> None:
-        self._num_works = {"main": 0, "all": 0, "leaving": 0}
+        self._num_works = {"main": 0, "all": 0}
 
     @staticmethod
     def of_group(rank: int, size: int) -> "RankStore":
@@ -159,28 +157,19 @@ class RankStore:
             return None
 
     def acknowledge(self) -> None:
-        """Record that this rank has read of the failure."""
+        """Record that this rank knows of the error."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"seen/{self.rank}", "")
 
     def wait_until_seen(self) -> None:
-        """Keep the store of rank 0 alive until the other ranks have read of the failure, or for ``SEEN_S`` seconds."""
+        """Keep rank 0 and its store until the other ranks know of the error, at most ``SEEN_S`` seconds.
+
+        With NCCL a broadcast of an error returns on rank 0 before it begins elsewhere, and never ends there if rank 0 is gone.
+        """
         deadline, others = time.monotonic() + SEEN_S, [f"seen/{rank}" for rank in range(1, self.size)]
         with contextlib.suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline and not self.store.check(others):
                 time.sleep(0.02)
-
-    def wait_to_leave(self) -> None:
-        """Wait, after an error, until the other ranks need this one no longer, at most ``LEAVING_S`` seconds.
-
-        If all ranks raise the error, another one may still receive it: with NCCL a broadcast returns on rank 0 before it begins
-        elsewhere, and never ends there if rank 0 is gone.
-        """
-        if self.failure() is not None:
-            self.wait_until_seen()
-            return
-        with contextlib.suppress(RunFailedError):
-            self._wait("leaving", is_done=True, num_done=self.size, at_most=timedelta(seconds=LEAVING_S))
 
 
 # A last work of a process that ends, and the seconds that it may take.
