@@ -42,8 +42,9 @@ IMAGE_SIZES = {"cpu": 64, "cuda": 224}
 # turn of the bare loop.
 UNTIMED_STEPS = 6
 # Largest relative difference of the losses, of the first line and of any, by precision: both loops sum the same numbers in
-# different orders, and the rounding differences grow from step to step. bfloat16 rounds to 8 bits, TensorFloat-32 to 11.
-TOLERANCES = {"fp64": (1e-10, 1e-4), "no": (1e-4, 0.05), "tf32": (1e-3, 0.05), "bf16": (1e-2, 0.1)}
+# different orders, and the rounding differences grow from step to step. bfloat16 rounds to 8 bits, TensorFloat-32 to 11. On a GPU
+# cuDNN also times its kernels for each loop, and may choose others: tf32 and bf16 only show a gross mistake (not yet run there).
+TOLERANCES = {"fp64": (1e-10, 1e-4), "no": (1e-4, 0.05), "tf32": (1e-2, 0.5), "bf16": (0.05, 0.5)}
 
 
 class BareLoop:

@@ -4,10 +4,13 @@ An encoder sees a galaxy as an evaluation does: the central crop, resized to the
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,11 +25,12 @@ from galaxydist.evaluation.leakage import TEST_SPLIT, validation_mask
 from galaxydist.explore.embedding import COMPONENTS
 from galaxydist.explore.features_file import EncoderInfo, FeatureRows
 from galaxydist.loading.augment import Normalise
-from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
 from galaxydist.loading.training_data import TrainingData, has_split
 from galaxydist.models.build import build_model, describe_model
 from galaxydist.models.features import extract_features
+from galaxydist.models.performance import choose_memory_format, set_memory_format
 from galaxydist.models.registry import ARCHITECTURES, ModelRecord, architecture_of
 from galaxydist.models.weights import Statistics
 from galaxydist.recipe.identity import from_dict
@@ -52,14 +56,15 @@ class Encoder:
         extract: images B x 3 x T x T -> features B x D, on the device of the model.
         model: the module with the parameters, in evaluation mode.
         batch_size: images of one forward pass.
+        channels_last: as ``train.channels_last``.
     """
 
     info: EncoderInfo
     extract: Callable[[Tensor], Tensor]
     model: nn.Module
     batch_size: int
+    channels_last: Literal["auto"] | bool = "auto"
 
-    @torch.inference_mode()
     def features(self, manifest: Manifest, world: World) -> Iterator[FeatureRows]:
         """Yield the features of all galaxies of a data set, split by split in the order of storage.
 
@@ -68,7 +73,6 @@ class Encoder:
         """
         from tqdm import tqdm
 
-        self.model.to(world.device)
         total = sum(split.num_samples for split in manifest.splits.values())
         with tqdm(total=total, desc=f"features of {self.info.model}", unit="img", disable=None) as bar:
             for split in manifest.splits:
@@ -77,11 +81,24 @@ class Encoder:
                 ids = read_catalogue(manifest, split, ("id",)).column("id").to_pylist()
                 labels_N = manifest.labels(split)
                 for rows, features_BD in self.batches(manifest, split, world):
-                    yield FeatureRows(split, ids[rows], np.asarray(labels_N[rows]), features_BD.cpu().numpy())
+                    yield FeatureRows(split, ids[rows], np.asarray(labels_N[rows]), features_BD)
                     bar.update(len(features_BD))
 
-    def batches(self, manifest: Manifest, split: str, world: World) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the stored samples of each batch and their features."""
+    def batches(self, manifest: Manifest, split: str, world: World) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Yield the stored samples of each batch and their features, B x D, which are read when the next batch has begun."""
+        memory_format = choose_memory_format(self.channels_last, self.model, world.device, torch.float32)
+        set_memory_format(self.model.to(world.device), memory_format)
+        begun: deque[tuple[slice, HostCopy]] = deque()
+        for batch in self._begin_batches(manifest, split, world, memory_format):
+            begun.append(batch)
+            if len(begun) > 1:
+                yield _read(*begun.popleft())
+        yield from starmap(_read, begun)
+
+    @torch.inference_mode()
+    def _begin_batches(
+        self, manifest: Manifest, split: str, world: World, memory_format: torch.memory_format
+    ) -> Iterator[tuple[slice, HostCopy]]:
         info = self.info
         normalise = Normalise(info.channel_mean, info.channel_std, info.image_size, info.crop, threads=world.cores)
         options = DecodeOptions(info.image_size, info.crop, threads=world.decode_threads, pin=world.device.type == "cuda")
@@ -90,12 +107,16 @@ class Encoder:
             DevicePrefetcher(loader, world.device) as batches,
         ):
             for batch in batches:
-                images_BCHW = normalise(batch.images_BHWC)
+                images_BCHW = normalise(batch.images_BHWC, memory_format=memory_format)
                 views = [self.extract(view_BCHW) for view_BCHW in tta_images(images_BCHW, info.tta)]
                 mean_BD = torch.stack(views).mean(0) if len(views) > 1 else views[0]
                 count = int((batch.samples_B >= 0).sum())  # the last batch is padded at its end
                 start = int(batch.samples_B[0])
-                yield slice(start, start + count), mean_BD[:count].float()
+                yield slice(start, start + count), HostCopy(mean_BD[:count].float())
+
+
+def _read(rows: slice, copied: HostCopy) -> tuple[slice, NDArray[np.float32]]:
+    return rows, copied.wait().numpy()
 
 
 def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) -> Encoder:
@@ -182,7 +203,7 @@ def _encoder(recipe: Recipe, model: nn.Module, origin: Origin, tta: TTA) -> Enco
         tta=tta,
         licence=origin.record.licence,
     )
-    return Encoder(info, partial(extract_features, model), model, recipe.eval.batch_size)
+    return Encoder(info, partial(extract_features, model), model, recipe.eval.batch_size, recipe.train.channels_last)
 
 
 def weights_sha256(model: nn.Module, head_names: Sequence[str] = ()) -> str:
@@ -226,7 +247,7 @@ def open_pixels(manifest: Manifest, world: World) -> Encoder:
     pixels = Encoder(info, lambda images_BCHW: images_BCHW.flatten(1), nn.Identity(), PIXELS_BATCH)
     parts: list[NDArray[np.float32]] = []
     for _, pixels_BD in pixels.batches(manifest, "train", world):
-        parts.append(pixels_BD.cpu().numpy())
+        parts.append(pixels_BD)
         if sum(map(len, parts)) >= PIXELS_SAMPLE:
             break
     sample_ND = np.concatenate(parts)[:PIXELS_SAMPLE]

@@ -1,9 +1,10 @@
 """Batches and learning rates for more GPUs, and steps too short to keep a GPU busy.
 
 Rules of the learning rate from one batch size to another: linear for SGD (Goyal et al. 2017, arXiv:1706.02677, section 2.1), by
-the square root for AdamW (Malladi et al. 2022, arXiv:2205.10330) and LAMB (You et al. 2020, arXiv:1904.00962). The decay of the
-moving average is raised to the power of the ratio (Busbridge et al. 2023, arXiv:2307.13813). They hold to a largest batch that
-depends on the data, so a proposal is where to begin, not a result.
+the square root for AdamW (Malladi et al. 2022, arXiv:2205.10287) and LAMB (You et al. 2020, arXiv:1904.00962). The decay of the
+moving average is raised to the power of the ratio (Busbridge et al. 2023, arXiv:2307.13813). The rule for AdamW also changes the
+betas and epsilon, which are kept here. All hold to a largest batch that depends on the data, so a proposal is where to begin, not
+a result.
 """
 
 from dataclasses import dataclass
@@ -58,17 +59,16 @@ def propose_batches(recipe: Recipe, num_train: int, images_per_s: float | None) 
     """Return a proposal for each of ``PROPOSED_GPUS``; none where larger batches leave an epoch fewer than ``LEAST_STEPS`` steps.
 
     Args:
-        recipe: its batch, rate and decay are scaled; a batch that keeps the GPUs busy stays as it is.
+        recipe: its batch, rate and decay are scaled; a batch that keeps the GPUs busy stays, but for equal shares.
         num_train: training galaxies.
         images_per_s: training speed of one GPU; None if unknown.
     """
     enough = ENOUGH_IMAGES_OF_GPU if images_per_s is None else max(ENOUGH_IMAGES_OF_GPU, 2 * LAUNCH_S * images_per_s)
     own, found = recipe.train.batch_size, []
     for num_gpus in PROPOSED_GPUS:
-        images = min(round(enough / 2), num_train // (2 * LEAST_STEPS * num_gpus)) * 2
-        keeps = own % (2 * num_gpus) == 0 and own >= images * num_gpus
-        batch_size = own if keeps else images * num_gpus
-        if batch_size < own:  # the data set is too small
+        pairs = max(round(enough / 2), -(-own // (2 * num_gpus)))
+        batch_size = max(own, 2 * num_gpus * min(pairs, num_train // (2 * LEAST_STEPS * num_gpus)))
+        if batch_size % (2 * num_gpus):  # the data set is too small for a larger batch in equal shares
             continue
         ratio = batch_size / own
         exponent, _ = RULES.get(recipe.optim.name, (None, ""))

@@ -198,7 +198,8 @@ def _items(images: Any) -> Any:
     if isinstance(images, str | Path | Image.Image):
         return [images]
     if isinstance(images, torch.Tensor):
-        images = _channels_last(images.detach().cpu()).numpy()
+        images = _channels_last(images.detach().cpu())
+        images = (images.float() if images.dtype == torch.bfloat16 else images).numpy()  # numpy has no bfloat16
     if isinstance(images, np.ndarray):
         if images.ndim not in (3, 4) or images.shape[-1] != 3:
             raise UserError(f"images of shape {images.shape} are not H x W x 3 or B x H x W x 3 (RGB)")

@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
 
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
+from galaxydist.explore.encoder import Encoder, pixels_info
 from galaxydist.explore.features_file import FeatureRows, FeaturesFile, read_features, write_features
 from galaxydist.explore.probe import LabelledFeatures, choose, classify, nearest, regressions, render_result, training_parts
 from galaxydist.galaxy import Galaxy
@@ -113,6 +116,24 @@ def test_features_are_those_of_the_model_for_each_image_alone_whatever_the_batch
             with torch.inference_mode():
                 wanted_D = model.stages(model.stem(image_BCHW)).mean(dim=(2, 3))[0].numpy()
             np.testing.assert_allclose(features_D, wanted_D, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_read_from_the_device_when_the_next_batch_has_begun(blobs: Path) -> None:
+    """The meta device has no values: reading one is an error."""
+    seen: list[Tensor] = []
+
+    def extract(images_BCHW: Tensor) -> Tensor:
+        seen.append(images_BCHW)
+        return torch.empty(len(images_BCHW), 2, device="meta")
+
+    manifest, model = read_manifest(blobs), nn.Conv2d(3, 2, 3)
+    world: Any = SimpleNamespace(device=torch.device("cpu"), cores=1, decode_threads=1)
+    encoder = Encoder(pixels_info(manifest), extract, model, batch_size=8, channels_last=True)
+    with pytest.raises(NotImplementedError):
+        next(encoder.batches(manifest, "train", world))
+    assert len(seen) == 2 and all(images_BCHW.is_inference() for images_BCHW in seen)
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*seen, model.weight))
+    assert not model.weight.is_inference(), "d4_cnn keeps its kernels only for weights that have versions"
 
 
 def test_second_probe_reads_the_stored_features_and_no_image(

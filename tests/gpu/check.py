@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -153,7 +154,18 @@ def run_checks(checks: Sequence[Check], device: Device, out: Path, data_dir: Pat
             if problem:
                 print(f"        fail  {problem}", flush=True)
             summary.add(check, rows, time.monotonic() - started, problem)
+            if summary.checks[-1]["status"] == "fail":
+                keep_errors(rig.folder, out / "errors" / check.name)
     return summary
+
+
+def keep_errors(folder: Path, target: Path) -> None:
+    """Copy what the processes of a check printed to stderr, before its folder is removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path in folder.rglob("*.err"):
+        kept = target / path.relative_to(folder)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -177,6 +189,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() leaves CUDA alone before a fork
+    if options.device == "cuda":  # one card, the first visible one, as a task sees its only card
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     checks = [check for check in CHECKS if check.name in options.only]
     data_dir = options.data_dir or options.out / "data"
     summary = run_checks(checks, options.device, options.out.absolute(), data_dir.absolute(), 60 * options.minutes)

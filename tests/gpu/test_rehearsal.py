@@ -62,4 +62,6 @@ def test_a_hanging_check_is_killed_with_its_processes_and_the_next_one_runs(tmp_
     assert is_gone(int((tmp_path / "pid").read_text()))
     assert broken["status"] == "fail" and "ValueError: no such thing" in broken["problem"]
     assert [row["verdict"] for row in broken["rows"]] == ["fail"]
+    (printed,) = (tmp_path / "errors" / "broken").rglob("*.err")
+    assert "ValueError: no such thing" in printed.read_text()
     assert (late["problem"], late["rows"]) == ("time is up", [])

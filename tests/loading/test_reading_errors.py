@@ -291,7 +291,6 @@ READ_FOREVER = """
 import sys
 from pathlib import Path
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.loading.loader import DecodeOptions, TrainLoader
 
 with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, decode=DecodeOptions(threads=3)) as reader:

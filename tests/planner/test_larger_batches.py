@@ -30,6 +30,8 @@ def test_proposals_keep_a_batch_that_is_large_enough_and_ten_steps_an_epoch() ->
     recipe = load_recipe(["recipe=vit", "train.batch_size=2048"]).recipe
     assert [p.batch_size for p in propose_batches(recipe, MANY, None)] == [2048, 2048, 4096]
     assert [p.batch_size for p in propose_batches(recipe, MANY, 4000)] == [2048, 3840, 15360]
+    uneven = load_recipe(["recipe=vit", "train.batch_size=1000"]).recipe
+    assert [p.batch_size for p in propose_batches(uneven, MANY, None)] == [1008, 1024, 4096]
     recipe = load_recipe(["recipe=vit"]).recipe
     (*_, most) = propose_batches(recipe, 14188, None)
     assert (most.num_gpus, most.batch_size, most.steps_per_epoch, most.is_idle) == (64, 1408, 10, True)

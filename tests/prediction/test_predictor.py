@@ -72,6 +72,8 @@ def test_arrays_tensors_and_pil_images_get_the_predictions_of_their_files(predic
     np.testing.assert_array_equal(predictor(pixels).logits, predictor(tensor).logits)
     np.testing.assert_array_equal(predictor(pixels[3]).logits[0], predictor([pixels[3]]).logits[0])
     np.testing.assert_array_equal(predictor(pixels / 255, scale=(0.0, 1.0)).logits, predictor(pixels).logits)
+    rounded = (tensor / 255).bfloat16()
+    np.testing.assert_array_equal(predictor(rounded, scale=(0, 1)).logits, predictor(rounded.float(), scale=(0, 1)).logits)
     assert predictor(str(files[2])).predicted == predictor(files).predicted[2:3]
     assert len(predictor([])) == 0 and predictor([]).probabilities.shape == (0, 3)
 

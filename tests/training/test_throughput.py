@@ -98,6 +98,7 @@ def test_step_timer_does_not_synchronise_the_gpu() -> None:
     device = torch.device("cuda")
     matrix = torch.randn(4096, 4096, device=device)
     timer = StepTimer(device, batch_size=1, world_size=1)
+    matrix = matrix @ matrix  # the first product sets up cuBLAS
     torch.cuda.synchronize()
     timer.window(0)
     start = time.perf_counter()
