@@ -273,9 +273,9 @@ def init_distributed(
     set_flight_recorder(environ)
     if not environ.get("OMP_NUM_THREADS", "").isdecimal():
         environ["OMP_NUM_THREADS"] = "1"  # for Accelerate, which accepts a plain number only (not "4,2"); torch is already loaded
-    devices = _join_group(find_device(launched, environ), launched.size, timeout)
-    resolved = resolve_precision(precision, [found.capability for found in devices])
-    mixed_precision = MixedPrecision(resolved, devices[launched.rank].device, environ, timeout)
+    own = find_device(launched, environ)
+    resolved = _join_group(own, launched.size, precision, timeout)
+    mixed_precision = MixedPrecision(resolved, own.device, environ, timeout)
     assert mixed_precision.num_processes == launched.size, f"Accelerate has {mixed_precision.num_processes} processes"
     set_up_logging(launched.rank)
     world = World(
@@ -323,19 +323,25 @@ def _with_threads(world: World, threads: int) -> World:
     return replace(world, threads=threads)
 
 
-def _join_group(own: RankDevice, size: int, timeout: timedelta | None) -> list[RankDevice]:
-    """Meet the other ranks, compare devices, and create the process group; return the devices of all ranks."""
+def _join_group(own: RankDevice, size: int, precision: Precision | Literal["auto"], timeout: timedelta | None) -> Precision:
+    """Meet the other ranks, compare devices, and create the process group; return the precision that suits all devices.
+
+    What the ranks refuse they refuse before the group exists: a rank that leaves would break the connections of the others.
+    """
     if size == 1:
         check_devices([own])
-        return [own]
-    options = {} if timeout is None else {"timeout": timeout}
-    store, *_ = next(rendezvous("env://", own.rank, size, **options))
+        return resolve_precision(precision, [own.capability])
+    # With torch's timeout of half an hour: one of hours, for work that takes long, would hide that a rank never started.
+    store, *_ = next(rendezvous("env://", own.rank, size))
     devices = gather_devices(own, store, size)
     check_devices(devices)
+    resolved = resolve_precision(precision, [found.capability for found in devices])
+    if timeout is not None:
+        store.set_timeout(timeout)
     backend = "gloo" if own.device.type == "cpu" else "nccl"
     # The prefix is the one that torch gives the store when it creates it.
     dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own.rank, world_size=size, timeout=timeout)
-    return devices
+    return resolved
 
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
@@ -358,7 +364,7 @@ def open_world(
     """Yield the ``World`` of ``init_distributed``, and destroy its process group at the end.
 
     After an error of a run of several processes the group is left as it is, since NCCL's destroy waits for the other ranks. They
-    are told of the error if this rank alone raises it.
+    hear of the error if this rank alone raises it.
     """
     world = init_distributed(precision, environ, timeout=timeout, threads=threads)
     try:
@@ -367,7 +373,8 @@ def open_world(
         world.announce_failure(error)
         if world.store is None:
             shutdown_distributed()
-        elif world.store.failure() is not None:
+        else:
+            world.store.acknowledge()
             world.store.wait_until_seen()
         raise
     shutdown_distributed()

@@ -29,7 +29,7 @@ LONG_TIMEOUT = timedelta(hours=12)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.25
 # Seconds between two looks at the store for a failure of another rank.
 FAILURE_POLL_S = 1.0
-# The store may be rank 0's own: it stays that long until the others have read of its failure.
+# The store may be rank 0's own: it stays that long until the others know of the error.
 SEEN_S = 4.0
 FLUSH_S = 1.0
 
@@ -157,12 +157,15 @@ class RankStore:
             return None
 
     def acknowledge(self) -> None:
-        """Record that this rank has read of the failure."""
+        """Record that this rank knows of the error."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"seen/{self.rank}", "")
 
     def wait_until_seen(self) -> None:
-        """Keep the store of rank 0 alive until the other ranks have read of the failure, or for ``SEEN_S`` seconds."""
+        """Keep rank 0 and its store until the other ranks know of the error, at most ``SEEN_S`` seconds.
+
+        With NCCL a broadcast of an error returns on rank 0 before it begins elsewhere, and never ends there if rank 0 is gone.
+        """
         deadline, others = time.monotonic() + SEEN_S, [f"seen/{rank}" for rank in range(1, self.size)]
         with contextlib.suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline and not self.store.check(others):

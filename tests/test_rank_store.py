@@ -27,7 +27,7 @@ from galaxydist.errors import (
 )
 from galaxydist.rank_store import RankFailure, RankStore
 from galaxydist.training.launch import launch
-from tests.helpers.forked_runs import forked
+from tests.helpers.forked_runs import forked, wait_for_exits
 
 
 @pytest.fixture
@@ -149,6 +149,35 @@ def fail_alone(world: World) -> None:
     world.barrier()
 
 
+def launch_refused() -> int:
+    """Work of three processes that rank 0 refuses; as with NCCL, its broadcast returns before the others take part."""
+    broadcast = torch.distributed.broadcast_object_list
+
+    def begin(*arguments: object, **named: object) -> None:
+        threading.Thread(target=broadcast, args=arguments, kwargs=named, daemon=True).start()
+
+    def refuse() -> None:
+        time.sleep(1)  # the others ask the store less often by now
+        raise UserError("there are no galaxies")
+
+    def work(_: None, environ: object, _leave: Callable[..., None]) -> int:
+        with open_world("no", environ) as world:  # type: ignore[arg-type]
+            if world.is_main:
+                torch.distributed.broadcast_object_list = begin
+            world.run_on_main(refuse)
+        return 0
+
+    return launch(None, os.environ, work=work)
+
+
+@pytest.mark.multiprocess
+def test_rank_0_leaves_after_an_error_of_all_ranks_once_the_others_have_it(tmp_path: Path) -> None:
+    with forked(launch_refused, folder=tmp_path, size=3) as run:
+        wait_for_exits(run.processes, 100)
+        assert run.exit_codes == [2, 2, 2], run.text("err")
+        assert run.text("err") == "galaxydist: error: there are no galaxies\n"
+
+
 def launch_failing() -> int:
     """Work of three processes without a watchdog, such as an evaluation; destroying the group never ends."""
     torch.distributed.destroy_process_group = lambda: threading.Event().wait()
@@ -164,8 +193,7 @@ def launch_failing() -> int:
 @pytest.mark.multiprocess
 def test_a_rank_that_fails_alone_wakes_the_others_where_there_is_no_watchdog(tmp_path: Path) -> None:
     with forked(launch_failing, folder=tmp_path, size=3) as run:
-        for process in run.processes:
-            process.join(100)
+        wait_for_exits(run.processes, 100)
         assert run.exit_codes == [2, 2, 2], run.text("err")
         assert run.said(2, "err") == "galaxydist: error (rank 2): the disk of this node is full\n"
         assert f"process {run.pids[2]}) failed: the disk of this node is full" in run.said(0, "err")

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.records import JobFiles
-from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError, first_line
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, UserError, exit_code_of, first_line
 from galaxydist.job_environment import job_of, master_port, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
@@ -117,7 +117,7 @@ def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], write
 
 def _write_failure(folder: RunFolder, start: str | None, rank: int, error: BaseException) -> None:
     """Write the failure for the batch script, unless the training has done so."""
-    kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
+    kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
     text = first_line(error)
     suffix = f" (rank {rank})" if rank else ""
     with suppress(OSError, UserError):  # the disk itself may have failed

@@ -119,6 +119,7 @@ class RankReport:
         slurm_gpus: SLURM_STEP_GPUS or SLURM_JOB_GPUS, for the whole node.
         num_gpus: GPUs that torch sees.
         gpu: unique id of the GPU that this rank would train on; None: it has none, or it cannot be used.
+        gpu_problem: first line of the error if its GPU cannot be used.
         interface: gloo's network interface; None: the one that the host name resolves to.
         address: network address of this rank.
         store: host and port of the rendezvous.
@@ -147,6 +148,7 @@ class RankReport:
     slurm_gpus: str | None = None
     num_gpus: int = 0
     gpu: str | None = None
+    gpu_problem: str | None = None
     interface: str | None = None
     address: str | None = None
     store: str = ""

@@ -305,6 +305,8 @@ def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check
     unusable = [report for report in reports if report.gpu is None]
     if unusable:
         text = f"{unusable[0].num_gpus} visible on {describe_ranks(unusable, reports)}, but none that this rank can use"
+        if unusable[0].gpu_problem is not None:
+            text += f": {unusable[0].gpu_problem}"
         return failure(name, text, "one task a GPU: set cluster.tasks_per_node to cluster.gpus_per_node (or 0); see nvidia-smi")
     users: dict[tuple[str, str], list[RankReport]] = {}
     for report in reports:

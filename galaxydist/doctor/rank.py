@@ -329,7 +329,7 @@ def _check_node(report: RankReport, examination: Examination, environ: Mapping[s
     report.visible_gpus = environ.get("CUDA_VISIBLE_DEVICES")
     report.slurm_gpus = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS")
     found = find_device(LauncherRank(report.rank, report.world_size, local_rank=int(environ["LOCAL_RANK"])), environ)
-    report.num_gpus, report.gpu = found.num_visible, found.gpu
+    report.num_gpus, report.gpu, report.gpu_problem = found.num_visible, found.gpu, found.problem
     target = CheckTarget(
         data_root=data_root(examination.data_dir, environ),
         runs=examination.folder,

@@ -171,7 +171,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         recipe, world = self.recipe, self.world
         if self._model is None:
-            model = load_model(recipe, self._checkpoint, trust_code=self.trust_code)
+            model = world.run_on_all(lambda: load_model(recipe, self._checkpoint, trust_code=self.trust_code))
             layout = choose_memory_format(recipe.train.channels_last, model, world.device, world.dtype)
             self._model = model.to(device=world.device, dtype=world.dtype)
             set_memory_format(model, layout)

@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Launchers kill all ranks once one has exited: the other ranks leave rank 0 this time to log an error that all have.
 LOGGING_S = 3.0
-
-
 # The launcher's report of an error may take this time; a log on a hung file system must not keep the process.
 REPORT_S = 10.0
 

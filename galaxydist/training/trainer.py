@@ -13,7 +13,15 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
-from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError, first_line, is_known_to_all
+from galaxydist.errors import (
+    EXIT_BAD_INPUT,
+    NonfiniteError,
+    OneRankFailedError,
+    UserError,
+    exit_code_of,
+    first_line,
+    is_known_to_all,
+)
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
@@ -268,7 +276,6 @@ class Trainer:
                 "recipe": to_dict(recipe),
             },
         )
-
         self.last_works.insert(0, (self.checkpointer.writer.wait, LAST_WRITE_S))
 
     def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
@@ -434,9 +441,9 @@ class Trainer:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
         if not self.world.is_main and is_known_to_all(error):
             return
-        kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
-        if isinstance(error, UserError):
-            kind = "bad_input"
+        kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
+        if isinstance(error, NonfiniteError):
+            kind = "nonfinite"
         text = first_line(error)
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
             self.run_folder.write_failure(kind, self._num_steps, text, start=start_of(self.environ))

@@ -148,6 +148,7 @@ def test_check_cpus_warns_of_fewer_cores_than_requested(changes: dict[str, dict[
         ({"gpu": {1: "GPU-0"}}, "failure", "ranks 0, 1 on n1 share one GPU"),
         ({"num_gpus": {2: 0, 3: 0}}, "failure", "none visible to torch on n2"),
         ({"gpu": {2: None}}, "failure", "2 visible on n2 (rank 2), but none that this rank can use"),
+        ({"gpu": {2: None}, "gpu_problem": {2: "CUDA error: busy"}}, "failure", "this rank can use: CUDA error: busy"),
     ],
 )
 def test_check_gpu_shares_fails_for_shared_missing_or_foreign_gpus(

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,7 @@ from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import Evaluator
-from tests.helpers.forked_runs import ROOT, Ranks, forked, train
+from tests.helpers.forked_runs import ROOT, Ranks, forked, train, wait_for_exits
 from tests.helpers.runs import ACCELERATE_2, LAUNCH, TORCHRUN_2, count_errors, quick_settings, read_evaluation, run_here
 from tests.helpers.scripts.failing_model import block_for_ever
 
@@ -40,9 +39,7 @@ def settings_of(blobs: Path, run_dir: Path) -> list[str]:
 
 def exit_codes(run: Ranks) -> list[int | None]:
     """Once all have left by themselves, as under an srun that does not end them."""
-    deadline = time.monotonic() + AT_ONCE_S
-    for process in run.processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    wait_for_exits(run.processes, AT_ONCE_S)
     return run.exit_codes
 
 
@@ -148,7 +145,7 @@ def test_launchers_end_with_the_message_of_the_rank_that_failed_alone(
     assert f"galaxydist: error (rank 1): {MESSAGES[fault]}" in done.stderr
     assert "Traceback" not in done.stderr.split("galaxydist: error")[0]
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["error"].startswith(MESSAGES[fault])
-    assert not [process for process in psutil.process_iter(["environ"]) if _is_of(process, tmp_path)]
+    assert not [process for process in psutil.process_iter() if _is_of(process, tmp_path)]
 
 
 def _is_of(process: psutil.Process, tmp_path: Path) -> bool:
