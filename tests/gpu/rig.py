@@ -68,7 +68,7 @@ def needs_cuda(name: str, reason: str) -> Row:
 
 @dataclass
 class Rig:
-    """What a check works with.
+    """Settings and folders of a check.
 
     Processes are forked from one that has imported torch and has not touched CUDA; each is killed at the deadline, with all that
     it has started.

@@ -79,7 +79,7 @@ def test_torch_backend_treats_each_image_alone(config: AugmentConfig) -> None:
 
 
 def by_torch(augment: Augment, images: Tensor, epoch: int, first: int = 0, **layout: torch.memory_format) -> Tensor:
-    """What an accelerator makes of images on a CPU."""
+    """The images that an accelerator would get, computed on a CPU."""
     transform = augment.transform(torch.from_numpy(augment.draw(epoch, first + np.arange(len(images)), 96)), 96)
     views = images if isinstance(transform.geometry, AffineWarp) else augment.normalise.crop_and_resize(images)
     return augment.normalise.on_device(views, transform, **layout)

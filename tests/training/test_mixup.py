@@ -47,7 +47,7 @@ def global_batch(size: int, number: int = 2, dtype: torch.dtype = torch.float32)
 
 
 def mixture(drawn: Mixup, batch: Batch) -> MixedBatch:
-    """What a step makes of the draws of a batch."""
+    """The values that a step takes from the draws of a batch."""
     return drawn.prepare(torch.from_numpy(drawn.draw_rows(batch.epoch, batch.positions_B.numpy())), batch.weights_B)
 
 
