@@ -25,7 +25,7 @@ MAX_BYTES = 64 << 20
 # Libraries that a machine with torch for CUDA is expected to have; what they need is there too.
 PROVIDED = (
     *("accelerate", "h5py", "huggingface-hub", "jinja2", "matplotlib", "numpy", "opencv-python-headless", "packaging", "pillow"),
-    *("psutil", "pyarrow", "pyyaml", "requests", "rich", "safetensors", "scikit-learn", "scipy", "timm", "torch", "torchvision"),
+    *("psutil", "pyarrow", "pyyaml", "rich", "safetensors", "scipy", "timm", "torch", "torchvision"),
     *("tqdm", "typing-extensions"),
 )
 # Not needed with tracker.name=none.
