@@ -1,34 +1,13 @@
-"""Job files of a run folder: submissions, restarts, the last failure and the logs of the ranks.
+"""Job files of a run folder: submissions, restarts, the last failure and the logs of the ranks."""
 
-Each line of jobs.jsonl and restarts.jsonl is written by a single write, so that two writers on one machine never mix their lines
-(on NFS: two writers on one client). A line that a crash left half-written is ignored.
-"""
-
-import dataclasses
-import errno
-import json
-import os
-import sys
-import types
-import typing
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from galaxydist.atomic_files import explain_full_disk, fsync_file
-from galaxydist.errors import UserError
-from galaxydist.runs.folder import plain
+from galaxydist.runs.record_file import append_record, read_records
 
 Scheduler = Literal["slurm", "local"]
 Decision = Literal["finished", "requeue", "resubmit", "stop"]
-
-# Appended to a half-written line, so that the next record starts on its own line.
-_TORN = b" #torn"
-# Number of bytes of a damaged line that an error message shows.
-_SHOWN = 80
-
-Record = TypeVar("Record", "JobRecord", "RestartRecord")
 
 
 @dataclass(frozen=True)
@@ -113,7 +92,7 @@ class JobFiles:
         Raises:
             UserError: the disk is full.
         """
-        _append(self.jobs_path, record)
+        append_record(self.jobs_path, record)
 
     def jobs(self) -> list[JobRecord]:
         """Return all submissions, oldest first.
@@ -121,7 +100,7 @@ class JobFiles:
         Raises:
             UserError: a line is damaged.
         """
-        return list(_read_records(self.jobs_path, JobRecord))
+        return list(read_records(self.jobs_path, JobRecord))
 
     def append_restart(self, record: RestartRecord) -> None:
         """Add the record of an ended start.
@@ -129,7 +108,7 @@ class JobFiles:
         Raises:
             UserError: the disk is full.
         """
-        _append(self.restarts_path, record)
+        append_record(self.restarts_path, record)
 
     def restarts(self) -> list[RestartRecord]:
         """Return the records of all ended starts, oldest first.
@@ -137,7 +116,7 @@ class JobFiles:
         Raises:
             UserError: a line is damaged.
         """
-        return list(_read_records(self.restarts_path, RestartRecord))
+        return list(read_records(self.restarts_path, RestartRecord))
 
     def rank_log(self, rank: int) -> Path:
         """Return the path of a rank's log over all restarts."""
@@ -147,83 +126,3 @@ class JobFiles:
         """Return the existing logs, sorted by rank."""
         found = [path for path in self.logs_dir.glob("rank-*.log") if path.stem.removeprefix("rank-").isdecimal()]
         return sorted(found, key=lambda path: int(path.stem.removeprefix("rank-")))
-
-
-def _append(path: Path, record: JobRecord | RestartRecord) -> None:
-    """Append a line by one write, followed by fsync."""
-    line = json.dumps(plain(dataclasses.asdict(record)), allow_nan=False, ensure_ascii=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    sys.audit("galaxydist.write", str(path))
-    with explain_full_disk(path, "The lines before are untouched."):
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            if _is_torn(descriptor):
-                line = _TORN + b"\n" + line
-            if os.write(descriptor, line) < len(line):  # a full disk accepts only a part
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            sys.audit("galaxydist.fsync", str(path))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if is_new:
-        fsync_file(path.parent)
-
-
-def _is_torn(descriptor: int) -> bool:
-    """Return True if the last line has no newline (killed writer or full disk)."""
-    size = os.fstat(descriptor).st_size
-    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-
-
-def _read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return
-    for number, line in enumerate(lines[:-1], 1):  # after the last newline there is nothing, or a half-written line
-        if line.endswith(_TORN):
-            continue
-        try:
-            yield from_plain(kind, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number} is damaged ({error}): {line[:_SHOWN].decode(errors='replace')!r}. "
-                "It was edited, or written by another version of galaxydist: restore or remove that line."
-            ) from error
-
-
-def from_plain(kind: type[Record], content: Any) -> Record:
-    """Build a record from JSON values.
-
-    Raises:
-        ValueError: a key is missing, or a value has the wrong type; the message names the key.
-    """
-    if not isinstance(content, Mapping):
-        raise ValueError("not an object")
-    hints = typing.get_type_hints(kind)
-    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
-    if missing := sorted(needed - set(content)):
-        raise ValueError(f"{', '.join(missing)} is missing")
-    # Unknown keys are ignored: a job's snapshot may be older than the command that wrote the line.
-    return kind(**{name: _checked(name, hints[name], value) for name, value in content.items() if name in hints})
-
-
-def _checked(name: str, hint: Any, value: Any) -> Any:
-    """Convert a JSON value to a field's type."""
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if origin is Literal and value in typing.get_args(hint):
-        return value
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise ValueError(f"{name}={value!r} is not {getattr(hint, '__name__', hint)}")

@@ -59,6 +59,7 @@ class RunFolder:
         self.tracker_path = path / "tracker.json"
         self.result_path = path / "result.json"
         self.failure_path = path / "failure.json"
+        self.events_path = path / "events.jsonl"
         self.lock_path = path / "lock.json"
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"

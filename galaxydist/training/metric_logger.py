@@ -17,7 +17,7 @@ from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
-from galaxydist.training.trackers import Tracker
+from galaxydist.tracking.run_tracker import Tracker
 
 logger = logging.getLogger(__name__)
 

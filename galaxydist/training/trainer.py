@@ -82,7 +82,7 @@ from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, build_utilisation
-from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
+from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
 
 logger = logging.getLogger(__name__)
 

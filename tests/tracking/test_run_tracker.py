@@ -15,9 +15,10 @@ import pytest
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
+from galaxydist.runs.events import Event
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training import trackers
-from galaxydist.training.trackers import (
+from galaxydist.tracking import run_tracker as trackers
+from galaxydist.tracking.run_tracker import (
     BLOCK_SIZE,
     RunTracker,
     Tracker,
@@ -30,6 +31,7 @@ from galaxydist.training.trackers import (
     read_records,
     stored_step,
 )
+from galaxydist.tracking.sink import Row, RunEnd
 from tests.helpers.forked_runs import forked, run_forked, train
 from tests.helpers.runs import quick_settings, read_metrics, run_here
 
@@ -160,13 +162,16 @@ class ListSink:
         self.rows: list[tuple[int, dict[str, Any]]] = []
         self.is_abandoned = False
 
-    def send(self, row: Mapping[str, Any], step: int) -> None:
-        if step >= self.breaks_at:
+    def send(self, row: Row) -> None:
+        if row.step >= self.breaks_at:
             raise BrokenPipeError("the server\nis away")
-        self.rows.append((step, dict(row)))
+        self.rows.append((row.step, dict(row.values)))
 
-    def close(self, summary: Mapping[str, float], exit_code: int) -> str:
-        return "there" if exit_code == 0 and not summary else "elsewhere"
+    def alert(self, event: Event) -> None:
+        raise AssertionError(event)
+
+    def close(self, end: RunEnd) -> str:
+        return "there" if end.exit_code == 0 and not end.summary else "elsewhere"
 
     def abandon(self) -> None:
         self.is_abandoned = True

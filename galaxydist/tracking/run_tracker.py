@@ -22,14 +22,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 from galaxydist.distributed import World
 from galaxydist.errors import first_line
 from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
+from galaxydist.runs.events import Event
 from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.shards.manifest import Manifest
+from galaxydist.tracking.sink import Row, RunEnd, Sink
 
 WandbMode = Literal["online", "offline"]
 
@@ -135,26 +137,6 @@ class Tracker:
         """Close the tracker; after a good end, return a line that says where it keeps the run."""
 
 
-class Sink(Protocol):
-    """Program of a tracker, which is sent complete rows in the order of their steps. Any method may raise any error.
-
-    Attributes:
-        stored_step: the highest step that it had stored when it was opened; 0 if there was none.
-    """
-
-    stored_step: int
-
-    def send(self, row: Mapping[str, Any], step: int) -> None: ...
-
-    def close(self, summary: Mapping[str, float], exit_code: int) -> str:
-        """Store everything, and return a line that says where."""
-        ...
-
-    def abandon(self) -> None:
-        """Close a program that has failed, without a message."""
-        ...
-
-
 class RunTracker(Tracker):
     """Sends the rows of a run to a sink, each step once. A failure is logged once and never stops the training.
 
@@ -198,7 +180,7 @@ class RunTracker(Tracker):
         if self._failed:
             return None
         try:
-            location = self._sink.close(summary, exit_code)
+            location = self._sink.close(RunEnd(exit_code, summary))
         except Exception as error:  # no error of a tracker stops the run
             self._fail(error)
             return None
@@ -209,7 +191,7 @@ class RunTracker(Tracker):
         if self._failed or not self._row:
             return
         try:
-            self._sink.send(self._row, self._row_step)
+            self._sink.send(Row(self._row_step, self._row))
         except Exception as error:  # as above
             self._fail(error)
         self._sent_step, self._row = self._row_step, {}
@@ -281,14 +263,18 @@ class WandbSink:
         if self.mode == "online":
             self.stored_step = self._run.starting_step - 1  # the server gives its next step
 
-    def send(self, row: Mapping[str, Any], step: int) -> None:
+    def send(self, row: Row) -> None:
         """Send one complete row."""
-        self._run.log({**row, "step": step}, step=step, commit=True)
+        self._run.log({**row.values, "step": row.step}, step=row.step, commit=True)
 
-    def close(self, summary: Mapping[str, float], exit_code: int) -> str:
+    def alert(self, event: Event) -> None:
+        """Send an alert, which wandb passes on by mail or Slack."""
+        self._run.alert(event.kind, event.text)
+
+    def close(self, end: RunEnd) -> str:
         """Wait until all rows are stored; offline, wandb's process may still be writing when its ``finish`` returns."""
-        self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=exit_code)
+        self._run.summary.update(dict(end.summary))
+        self._run.finish(exit_code=end.exit_code)
         if self.mode == "online":
             return f"wandb: {self._run.url}"
         file, deadline = Path(self._run.settings.sync_file), time.monotonic() + WRITING_S

@@ -1,0 +1,1 @@
+"""What a run folder says, shown by experiment trackers: wandb, trackio, TensorBoard."""

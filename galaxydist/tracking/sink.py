@@ -1,0 +1,141 @@
+"""The interface of a tracker's program, and what a run folder says to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from galaxydist.runs.events import Event
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker is told of a run when it is opened.
+
+    Args:
+        run_id: the tracker's id of the run, with which a later start continues the same curves.
+        name: on the dashboard: what differs between the runs of a sweep, else the name of the run folder.
+        group: the sweep that the run belongs to; None for a single run.
+        job_type: the recipe's name.
+        project: the tracker's project.
+        entity: team or user; None for the tracker's own.
+        tags: of the run.
+        config: the resolved recipe as nested values, without secrets, and ``run`` (parameter count, world size, job ids,
+            commit) beside it.
+        dataset: name, variant, manifest hash, sizes of the splits, licence and citation; empty if they are not known.
+        folder: the run folder.
+    """
+
+    run_id: str
+    name: str
+    group: str | None
+    job_type: str
+    project: str
+    entity: str | None
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class TrackedGalaxy:
+    """One galaxy of a validation's table.
+
+    Args:
+        sample: its number in the split.
+        galaxy_id: its name in the survey.
+        label, predicted: class numbers.
+        probability: of the predicted class, in 0..1.
+        image: a small JPEG.
+    """
+
+    sample: int
+    galaxy_id: str
+    label: int
+    predicted: int
+    probability: float
+    image: Path
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The details of one validation.
+
+    Args:
+        step: optimizer steps done.
+        class_names: of length K.
+        confusion_KK: numbers of galaxies, true class x predicted class.
+        recall_K: recall of each class; None for a class without galaxies.
+        galaxies: a few galaxies, the same in each validation.
+    """
+
+    step: int
+    class_names: Sequence[str]
+    confusion_KK: Sequence[Sequence[int]]
+    recall_K: Sequence[float | None]
+    galaxies: Sequence[TrackedGalaxy] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """All that a run folder says of one step.
+
+    Args:
+        step: optimizer steps done, 1 or more.
+        values: metric -> finite value, such as ``train/loss``.
+        time: when the step was logged, in seconds since 1970; None in run folders of earlier versions.
+        validation: details of the validation after this step, if there was one.
+        events: that happened since the row before.
+    """
+
+    step: int
+    values: Mapping[str, Any]
+    time: float | None = None
+    validation: Validation | None = None
+    events: Sequence[Event] = ()
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """What a tracker is told at the end of a run, or of a start of it.
+
+    Args:
+        exit_code: 0 if the run has its result, else 1.
+        summary: final results, such as ``test/accuracy``.
+        figures: name -> PNG, such as ``test/confusion``.
+        pages: name -> HTML page, such as ``gallery``.
+        model: folder of the evaluated checkpoint; None if there is none.
+        model_card: Markdown that describes the model; empty if there is no model.
+    """
+
+    exit_code: int
+    summary: Mapping[str, float]
+    figures: Mapping[str, Path] = field(default_factory=dict)
+    pages: Mapping[str, Path] = field(default_factory=dict)
+    model: Path | None = None
+    model_card: str = ""
+
+
+class Sink(Protocol):
+    """Program of a tracker, which is sent complete rows in the order of their steps. Any method may raise any error.
+
+    Attributes:
+        stored_step: the highest step that it had stored when it was opened; 0 if there was none.
+    """
+
+    stored_step: int
+
+    def send(self, row: Row) -> None: ...
+
+    def alert(self, event: Event) -> None:
+        """Tell a person of an event, if the program can do that."""
+        ...
+
+    def close(self, end: RunEnd) -> str:
+        """Store everything, and return a line that says where."""
+        ...
+
+    def abandon(self) -> None:
+        """Close a program that has failed, without a message."""
+        ...
