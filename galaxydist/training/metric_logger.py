@@ -15,9 +15,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
+from galaxydist.tracking.run_tracker import Tracker
 from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
-from galaxydist.tracking.run_tracker import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -62,6 +62,7 @@ from galaxydist.runs.folder import ORIGIN_KEY, FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
+from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
@@ -82,7 +83,6 @@ from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, build_utilisation
-from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
 
 logger = logging.getLogger(__name__)
 
