@@ -29,8 +29,7 @@ class Counts:
         self, num_classes: int, device: torch.device | str = "cpu", *, subset_N: NDArray[np.bool_] | None = None
     ) -> None:
         self.num_classes = num_classes
-        # Apple's GPUs have no float64; their counts are summed on the CPU.
-        self._device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+        self._device = torch.device(device)
         # K*K cells by rows, whole nats of loss, fractions of a nat in units of 2^-36, number of galaxies with a non-finite loss.
         self._sums = torch.zeros(num_classes**2 + 3, dtype=torch.int64, device=self._device)
         self._subset_N = None if subset_N is None else torch.from_numpy(np.ascontiguousarray(subset_N))
