@@ -24,7 +24,7 @@ SecretAddress = Annotated[str, AfterValidator(check_address), PlainSerializer(la
 
 def run_field(default: Any, description: str, *, is_secret: bool = False, **constraints: Any) -> Any:
     """Define a field that changes the execution of a run, but not its numbers; no message shows the value of a secret one."""
-    extra = {"kind": "run", "secret": is_secret}
+    extra: dict[str, Any] = {"kind": "run", "secret": is_secret}
     return Field(default, description=description, json_schema_extra=extra, repr=not is_secret, **constraints)
 
 
