@@ -15,7 +15,6 @@ from galaxydist.errors import EXIT_BAD_INPUT, NonfiniteError, UserError, exit_co
 from galaxydist.job_environment import start_of
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.runs.metrics_file import MetricsFile
 
 # Name in timing.jsonl of the time of a line, in seconds since 1970.
 TIME = "time/unix"
@@ -26,8 +25,8 @@ def began() -> float:
     return psutil.Process().create_time()
 
 
-def cut_back(folder: RunFolder, logs: tuple[MetricsFile, ...], step: int) -> dict[str, Any]:
-    """Cut logs of a run back to the step of its checkpoint, and return details of its start.
+def cut_back(folder: RunFolder, step: int) -> dict[str, Any]:
+    """Cut the logs of a run back to the step of its checkpoint, and return details of its start.
 
     Returns:
         ``cut_steps``: the logged steps that are taken again; ``cut_points``: step and time of the first and the last line of
@@ -35,8 +34,7 @@ def cut_back(folder: RunFolder, logs: tuple[MetricsFile, ...], step: int) -> dic
     """
     logged = max((int(line["step"]) for line in folder.metrics.read()[-1:]), default=0)
     timed = [line for line in folder.timing.read() if line["step"] > step and isinstance(line.get(TIME), float)]
-    for log in logs:
-        log.cut_back(step)
+    folder.cut_back(step)
     points = [[line["step"], line[TIME]] for line in (*timed[:1], *timed[1:][-1:])]
     return {"cut_steps": max(0, logged - step), "cut_points": points}
 
