@@ -64,6 +64,7 @@ from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTim
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
@@ -74,7 +75,6 @@ from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, lock_run_folder
-from galaxydist.training.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
