@@ -33,7 +33,7 @@ STATUS_EPILOG = """examples:
   galaxydist status vit-0123abcd       the same run, by its name
   galaxydist status runs/sweep --watch a sweep, updated every 10 s
 
-States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, STOPPED, FAILED, NEW.
+States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, PRUNED, STOPPED, FAILED, NEW.
 "time left" is the time until the job's time limit, "to do" the rest of the training at the last measured speed.
 """
 

@@ -36,6 +36,7 @@ class SweepRunState:
         holder: the process that holds the run folder (such as ``launch.py`` started by hand); None if there is none.
         failure: the error of the last start.
         for_good: a restart without changes would fail in the same way.
+        is_pruned: a search has ended the run.
     """
 
     is_started: bool = False
@@ -46,6 +47,7 @@ class SweepRunState:
     holder: str | None = None
     failure: str | None = None
     for_good: bool = False
+    is_pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SweepDecision:
     """The decision about a run of a sweep.
 
     Args:
-        state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unevaluated`` (not evaluated on all variants), or
+        state: ``finished``, ``pruned``, ``queued``, ``running``, ``new``, ``stopped``, ``unevaluated`` (not evaluated on all variants), or
             the state in which its last job ended, such as ``failed``.
         is_due: the run must be submitted.
         reason: for the user.
@@ -74,6 +76,8 @@ def decide(run: SweepRunState, *, retry_failed: bool = False) -> SweepDecision:
     job = run.job_state
     if run.is_finished and not run.missing:
         return SweepDecision("finished", False)
+    if run.is_pruned:
+        return SweepDecision("pruned", False)
     if job is not None and job.is_active:
         is_waiting = job.state in WAITING_STATES
         reason = f"job {run.job_id} {job.reason if is_waiting else ''}".rstrip()
@@ -132,6 +136,7 @@ def _read_run_state(run: SweepRun, jobs: Sequence[JobRecord], job_states: Mappin
         holder=str(holder) if holder is not None else None,
         failure=_describe(failure) if failure is not None else next((record.error for record in records), None),
         for_good=any(record.for_good for record in records) or own_failure.get("kind") in PERMANENT_FAILURES,
+        is_pruned=folder.is_pruned,
     )
 
 
@@ -260,7 +265,7 @@ def summarise(decisions: Sequence[SweepDecision]) -> str:
     """Return text such as ``42 runs: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
     left = Counter(decision.state for decision in decisions if not decision.is_due)
     due = Counter(decision.state for decision in decisions if decision.is_due)
-    parts = [f"{left[state]} {state}" for state in ("finished", "running", "queued", "failed") if left[state]]
+    parts = [f"{left[state]} {state}" for state in ("finished", "pruned", "running", "queued", "failed") if left[state]]
     parts += [f"{due.total()} to submit ({', '.join(f'{count} {state}' for state, count in due.items())})"] if due else []
     return f"{count_runs(len(decisions))}: {', '.join(parts)}"
 
