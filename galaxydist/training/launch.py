@@ -44,9 +44,7 @@ Leave = Callable[[BaseException, Iterable[LastWork]], None]
 RankWork = Callable[[Any, MutableMapping[str, str], Leave], int]
 
 
-def train_recipe(
-    arguments: Sequence[str], environ: MutableMapping[str, str], leave: Leave, prune: "Prune | None" = None
-) -> int:
+def train_recipe(arguments: Sequence[str], environ: MutableMapping[str, str], leave: Leave, prune: "Prune | None" = None) -> int:
     """Train the recipe of ``recipe=NAME`` and ``key=value`` overrides, and return the number of the signal that stopped it.
 
     Args:
