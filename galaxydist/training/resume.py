@@ -13,7 +13,7 @@ from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs.events import Event, append_event
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
@@ -233,18 +233,18 @@ class Pruning:
             self._epoch, self._value = epoch, value
             self.is_pruned = self.world.run_on_main(lambda: prune(epoch, value)) and not is_last
 
-    def finish(self, step: int, start: str | None) -> str:
+    def finish(self, step: int, events: EventLog) -> str:
         """Write that the run was pruned, once its state is saved, and return a line about it. All processes call it.
 
         Args:
             step: optimizer steps done.
-            start: job and restart (``job_environment.start_of``).
+            events: of the run.
         """
         epoch, value = self._epoch, self._value
         text = f"pruned after epoch {epoch}: {self.metric} {'not finite' if value is None else f'{value:.4f}'} (val)"
 
         def write() -> None:
-            append_event(self.folder.events_path, Event(time.time(), "pruned", text, step, start))
+            events.write("pruned", text, step)
             self.folder.write_pruned(step=step, epoch=epoch, metric=self.metric, value=value)
 
         self.world.run_on_main(write)
