@@ -158,7 +158,8 @@ class SearchParser:
             return None
         if "search" not in given:
             for key in given:
-                self._add(key, f"{key}: belongs to a search; write search: with the keys and values to try, or remove it")
+                hint = "write a recipe's seed under set, grid or list" if key == "seed" else "remove it"
+                self._add(key, f"{key}: belongs to a search; write search: with the keys and values to try, or {hint}")
             return None
         if other := [key for key in ("grid", "list") if key in self.document.lines]:
             self._add("search", f"search: is in place of {' and '.join(other)}; keep one, or write two sweeps")
