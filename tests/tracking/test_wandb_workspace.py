@@ -1,8 +1,7 @@
-"""The workspace on wandb, against the stand-in of its server, with the names that a real run has sent."""
+"""The workspace on wandb, against the stand-in of its server."""
 
 import json
 import os
-import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,7 @@ import pytest
 
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.tracking.wandb_workspace import FILE
-from tests.helpers.blobs import BlobSurvey
-from tests.helpers.runs import quick_settings, run_here
 from tests.helpers.wandb_server import RIGHT_KEY, USER, WRONG_KEY, WandbServer
-
-# A run on one CPU logs neither of these; the package's sources hold the names.
-ELSEWHERE = {"gpu/mfu", "gpu/memory_gb", "gpu/memory_reserved_gb", "train/loss_scale", "train/skipped"}
 
 
 @pytest.fixture
@@ -122,25 +116,3 @@ def test_what_is_wrong_has_a_message_and_changes_nothing(
     file.write_text("[]")
     assert "does not hold addresses" in refused()
     assert not server.views
-
-
-@pytest.mark.slow
-def test_panels_show_only_what_a_run_logs(server: WandbServer, blob_survey: BlobSurvey, tmp_path: Path) -> None:
-    run_dir = tmp_path / "runs" / "run"
-    assert run_here(quick_settings(blob_survey.manifest_path, run_dir, train__epochs=2, on_nonfinite="skip")) == 0
-    assert galaxydist(["track", "push", str(run_dir), "--mode", "online"]) == 0
-    assert galaxydist(["dashboard", "wandb"]) == 0
-    sent = server.run
-    logged = {name for row in sent.history for name in row} | set(sent.summary)
-    panels = [panel for panels in sections_of(read_spec(server)).values() for panel in panels]
-    assert len(panels) > 30
-    for panel in panels:
-        config = panel["config"]
-        for name in wanted_metrics(panel):
-            if not name.startswith("config"):
-                assert name in logged | ELSEWHERE | {"step", "createdAt"}, config
-    for name in ELSEWHERE:
-        assert holds_literal(name)
-    for pattern in (panel["config"]["metricRegex"] for panel in panels if "metricRegex" in panel["config"]):
-        if "gpu" not in pattern:
-            assert any(re.fullmatch(pattern, name) for name in logged), pattern
