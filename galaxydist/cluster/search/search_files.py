@@ -20,7 +20,7 @@ PREFIX = "trial-"
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """What the trials of a search have in common, in search.json of the sweep's folder.
+    """Settings that the trials of a search have in common, in search.json of the sweep's folder.
 
     Args:
         space: recipe key -> its values.
