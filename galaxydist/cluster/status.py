@@ -11,6 +11,8 @@ from typing import Any, Literal
 from galaxydist.cluster.logs import explain_end
 from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
 from galaxydist.cluster.running_jobs import lock_holder, newest_job
+from galaxydist.cluster.search.search_files import read_trial
+from galaxydist.cluster.search.search_space import short_text
 from galaxydist.cluster.slurm import (
     TIMED_STATES,
     UNKNOWN,
@@ -116,7 +118,7 @@ Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"
 GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
 
 # States derived from the run folder, besides SLURM's states.
-FINISHED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "STOPPED", "FAILED", "NEW", "DAMAGED"
+FINISHED, PRUNED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "PRUNED", "STOPPED", "FAILED", "NEW", "DAMAGED"
 _OTHER_GROUPS: dict[str, Group] = {
     UNKNOWN: "unknown",
     STOPPED: "stopped",
@@ -124,6 +126,7 @@ _OTHER_GROUPS: dict[str, Group] = {
     "CANCELLED": "stopped",
     "COMPLETED": "stopped",  # without a result, so the run was stopped before its end
     FINISHED: "finished",
+    PRUNED: "finished",
 }
 _DEPTH = 2
 _BARE_KEYS = ("recipe", "model.name", "data.variant")
@@ -139,8 +142,8 @@ class RunStatus:
     Args:
         run: the run folder.
         name: name of the run in the table.
-        state: SLURM's state of its newest job; FINISHED, RUNNING, STOPPED, FAILED or NEW if derived from the folder; DAMAGED if
-            the folder cannot be read.
+        state: SLURM's state of its newest job; FINISHED, PRUNED, RUNNING, STOPPED, FAILED or NEW if derived from the folder;
+            DAMAGED if the folder cannot be read.
         reason: of the state; may be empty.
         job: its newest job that waits or runs, else its newest job; None for a run started by hand.
         nodes: the nodes of the job.
@@ -255,11 +258,12 @@ def read_overview(folders: Sequence[Path]) -> Overview:
 
 
 def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
-    """Return settings of a run by dotted key, from its newest submission and recipe (model, data, seed)."""
+    """Return settings of a run by dotted key: of its newest submission, its values as a trial, and model, data and seed."""
     try:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
+        values = read_trial(run) or {}
     except (UserError, PermissionError):
-        recipe = {}
+        recipe, values = {}, {}
     from galaxydist.recipe.scalars import to_text
 
     found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
@@ -267,6 +271,7 @@ def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
         key, _, value = argument.partition("=")
         if not key.startswith(("run.", "tracker.")):
             found[key] = value
+    found |= {key: short_text(value) for key, value in values.items()}
     if "recipe" in found:  # it includes the model
         found["recipe"] = Path(found["recipe"]).stem
         found.pop("model.name", None)
@@ -346,8 +351,8 @@ def _find_state(
     """Combine SLURM's state of the newest job with the run folder and its lock."""
     if job_state is not None and job_state.is_active:
         return job_state
-    if folder.is_finished:
-        return JobState(FINISHED, nodes=job_state.nodes if job_state is not None else "")
+    if folder.is_finished or folder.is_pruned:
+        return JobState(FINISHED if folder.is_finished else PRUNED, nodes=job_state.nodes if job_state is not None else "")
     if holder is not None:
         return JobState("RUNNING", f"by {holder}", nodes=holder.host)
     if job_state is not None and job_state.state != UNKNOWN:
