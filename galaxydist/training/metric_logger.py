@@ -1,7 +1,7 @@
-"""Metrics of a training run: metrics.jsonl, timing.jsonl, the tracker and the progress bar.
+"""Metrics of a training run: metrics.jsonl, timing.jsonl and the progress bar.
 
 metrics.jsonl holds what the recipe determines, so that a run that was stopped and continued has the same file; timing.jsonl holds
-what depends on the machine. The tracker gets both.
+what depends on the machine. The tracker reads both.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
+from galaxydist.tracking.run_tracker import Tracker
 from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
-from galaxydist.tracking.run_tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class MetricLogger:
         self._timed_steps = 0
 
     def record(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None = None) -> None:
-        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and both to the tracker.
+        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and wake the tracker.
 
         An error is kept for ``raise_failure``, since only rank 0 knows of it here.
         """
@@ -130,7 +130,7 @@ class MetricLogger:
             self.folder.metrics.append(step, values)
             if timing:
                 self.folder.timing.append(step, timing)
-            self.tracker.log({**values, **(timing or {})}, step)
+            self.tracker.wake()
         except (UserError, OSError) as error:
             self._error = error
 

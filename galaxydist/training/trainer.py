@@ -62,6 +62,7 @@ from galaxydist.runs.folder import ORIGIN_KEY, FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
+from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
@@ -82,7 +83,6 @@ from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, build_utilisation
-from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Trainer:
         self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
-        self._summary: dict[str, float] | None = None
+        self._has_result = False
         self.last_works: list[LastWork] = []
 
     def run(self) -> int:
@@ -389,7 +389,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
-        """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
+        """Start the tracker; at the end finish it. An error is noted in the run folder."""
 
         def start() -> None:
             self.tracker = start_tracker(
@@ -404,7 +404,7 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        finish = partial(self.tracker.finish, {}, 1)
+        finish = partial(self.tracker.finish, 1)
         self.last_works.insert(1, (finish, FINISH_S))
         try:
             yield
@@ -413,7 +413,7 @@ class Trainer:
                 self._note_failure(error)
             run_within(FINISH_S, finish)
             raise
-        _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
+        _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
@@ -574,7 +574,7 @@ class Trainer:
         summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
         origin = {ORIGIN_KEY: self.manifest.origin.to_dict()} if self.manifest.origin is not None else {}
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
-        self._summary = summary
+        self._has_result = True
         results.info("%s", describe_end(self.run_folder))
 
 
