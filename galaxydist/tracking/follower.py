@@ -24,8 +24,7 @@ class Destination:
     Args:
         name: of the tracker.
         config: its settings: project, entity, tags, mode.
-        environ: the process's environment, with wandb's key if there is one. wandb's folder for its own copies is set in it, unless
-            the user set one.
+        environ: the process's environment, with wandb's key if there is one; wandb's folder for its own copies is set there.
     """
 
     name: TrackerName
@@ -44,13 +43,7 @@ class Destination:
 
                 mode = self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
                 return WandbSink(info, mode, self.environ)
-            if self.name == "trackio":
-                from galaxydist.tracking.trackio_sink import TrackioSink
-
-                return TrackioSink(info)
-            from galaxydist.tracking.tensorboard_sink import TensorboardSink
-
-            return TensorboardSink(info)
+            raise UserError(f"there is no tracker {self.name} yet; use wandb")
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("galaxydist"):
                 raise
@@ -106,11 +99,14 @@ class Follower:
         Raises:
             UserError: a file of the run folder is damaged.
         """
+        before = self.num_rows
         for row in self._reader.read(has_ended=has_ended):
             if row.step > self._step:
                 self.sink.send(row)
                 self._step = row.step
                 self.num_rows += 1
+        if self.num_rows > before:
+            self.sink.flush()
         events = self._reader.read_events()
         for event in events[self._num_events :]:
             if event.kind in ALERTS and self._alerts_since is not None and event.time >= self._alerts_since:

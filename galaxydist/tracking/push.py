@@ -1,4 +1,4 @@
-"""Sends run folders to a tracker after the fact: crashed, finished and old runs, and those that run where there is no internet."""
+"""Sends run folders to a tracker from elsewhere: crashed, finished and old runs, and those that run without internet."""
 
 import contextlib
 import logging

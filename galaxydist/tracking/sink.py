@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from galaxydist.runs.events import Event
+from galaxydist.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TrackedGalaxy:
         galaxy_id: its name in the survey.
         label, predicted: class numbers.
         probability: of the predicted class, in 0..1.
-        image: a small JPEG.
+        image: a small JPEG; it may be missing.
     """
 
     sample: int
@@ -68,6 +69,8 @@ class Validation:
         confusion_KK: numbers of galaxies, true class x predicted class.
         recall_K: recall of each class; None for a class without galaxies.
         galaxies: a few galaxies, the same in each validation.
+        calibration: bins of confidence, each with ``low``, ``high``, ``count``, and the means ``confidence`` and ``accuracy``,
+            which are None in a bin without galaxies; no bins if a loss is not finite.
     """
 
     step: int
@@ -75,6 +78,32 @@ class Validation:
     confusion_KK: Sequence[Sequence[int]]
     recall_K: Sequence[float | None]
     galaxies: Sequence[TrackedGalaxy] = ()
+    calibration: Sequence[Mapping[str, Any]] = ()
+
+
+def read_validations(folder: RunFolder) -> list[Validation]:
+    """Return the validations of a run, oldest first; none if the run folder is of an earlier version.
+
+    Raises:
+        UserError: a line of validation.jsonl is damaged.
+    """
+    return [validation_of(line, folder) for line in folder.validations.read()]
+
+
+def validation_of(line: Mapping[str, Any], folder: RunFolder) -> Validation:
+    """Return the validation that a line of validation.jsonl holds."""
+    galaxies = [
+        TrackedGalaxy(
+            sample=galaxy["sample"],
+            galaxy_id=galaxy["id"],
+            label=galaxy["label"],
+            predicted=galaxy["predicted"],
+            probability=galaxy["probability"],
+            image=folder.galaxy_image(galaxy["sample"]),
+        )
+        for galaxy in line["galaxies"]
+    ]
+    return Validation(line["step"], line["classes"], line["confusion"], line["recall"], galaxies, line["calibration"])
 
 
 @dataclass(frozen=True)
@@ -131,6 +160,10 @@ class Sink(Protocol):
     stored_step: int
 
     def send(self, row: Row) -> None: ...
+
+    def flush(self) -> None:
+        """Store the rows sent so far, so that they are seen; called when there is no further row for now."""
+        ...
 
     def alert(self, event: Event) -> None:
         """Tell a person of an event, if the program can do that."""
