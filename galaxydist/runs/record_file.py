@@ -118,8 +118,6 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
         return tuple(value)
     if hint is float and type(value) in (int, float):
         return float(value)
-    if origin is dict and isinstance(value, dict):
-        return value
-    if hint in (int, str, bool) and type(value) is hint:
+    if (origin is dict and isinstance(value, dict)) or (hint in (int, str, bool) and type(value) is hint):
         return value
     raise ValueError(f"{name}={value!r} is not {getattr(hint, '__name__', hint)}")
