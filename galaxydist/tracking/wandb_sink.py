@@ -102,6 +102,9 @@ class WandbSink:
             values |= draw_validation(row.validation)
         self._run.log(values, step=row.step, commit=True)
 
+    def flush(self) -> None:
+        """Do nothing: wandb's process sends or stores the rows by itself."""
+
     def alert(self, event: Event) -> None:
         """Send an alert, which wandb passes on by mail or Slack."""
         assert event.kind in ALERTS
@@ -113,7 +116,7 @@ class WandbSink:
         self._settle()
         values = dict(self.info.config)
         values[FACTS_KEY] = {**values.get(FACTS_KEY, {}), **end.facts}
-        self._run.config.update(values, allow_val_change=True)
+        self._run.config.update(values, allow_val_change=True)  # type: ignore[no-untyped-call]
         self._run.summary.update(dict(end.summary))
         self._send_events(end.events)
         if end.exit_code == 0:
@@ -153,8 +156,8 @@ class WandbSink:
         for path in offline_files(self.info.folder, self.info.run_id):
             if (project := read_project(path)) not in (None, self.info.project):
                 raise UserError(
-                    f"{path} is of wandb's project {project}, and project {self.info.project} was asked for. Give --project {project}, "
-                    f"send it with `wandb sync --project {self.info.project} {path.parent}`, or remove {path.parent} first."
+                    f"{path} is of wandb's project {project}, and project {self.info.project} was asked for. Give --project "
+                    f"{project}, send it with `wandb sync --project {self.info.project} {path.parent}`, or remove it first."
                 )
 
     def _send_events(self, events: Any) -> None:
@@ -218,14 +221,14 @@ def draw_validation(validation: Validation) -> dict[str, Any]:
         for true, row in enumerate(validation.confusion_KK)
         for predicted, count in enumerate(row)
     ]
-    columns = ["Actual", "Predicted", "nPredictions"]
+    columns: list[int | str] = ["Actual", "Predicted", "nPredictions"]
     recalls = [[name, recall] for name, recall in zip(names, validation.recall_K, strict=True) if recall is not None]
     bins = [[found["confidence"], found["accuracy"]] for found in validation.calibration if found["count"]]
     drawn: dict[str, Any] = {
         "val/confusion": wandb.plot_table(
             "wandb/confusion_matrix/v1",
             wandb.Table(columns=columns, data=counts),
-            {name: name for name in columns},
+            {str(name): str(name) for name in columns},
             {"title": "Confusion matrix (validation)"},
         ),
         "val/recall_by_class": wandb.plot.bar(
