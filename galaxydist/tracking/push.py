@@ -45,8 +45,9 @@ class PushOptions:
         """
         recipe = folder.read_recipe().recipe
         given = {"project": self.project, "entity": self.entity, "mode": self.mode}
-        stored = {name: recipe.get(f"tracker.{name}") for name in ("project", "entity", "tags", "mode")}
-        values = {name: value for name, value in (stored | {k: v for k, v in given.items() if v}).items() if value is not None}
+        stored = {name: recipe.get(f"tracker.{name}") for name in given} | {"tags": tuple(recipe.get("tracker.tags") or ())}
+        values = stored | {name: value for name, value in given.items() if value is not None}
+        values = {name: value for name, value in values.items() if value is not None}
         return Destination(self.name, TrackerConfig(**values), self.environ)
 
 

@@ -6,7 +6,7 @@ the order of their steps; a run that continues from a checkpoint cuts them back 
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,9 @@ class GrowingFile:
 class RunReader:
     """Reads complete rows from a run folder, each step once, in the order of their steps.
 
-    A row is complete when a higher step began or the run has ended: a validation belongs to the row of its step. Events, and what
-    each node measured of itself, come with the first row that was logged later.
+    A row is complete when a higher step began or the run has ended: a validation belongs to the row of its step, with the recall
+    of each class as ``val/recall/CLASS``. Events, and what each node measured of itself, come with the first row that was logged
+    later; ``events/KIND`` counts the events of a kind up to there.
 
     Args:
         folder: the run folder, which may be of an earlier version, or just being written.
@@ -109,6 +110,7 @@ class RunReader:
         self._done_step = 0
         self._events: list[Event] = []
         self._num_sent = 0  # events that came with a row
+        self._counts: Counter[str] = Counter()
 
     def read(self, *, has_ended: bool = False) -> Iterator[Row]:
         """Yield the rows that have become complete since the last call.
@@ -137,7 +139,7 @@ class RunReader:
     def read_events(self) -> list[Event]:
         """Return all events of the run so far, oldest first."""
         if self._events_file.refresh():
-            self._events, self._num_sent = [], 0
+            self._events, self._num_sent, self._counts = [], 0, Counter()
         while (line := self._events_file.peek()) is not None:
             self._events_file.take()
             try:
@@ -162,7 +164,12 @@ class RunReader:
         seconds = values.pop(TIME_KEY, None)
         values |= self._take_measured(step, seconds)
         events = tuple(self._take_events(step, seconds))
-        return Row(step, values, seconds, validation_of(details[-1], self.folder) if details else None, events)
+        values |= {f"events/{event.kind}": self._counts[event.kind] for event in events}
+        validation = validation_of(details[-1], self.folder) if details else None
+        if validation is not None:
+            recalls = zip(validation.class_names, validation.recall_K, strict=True)
+            values |= {f"val/recall/{name}": recall for name, recall in recalls if recall is not None}
+        return Row(step, values, seconds, validation, events)
 
     def _take_measured(self, step: int, seconds: float | None) -> dict[str, Any]:
         """Take each node's newest values of its own, up to a row."""
@@ -178,6 +185,7 @@ class RunReader:
             if not _is_before(event.time, event.step, step, seconds):
                 return
             self._num_sent += 1
+            self._counts[event.kind] += 1
             yield event
 
     def _find_nodes(self) -> None:

@@ -8,10 +8,12 @@ import shlex
 import socket
 import time
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from galaxydist.errors import UserError
+from galaxydist.rank_store import run_within
 from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_info import FACTS_KEY
@@ -26,6 +28,8 @@ LOG = logging.getLogger(__name__)
 WRITING_S = 60.0
 # Seconds until a server that does not answer counts as dead.
 INIT_S = 60
+# Seconds in which wandb may notice that its process is gone.
+TEARDOWN_S = 5.0
 # Images of galaxies in one table, in bytes.
 TABLE_BYTES = 500_000
 # Largest gallery page that is sent, in bytes.
@@ -273,11 +277,13 @@ def _is_no_lost_connection(record: logging.LogRecord) -> bool:
 def end_service() -> None:
     """Kill wandb's process, if this one started it: at exit, wandb would wait for it without a limit."""
     import psutil
+    import wandb
 
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if "wandb-core" in child.name():
                 child.kill()
+    run_within(TEARDOWN_S, partial(wandb.teardown, exit_code=1))  # else wandb tries it at exit, and prints a traceback
 
 
 def choose_wandb_mode(environ: Mapping[str, str]) -> WandbMode:
