@@ -11,7 +11,7 @@ from galaxydist.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a run when it is opened.
+    """Description of a run, given to a tracker when it is opened.
 
     Args:
         run_id: the tracker's id of the run, with which a later start continues the same curves.
@@ -127,7 +127,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """What a tracker is told at the end of a run, or of a start of it.
+    """End of a run, or of a start of it, as a tracker is told.
 
     Args:
         exit_code: 0 if the run has its result, else 1.
