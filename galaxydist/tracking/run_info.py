@@ -117,7 +117,7 @@ def read_facts(folder: RunFolder, events: Sequence[Event]) -> dict[str, Any]:
         events: of the run, oldest first.
     """
     starts = [event for event in events if event.kind == "start"]
-    facts = {**_read_object(folder.path / "run.json"), **(starts[-1].details if starts else {})}
+    facts = {**_read_object(folder.facts_path), **(starts[-1].details if starts else {})}
     jobs = [str(job["job_id"]) for job in read_tail_records(folder.path / JOBS_FILE) if "job_id" in job]
     if jobs:
         facts["jobs"] = list(dict.fromkeys(jobs))
