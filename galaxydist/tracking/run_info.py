@@ -16,6 +16,8 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.tracking.sink import RunEnd, RunInfo
 
 _URL = re.compile(r"([a-z][a-z0-9+]*://)(?:[^/@\s]*@)?([^?#\s]*)[^\s]*", re.IGNORECASE)
+# What a start says of itself, of which the last one counts.
+_START_FACTS = ("world_size", "device", "devices", "cores", "hosts", "precision")
 # Key of the recipe's plain values that holds what is known of the run itself.
 FACTS_KEY = "run"
 
@@ -117,7 +119,8 @@ def read_facts(folder: RunFolder, events: Sequence[Event]) -> dict[str, Any]:
         events: of the run, oldest first.
     """
     starts = [event for event in events if event.kind == "start"]
-    facts = {**_read_object(folder.facts_path), **(starts[-1].details if starts else {})}
+    details = starts[-1].details if starts else {}
+    facts = {**_read_object(folder.facts_path), **{name: details[name] for name in _START_FACTS if details.get(name) is not None}}
     jobs = [str(job["job_id"]) for job in read_tail_records(folder.path / JOBS_FILE) if "job_id" in job]
     if jobs:
         facts["jobs"] = list(dict.fromkeys(jobs))
