@@ -95,7 +95,7 @@ def _going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
     """Return a function that tells if a run runs here or waits or runs as a job; SLURM is asked once in a while."""
     from galaxydist.cluster.status import read_overview
     from galaxydist.runs.folder import RunFolder
-    from galaxydist.tracking.push import is_running
+    from galaxydist.tracking.push import has_end, is_running
 
     asked_at, active = -SLURM_S, set[Path]()
 
@@ -105,6 +105,6 @@ def _going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
             statuses = read_overview(folders).runs
             active = {status.run for status in statuses if status.group in ("running", "pending", "unknown")}
             asked_at = time.monotonic()
-        return not RunFolder(run).is_finished and (run in active or is_running(RunFolder(run)))
+        return not has_end(RunFolder(run)) and (run in active or is_running(RunFolder(run)))
 
     return is_going

@@ -74,6 +74,11 @@ class SelfSendingError(UserError):
     """A run that is going on and sends itself to the tracker."""
 
 
+def has_end(folder: RunFolder) -> bool:
+    """Return True if nothing more comes: the run has its result, or a search has ended it."""
+    return folder.is_finished or folder.is_pruned
+
+
 def is_running(folder: RunFolder) -> bool:
     """Return True if a process holds the run folder: by its process on this machine, else by its heartbeat."""
     owner = read_owner(folder.lock_path)
@@ -130,7 +135,7 @@ class Pusher:
     def close(self) -> str:
         """Send the rest and return a line that says where the run is."""
         with self._stack:
-            location = self._follower.close(is_finished=self.folder.is_finished)
+            location = self._follower.close(is_finished=has_end(self.folder))
         rows = self._follower.num_rows
         return f"{self.folder}: {rows} {'row' if rows == 1 else 'rows'} sent; {location}"
 
