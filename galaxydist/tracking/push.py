@@ -23,7 +23,7 @@ INTERVAL_S = 3.0
 
 @dataclass(frozen=True)
 class PushOptions:
-    """How runs are sent.
+    """Tracker and settings of a push.
 
     Args:
         name: of the tracker.

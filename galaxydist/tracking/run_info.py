@@ -1,4 +1,4 @@
-"""What trackers are told of a run beside its rows: name, group, recipe, data set; at its end results, figures and the model."""
+"""Facts of a run for trackers, beside its rows: name, group, recipe, data set; at its end results, figures and the model."""
 
 import re
 from collections.abc import Mapping, Sequence
