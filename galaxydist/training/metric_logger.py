@@ -1,7 +1,7 @@
-"""Metrics of a training run: metrics.jsonl, validation.jsonl, timing.jsonl, the tracker and the progress bar.
+"""Metrics of a training run: metrics.jsonl, validation.jsonl, timing.jsonl and the progress bar.
 
 metrics.jsonl and validation.jsonl hold what the recipe determines, so that a run that was stopped and continued has the same
-files; timing.jsonl holds what depends on the machine.
+files; timing.jsonl holds what depends on the machine. The tracker reads them all.
 """
 
 import contextlib
@@ -16,8 +16,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_tracker import Tracker
+from galaxydist.training.health.anomalies import DataWaits
 from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
 
@@ -58,6 +60,8 @@ class MetricLogger:
         utilisation: computes the device utilisation from the images per second.
         first_step: steps done when this process starts.
         log_every: steps between two lines.
+        events: of the run.
+        data_waits: watches the share of waiting for data.
     """
 
     world: World
@@ -69,6 +73,8 @@ class MetricLogger:
     utilisation: Utilisation
     first_step: int
     log_every: int
+    events: EventLog
+    data_waits: DataWaits
 
     def __post_init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -111,6 +117,9 @@ class MetricLogger:
         is_due = step % self.log_every == 0 or self.length.ends_epoch(step)
         if is_due:
             self._measure()
+            if self.world.is_main and (warning := self.data_waits.update(self._timing["time/data_wait"])):
+                logger.warning("%s", warning)
+                self.events.write("data_wait", warning, step)
             means = {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
             self._last = {**means, "train/lr": rate, "train/grad_norm": result.grad_norm, **counters}
             self.record(step, self._last, self._timing)
@@ -132,7 +141,7 @@ class MetricLogger:
         *,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and both to the tracker.
+        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and wake the tracker.
 
         An error is kept for ``raise_failure``, since only rank 0 knows of it here.
 
@@ -152,7 +161,7 @@ class MetricLogger:
             self.folder.metrics.append(step, values)
             if timing:
                 self.folder.timing.append(step, {**timing, "time/unix": round(time.time(), 3)})
-            self.tracker.log({**values, **(timing or {})}, step)
+            self.tracker.wake()
         except (UserError, OSError) as error:
             self._error = error
 

@@ -14,15 +14,7 @@ from torch import nn
 from galaxydist.atomic_files import write_json
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
-from galaxydist.errors import (
-    EXIT_BAD_INPUT,
-    NonfiniteError,
-    OneRankFailedError,
-    UserError,
-    exit_code_of,
-    first_line,
-    is_known_to_all,
-)
+from galaxydist.errors import OneRankFailedError, is_known_to_all
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.galaxy_table import GalaxyTable, logged_metrics
 from galaxydist.evaluation.inference import evaluate_split
@@ -60,16 +52,19 @@ from galaxydist.rank_store import SEEN_S, LastWork, run_within
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
-from galaxydist.runs.folder import ORIGIN_KEY, FailureKind, RunFolder
+from galaxydist.runs.events import EventLog
+from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
+from galaxydist.tracking.webhook import CLOSING_S, Webhook, find_webhook
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
-from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
@@ -79,8 +74,8 @@ from galaxydist.training.micro_batch import check_deterministic, choose_micro_ba
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import EarlyStopping, lock_run_folder
-from galaxydist.training.run_summary import describe_end, describe_run, describe_time, run_facts
+from galaxydist.training.resume import EarlyStopping, Prune, Pruning, lock_run_folder
+from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
@@ -95,16 +90,19 @@ OPTIMIZER_TENSORS = 2
 LAST_WRITE_S, FINISH_S, RELEASE_S, NOTE_S = 15.0, 8.0, 3.0, 5.0
 
 
-def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None) -> int:
+def train(
+    resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None, prune: Prune | None = None
+) -> int:
     """Train a recipe, continue its run, or show its result if it has one. Every process of the run calls it.
 
     Args:
         resolved: the recipe, with the origins of its values.
         environ: the process's environment.
         leave: ends a process of several after an error of its rank alone; by default the error is raised.
+        prune: decides after each validation whether to end the run without an evaluation; given on all ranks or on none.
 
     Returns:
-        0 after the evaluation, else the number of the signal that stopped the run (its state is saved).
+        0 after the evaluation or if the run was pruned, else the number of the signal that stopped the run (its state is saved).
 
     Raises:
         UserError: the recipe, its data or the run folder cannot be used; nothing was written.
@@ -115,7 +113,7 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Le
         deterministic_algorithms(config.deterministic, environ),
         open_world(config.precision, environ, timeout=timeout, threads=config.threads) as world,
     ):
-        stop_signal = Trainer(resolved, world, environ, leave).run()
+        stop_signal = Trainer(resolved, world, environ, leave).run(prune)
         world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
     return stop_signal
 
@@ -141,6 +139,7 @@ class Trainer:
         step: takes one optimizer step.
         checkpointer: saves ``state``.
         tracker: the run's tracker, on rank 0.
+        events: what happens to the run, for its folder and its webhook.
         watchdog: ends the run if it hangs, or if another rank has failed.
         last_works: what this rank still does if it leaves after a failure.
     """
@@ -153,11 +152,11 @@ class Trainer:
         self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
-        self._summary: dict[str, float] | None = None
+        self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
         self.last_works: list[LastWork] = []
 
-    def run(self) -> int:
+    def run(self, prune: Prune | None = None) -> int:
         """Train to the result, as ``train`` does, and return its result."""
         self.check_inputs()
         with self.open_run_folder():
@@ -168,8 +167,14 @@ class Trainer:
                 return 0
             self.build()
             self.restore()
+            self.pruning = Pruning(self.world, self.run_folder, self.recipe.train.metric, prune)
             with self.open_tracker(), open_system_metrics(self.world, self.run_folder, lambda: self.state.step):
-                if stop_signal := self.train():
+                stop_signal = self.train()
+                if self.pruning.is_pruned:
+                    self._has_result = True
+                    results.info("%s", self.pruning.finish(self.state.step, self.events))
+                    return 0
+                if stop_signal:
                     return stop_signal
                 self.finish(self.evaluate())
         return 0
@@ -229,22 +234,25 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal(is_verbose=self.world.is_main))
 
-            def lock() -> tuple[Path, dict[str, Any], bool]:
+            def lock() -> tuple[Path, dict[str, Any], bool, float]:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
                 self.last_works.append((self._lock.release, RELEASE_S))
                 folder.clear_failure()
-                return folder.path, progress, is_finished
+                return folder.path, progress, is_finished, began()
 
-            path, self._saved_progress, self.is_finished = self.world.run_on_main(lock)
+            path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
             self.run_folder = RunFolder(path)
+            webhook = Webhook(find_webhook(self.recipe.tracker.webhook, self.environ), path.name)
+            stack.callback(webhook.close)
+            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, webhook.send)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
-            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works)
+            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works, self.events)
             stack.enter_context(self.watchdog)
-            self.last_works.append((self.watchdog.close_stacks, RELEASE_S))
+            self.last_works += [(self.watchdog.close_stacks, RELEASE_S), (webhook.close, CLOSING_S + 1)]
             with self._leaving_alone():
                 yield
 
@@ -380,7 +388,7 @@ class Trainer:
         if found is not None:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
-        self.world.run_on_main(lambda: self.run_folder.cut_back(self.state.step))
+        self._cut = self.world.run_on_main(lambda: cut_back(self.run_folder, self.state.step))
         self.world.run_on_main(lambda: write_json(self.run_folder.facts_path, run_facts(self.model)))
         if self.state.step == 0:
             logger.info(
@@ -393,7 +401,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
-        """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
+        """Start the tracker; at the end finish it. An error is noted in the run folder."""
 
         def start() -> None:
             self.tracker = start_tracker(
@@ -408,7 +416,7 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        finish = partial(self.tracker.finish, {}, 1)
+        finish = partial(self.tracker.finish, 1)
         self.last_works.insert(1, (finish, FINISH_S))
         try:
             yield
@@ -417,7 +425,7 @@ class Trainer:
                 self._note_failure(error)
             run_within(FINISH_S, finish)
             raise
-        _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
+        _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
@@ -443,14 +451,8 @@ class Trainer:
 
     def _note_failure(self, error: Exception) -> None:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
-        if not self.world.is_main and is_known_to_all(error):
-            return
-        kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
-        if isinstance(error, NonfiniteError):
-            kind = "nonfinite"
-        text = first_line(error)
-        with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-            self.run_folder.write_failure(kind, self._num_steps, text, start=start_of(self.environ))
+        if self.world.is_main or not is_known_to_all(error):
+            write_failure(self.run_folder, self.events, error, self._num_steps, self.environ)
 
     @property
     def _num_steps(self) -> int | None:
@@ -463,6 +465,7 @@ class Trainer:
         Returns:
             The number of the signal that stopped the run, or 0.
         """
+        write_start(self.events, self.world, self.state.step, self._cut)
         self.step.timer.window(1)  # the time since the step was built does not count
         with contextlib.ExitStack() as stack:
             # All passes have one shape, or two if the micro-batches differ by one.
@@ -475,11 +478,12 @@ class Trainer:
                 stop_signal = loop.run(batches, self.stop)
                 self.checkpointer.wait()
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
-        if stop_signal:
+        if stop_signal and not self.pruning.is_pruned:
             saved = "which is saved" if self.state.step else "with nothing to save yet"
-            logger.info(
-                "stopped by %s at step %d, %s; the same command continues it", signal_name(stop_signal), self.state.step, saved
-            )
+            text = f"stopped by {signal_name(stop_signal)} at step {self.state.step}, {saved}"
+            logger.info("%s; the same command continues it", text)
+            if self.world.is_main:
+                self.events.write("stop", text, self.state.step, signal=stop_signal)
         else:
             self.stop.close()  # a signal during the evaluation may end the process: a restart evaluates again
         return stop_signal
@@ -512,6 +516,8 @@ class Trainer:
             utilisation=self.utilisation,
             first_step=state.step,
             log_every=config.log_every,
+            events=self.events,
+            data_waits=DataWaits(config.data_wait_limit),
         )
         stack.enter_context(metrics)
         profiler = StepProfiler(config.profile, self.run_folder.path, self.world.rank, start_step=state.step)
@@ -526,6 +532,8 @@ class Trainer:
             validate=self._validate if has_split(self.manifest, "val") else None,
             validate_every=self.recipe.eval.every,
             watchdog=self.watchdog,
+            pruning=self.pruning,
+            events=self.events,
             step_done=profiler.step_done,
         )
 
@@ -581,7 +589,9 @@ class Trainer:
         summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
         origin = {ORIGIN_KEY: self.manifest.origin.to_dict()} if self.manifest.origin is not None else {}
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
-        self._summary = summary
+        if self.world.is_main:
+            self.events.write("finish", describe_result(summary), state.step, **summary)
+        self._has_result = True
         results.info("%s", describe_end(self.run_folder))
 
 
