@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from galaxydist.cli.main import main
 from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.search.search_files import SearchRecord, read_trial, trial_dir
 from galaxydist.cluster.search.search_space import Choices, Dimension, Interval, draw
@@ -27,7 +28,7 @@ RATES, SEED = Choices((0.01, 1e-6)), 10
 
 
 def arguments_of(manifest: Path, run_dir: Path) -> list[str]:
-    changes = {"optim__lr": None, "train__epochs": 6, "train__metric": "loss", "model__norm": "group"}
+    changes = {"optim__lr": None, "train__epochs": 4, "train__metric": "loss", "model__norm": "group"}
     return quick_settings(manifest, run_dir, **changes)
 
 
@@ -73,7 +74,7 @@ def test_local_search_shows_its_trials_and_continues_with_more(
         monkeypatch.delenv(name)
     path, root = tmp_path / "tiny.yaml", tmp_path / "runs"
     settings = [argument.replace("=", ": ", 1) for argument in arguments_of(blobs, root) if not argument.startswith("run.dir")]
-    common = "\n".join(["cluster: local", f"root: {root}", "set:", *(f"  {setting}" for setting in settings)])
+    common = "\n".join(["cluster: local", "parallel: 1", f"root: {root}", "set:", *(f"  {setting}" for setting in settings)])
     search = f"search: {{optim.lr: {list(RATES.values)}}}\nmethod: random\nseed: {SEED}\nprune: asha\n"
 
     def command(num_trials: int, *words: str) -> str:
