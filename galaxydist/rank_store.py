@@ -32,6 +32,10 @@ FAILURE_POLL_S = 1.0
 # The store may be rank 0's own: it stays that long until the others know of the error.
 SEEN_S = 4.0
 FLUSH_S = 1.0
+# Seconds for all last works of a process together: launchers kill it 30 s after they have asked it to end.
+END_S = 22.0
+# A last work that begins later still has this time.
+LEAST_S = 0.5
 
 # Worlds that this process has opened; all processes of a run open the same, so that their keys never meet.
 _OPENED = itertools.count()
@@ -174,6 +178,8 @@ class RankStore:
 
 # A last work of a process that ends, and the seconds that it may take.
 LastWork = tuple[Callable[[], Any], float]
+# Ends the process after an error, with last works; returns if the process is the only one, whose error is raised as usual.
+Leave = Callable[[BaseException, Iterable[LastWork]], None]
 
 
 def run_within(seconds: float, work: Callable[[], Any]) -> None:
@@ -189,15 +195,16 @@ def run_within(seconds: float, work: Callable[[], Any]) -> None:
 
 
 def end_process(code: int, works: Iterable[LastWork] = ()) -> NoReturn:
-    """Do some last works, each within its time, and end the process without the interpreter's own end.
+    """Do some last works, each within its time and all within ``END_S``, and end the process without the interpreter's own end.
 
     That would wait for threads, and with NCCL for the other ranks. Of several threads that call this the first one ends the
     process; the others wait.
     """
     if not _ENDING.acquire(blocking=False):
         threading.Event().wait()
+    deadline = time.monotonic() + END_S
     try:
         for work, seconds in (*works, (sys.stdout.flush, FLUSH_S), (sys.stderr.flush, FLUSH_S)):
-            run_within(seconds, work)
+            run_within(min(seconds, max(deadline - time.monotonic(), LEAST_S)), work)
     finally:
         os._exit(code)

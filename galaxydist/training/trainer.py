@@ -13,15 +13,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
-from galaxydist.errors import (
-    EXIT_BAD_INPUT,
-    NonfiniteError,
-    OneRankFailedError,
-    UserError,
-    exit_code_of,
-    first_line,
-    is_known_to_all,
-)
+from galaxydist.errors import OneRankFailedError
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
@@ -54,11 +46,11 @@ from galaxydist.models.performance import (
     set_tf32,
 )
 from galaxydist.paths import data_root, weights_dir
-from galaxydist.rank_store import SEEN_S, LastWork, run_within
+from galaxydist.rank_store import Leave
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
-from galaxydist.runs.folder import ORIGIN_KEY, FailureKind, RunFolder
+from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
@@ -68,8 +60,8 @@ from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTim
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.rank_exit import LastWorks, leaving_alone, note_failure
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
-from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
@@ -88,8 +80,6 @@ logger = logging.getLogger(__name__)
 
 # Largest number of tensors of a parameter's size that an optimizer keeps, reserved while the micro-batch is searched.
 OPTIMIZER_TENSORS = 2
-# Seconds for the last works of a rank that leaves after a failure. Launchers kill a process 30 s after they have asked it to end.
-LAST_WRITE_S, FINISH_S, RELEASE_S, NOTE_S = 15.0, 8.0, 3.0, 5.0
 
 
 def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None) -> int:
@@ -151,7 +141,7 @@ class Trainer:
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
         self._summary: dict[str, float] | None = None
-        self.last_works: list[LastWork] = []
+        self.last_works = LastWorks()
 
     def run(self) -> int:
         """Train to the result, as ``train`` does, and return its result."""
@@ -229,7 +219,7 @@ class Trainer:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
-                self.last_works.append((self._lock.release, RELEASE_S))
+                self.last_works.lock = self._lock.release
                 folder.clear_failure()
                 return folder.path, progress, is_finished
 
@@ -240,8 +230,8 @@ class Trainer:
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
             self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works)
             stack.enter_context(self.watchdog)
-            self.last_works.append((self.watchdog.close_stacks, RELEASE_S))
-            with self._leaving_alone():
+            self.last_works.stacks = self.watchdog.close_stacks
+            with leaving_alone(self.world, self._leave, self.last_works, self._note_failure):
                 yield
 
     def build(self) -> None:
@@ -276,7 +266,7 @@ class Trainer:
                 "recipe": to_dict(recipe),
             },
         )
-        self.last_works.insert(0, (self.checkpointer.writer.wait, LAST_WRITE_S))
+        self.last_works.checkpoint = self.checkpointer.writer.wait
 
     def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
         """Move the model to its device, choose the micro-batch, and synchronise or compile the model if the recipe says so.
@@ -404,49 +394,23 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        finish = partial(self.tracker.finish, {}, 1)
-        self.last_works.insert(1, (finish, FINISH_S))
+        self.last_works.tracker = partial(self.tracker.finish, {}, 1)
         try:
             yield
         except BaseException as error:
             if isinstance(error, Exception):
                 self._note_failure(error)
-            run_within(FINISH_S, finish)
+            self.last_works.end_tracker()
             raise
+        self.last_works.tracker = None
         _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
 
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
 
-    @contextlib.contextmanager
-    def _leaving_alone(self) -> Iterator[None]:
-        """After an error of this rank alone, tell the other ranks, and leave the process if the launcher allows it.
-
-        The contexts around this one are not closed then: that might wait for the other ranks, or for work on a GPU that does.
-        """
-        try:
-            yield
-        except BaseException as error:
-            store, first = self.world.store, self.world.announce_failure(error)
-            if store is not None and first is not None:
-                works = [*self.last_works, (store.wait_until_seen, SEEN_S)]
-                if isinstance(error, Exception) and first.rank != self.world.rank:  # whose end has broken the connections
-                    self._leave(first.to_error(), works)
-                if isinstance(error, Exception):
-                    run_within(NOTE_S, partial(self._note_failure, error))
-                self._leave(error, works)
-            raise
-
     def _note_failure(self, error: Exception) -> None:
-        """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
-        if not self.world.is_main and is_known_to_all(error):
-            return
-        kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
-        if isinstance(error, NonfiniteError):
-            kind = "nonfinite"
-        text = first_line(error)
-        with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-            self.run_folder.write_failure(kind, self._num_steps, text, start=start_of(self.environ))
+        start = start_of(self.environ)
+        note_failure(self.run_folder, error, is_main=self.world.is_main, num_steps=self._num_steps, start=start)
 
     @property
     def _num_steps(self) -> int | None:
@@ -467,7 +431,10 @@ class Trainer:
             batches = stack.enter_context(DevicePrefetcher(loader, self.world.device))
             stack.enter_context(self.checkpointer.writer)
             loop = self._build_loop(stack)
-            with self._leaving_alone(), explained_out_of_memory(self.recipe, self.world, self.step.micro_batch):
+            with (
+                leaving_alone(self.world, self._leave, self.last_works, self._note_failure),
+                explained_out_of_memory(self.recipe, self.world, self.step.micro_batch),
+            ):
                 stop_signal = loop.run(batches, self.stop)
                 self.checkpointer.wait()
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))

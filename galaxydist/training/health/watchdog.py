@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn, TextIO
 
 from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
-from galaxydist.rank_store import LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
+from galaxydist.rank_store import END_S, LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.health import guard_process
@@ -120,8 +120,8 @@ class HangGuard:
 START, VALIDATION, SAVING, EVALUATION = "start", "validation", "saving", "evaluation"
 # The time that a phase may take without a beat, in timeouts of a step, and the least of it in seconds.
 PHASES = {START: (3, 1800.0), VALIDATION: (3, 1800.0), SAVING: (3, 1800.0), EVALUATION: (6, 3600.0)}
-# The process exits after this time even if a hung file system or pipe blocks its report.
-REPORT_S = 20.0
+# A hung file system or pipe blocks the report for at most this time; most of it would be the wait for the stacks of others.
+REPORT_S = 12.0
 EXIT_WAIT_S = 5.0
 # A stopped process gets a whole new interval; if stops never end (time slices of a shared cluster), only running time counts.
 MAX_RESTARTS = 3
@@ -146,7 +146,7 @@ def collective_timeout(timeout_s: float) -> timedelta:
     return timedelta(seconds=max(phase_allowances(timeout_s).values()) + 600) if timeout_s > 0 else LONG_TIMEOUT
 
 
-def build_watchdog(world: World, config: TrainConfig, folder: RunFolder, last_works: Sequence[LastWork]) -> "Watchdog":
+def build_watchdog(world: World, config: TrainConfig, folder: RunFolder, last_works: Iterable[LastWork]) -> "Watchdog":
     """Build the watchdog of a run."""
     return Watchdog(world.rank, world.size, config.hang_timeout, world.store, folder.stacks_dir, last_works=last_works)
 
@@ -160,7 +160,7 @@ class Watchdog:
         timeout_s: seconds without a beat in a step, on any rank, after which the run is ended; 0: only a failure ends it.
         store: messages to the other ranks; None for a single process.
         stacks_dir: folder of the stack dumps, such as ``rank-0003.txt``.
-        last_works: done before the process ends; they may be added to while it runs.
+        last_works: done before the process ends; they may change while it runs.
         allowances: seconds by phase; None: ``phase_allowances``.
     """
 
@@ -169,7 +169,7 @@ class Watchdog:
     timeout_s: float
     store: RankStore | None
     stacks_dir: Path
-    last_works: Sequence[LastWork] = ()
+    last_works: Iterable[LastWork] = ()
     allowances: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -311,9 +311,9 @@ class Watchdog:
         report: list[LastWork] = [(lambda: _write(str(failure)), REPORT_S)] if self.rank == 0 else []
         self._leave(failure.code, [*report, *self.last_works, (self.store.wait_until_seen, SEEN_S)])
 
-    def _leave(self, code: int, works: Sequence[LastWork]) -> NoReturn:
+    def _leave(self, code: int, works: Iterable[LastWork]) -> NoReturn:
         if self.timeout_s > 0:
-            self._guard.feed(sum(seconds for _, seconds in works) + REPORT_S)
+            self._guard.feed(2 * END_S)
         end_process(code, works)
 
     def _message(self, verdict: Verdict) -> str | None:

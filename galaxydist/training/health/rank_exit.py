@@ -1,0 +1,101 @@
+"""The exit of a rank of a training after an error: its last works, the record of the error, and who else hears of it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from galaxydist.distributed import World
+from galaxydist.errors import EXIT_BAD_INPUT, NonfiniteError, UserError, exit_code_of, first_line, is_known_to_all
+from galaxydist.rank_store import SEEN_S, LastWork, Leave, run_within
+from galaxydist.runs.folder import FailureKind, RunFolder
+
+# Seconds for each last work; all together they have ``rank_store.END_S``, after the record of the error.
+CHECKPOINT_S, LOCK_S, TRACKER_S, STACKS_S = 15.0, 3.0, 8.0, 3.0
+NOTE_S = 3.0
+
+
+@dataclass(eq=False)
+class LastWorks:
+    """Works that a rank still does if it leaves after an error, in the order of these attributes.
+
+    An attribute is None before there is something to do, and again once it was done.
+
+    Args:
+        checkpoint: wait until the checkpoint that is being written is complete.
+        lock: release the run folder, before the tracker, which may wait for its server.
+        tracker: end the tracker's run as failed.
+        stacks: remove the file of this rank's stacks if it is empty.
+    """
+
+    checkpoint: Callable[[], Any] | None = None
+    lock: Callable[[], Any] | None = None
+    tracker: Callable[[], Any] | None = None
+    stacks: Callable[[], Any] | None = None
+
+    def __iter__(self) -> Iterator[LastWork]:
+        works = [
+            (self.checkpoint, CHECKPOINT_S),
+            (self.lock, LOCK_S),
+            (self.tracker, TRACKER_S),
+            (self.stacks, STACKS_S),
+        ]
+        return ((work, seconds) for work, seconds in works if work is not None)
+
+    def end_tracker(self) -> None:
+        """Do the tracker's work now, within its time, and not again."""
+        if self.tracker is not None:
+            run_within(TRACKER_S, self.tracker)
+            self.tracker = None
+
+
+@contextlib.contextmanager
+def leaving_alone(world: World, leave: Leave, works: LastWorks, note: Callable[[Exception], None]) -> Iterator[None]:
+    """After an error of this rank alone, tell the other ranks, and leave the process if the launcher allows it.
+
+    The contexts around this one are not closed then: that might wait for the other ranks, or for work on a GPU that does.
+
+    Args:
+        world: the processes.
+        leave: ends a process of several, or returns.
+        works: done before the process ends.
+        note: writes an error that began on this rank into the run folder.
+
+    Raises:
+        PeerFailedError: the error is the consequence of another rank's, and ``leave`` has returned.
+    """
+    try:
+        yield
+    except BaseException as error:
+        store, first = world.store, world.announce_failure(error)
+        if store is None or first is None:
+            raise
+        all_works = [*works, (store.wait_until_seen, SEEN_S)]
+        if isinstance(error, Exception) and first.rank != world.rank:  # whose end has broken the connections
+            leave(first.to_error(), all_works)
+            raise first.to_error() from error
+        if isinstance(error, Exception):
+            run_within(NOTE_S, partial(note, error))  # before the launcher's report, which knows less
+        leave(error, all_works)
+        raise
+
+
+def note_failure(folder: RunFolder, error: Exception, *, is_main: bool, num_steps: int | None, start: str | None) -> None:
+    """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it.
+
+    Args:
+        folder: run folder.
+        error: ends the run.
+        is_main: this is rank 0.
+        num_steps: optimizer steps done; None before the state is built.
+        start: job and restart (``job_environment.start_of``); None outside of a job.
+    """
+    if not is_main and is_known_to_all(error):
+        return
+    kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
+    if isinstance(error, NonfiniteError):
+        kind = "nonfinite"
+    text = first_line(error)
+    with contextlib.suppress(OSError, UserError):  # the disk may be what failed
+        folder.write_failure(kind, num_steps, text, start=start)
