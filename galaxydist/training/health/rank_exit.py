@@ -7,7 +7,15 @@ from functools import partial
 from typing import Any
 
 from galaxydist.distributed import World
-from galaxydist.errors import EXIT_BAD_INPUT, NonfiniteError, UserError, exit_code_of, first_line, is_known_to_all
+from galaxydist.errors import (
+    EXIT_BAD_INPUT,
+    NonfiniteError,
+    PeerFailedError,
+    UserError,
+    exit_code_of,
+    first_line,
+    is_known_to_all,
+)
 from galaxydist.rank_store import SEEN_S, LastWork, Leave, run_within
 from galaxydist.runs.folder import FailureKind, RunFolder
 
@@ -63,22 +71,20 @@ def leaving_alone(world: World, leave: Leave, works: LastWorks, note: Callable[[
         note: writes an error that began on this rank into the run folder.
 
     Raises:
-        PeerFailedError: the error is the consequence of another rank's, and ``leave`` has returned.
+        PeerFailedError, OneRankFailedError: ``leave`` has returned, and the error is a consequence of another rank's.
     """
     try:
         yield
     except BaseException as error:
-        store, first = world.store, world.announce_failure(error)
-        if store is None or first is None:
+        if world.store is None or is_known_to_all(error):
             raise
-        all_works = [*works, (store.wait_until_seen, SEEN_S)]
-        if isinstance(error, Exception) and first.rank != world.rank:  # whose end has broken the connections
-            leave(first.to_error(), all_works)
-            raise first.to_error() from error
-        if isinstance(error, Exception):
-            run_within(NOTE_S, partial(note, error))  # before the launcher's report, which knows less
-        leave(error, all_works)
-        raise
+        reported = world.store.announce_error(error)
+        if isinstance(reported, Exception) and not isinstance(reported, PeerFailedError):
+            run_within(NOTE_S, partial(note, reported))  # before the launcher's report, which knows less
+        leave(reported, [*works, (world.store.wait_until_seen, SEEN_S)])
+        if reported is error:
+            raise
+        raise reported from error
 
 
 def note_failure(folder: RunFolder, error: Exception, *, is_main: bool, num_steps: int | None, start: str | None) -> None:
