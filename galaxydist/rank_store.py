@@ -184,10 +184,12 @@ class RankStore:
 
     def lost(self, error: Exception) -> OneRankFailedError:
         """Return the error of a rank that has lost the store, for the error of a command."""
-        return OneRankFailedError(
-            f"rank 0 cannot be reached any more ({self.main}): it or its launcher was killed, or its machine is down "
-            f"({first_line(error)})"
+        who = (
+            f"rank 0 cannot be reached any more ({self.main}): it or its launcher"
+            if self.rank
+            else "the launcher cannot be reached: it"
         )
+        return OneRankFailedError(f"{who} was killed, or its machine is down ({first_line(error)})")
 
     def failure(self) -> RankFailure | None:
         """Return the failure that a rank has announced first."""

@@ -60,15 +60,28 @@ class RunFolder:
         self.result_path = path / "result.json"
         self.failure_path = path / "failure.json"
         self.events_path = path / "events.jsonl"
+        self.facts_path = path / "run.json"
         self.lock_path = path / "lock.json"
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"
         self.stacks_dir = path / "stacks"
+        self.galaxies_dir = path / "galaxies"
+        self.system_dir = path / "system"
         self.metrics = MetricsFile(self.metrics_path)
         self.timing = MetricsFile(path / "timing.jsonl")
+        self.validations = MetricsFile(path / "validation.jsonl")
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def cut_back(self, step: int) -> None:
+        """Remove what the logs of metrics hold of later steps; a run that continues from ``step`` writes it again."""
+        for log in (self.metrics, self.timing, self.validations):
+            log.cut_back(step)
+
+    def galaxy_image(self, sample: int) -> Path:
+        """Return the path of a small image of a validation galaxy, by its stored sample number."""
+        return self.galaxies_dir / f"{sample}.jpg"
 
     def create(self) -> None:
         """Create the folder.
@@ -189,7 +202,7 @@ class RunFolder:
         content = _read_object(self.failure_path) or {}
         return content if {"kind", "step", "error"} <= content.keys() else None
 
-    def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
+    def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> bool:
         """Record how this start failed, for the decision to requeue.
 
         Of several failures of one start the first is kept, because the others follow from it (a new start clears the record).
@@ -199,12 +212,16 @@ class RunFolder:
             step: optimizer steps done, if known.
             error: one line that describes the failure.
             start: job and restart (``job_environment.start_of``); None outside of a job.
+
+        Returns:
+            True if it was recorded.
         """
         with contextlib.suppress(UserError):  # a damaged record is replaced
             before = self.read_failure()
             if before is not None and before.get("start") == start:
-                return
+                return False
         write_json(self.failure_path, {"kind": kind, "step": step, "error": error, "start": start})
+        return True
 
     def clear_failure(self) -> None:
         """Remove the record of the last start's failure."""

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from galaxydist.atomic_files import write_json
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
-from galaxydist.errors import OneRankFailedError
+from galaxydist.errors import OneRankFailedError, is_known_to_all
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
+from galaxydist.evaluation.galaxy_table import GalaxyTable, logged_metrics
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
@@ -50,17 +52,20 @@ from galaxydist.rank_store import Leave
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
+from galaxydist.tracking.webhook import Webhook, find_webhook
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
-from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.health.rank_exit import LastWorks, leaving_alone, note_failure
+from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.rank_exit import LastWorks, leaving_alone
+from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
@@ -70,10 +75,11 @@ from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, lock_run_folder
-from galaxydist.training.run_summary import describe_end, describe_run, describe_time
+from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
+from galaxydist.training.system_metrics import open_system_metrics
 from galaxydist.training.throughput import StepTimer, build_utilisation
 
 logger = logging.getLogger(__name__)
@@ -128,6 +134,7 @@ class Trainer:
         step: takes one optimizer step.
         checkpointer: saves ``state``.
         tracker: the run's tracker, on rank 0.
+        events: what happens to the run, for its folder and its webhook.
         watchdog: ends the run if it hangs, or if another rank has failed.
         last_works: what this rank still does if it leaves after a failure.
     """
@@ -141,6 +148,7 @@ class Trainer:
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
         self._summary: dict[str, float] | None = None
+        self._galaxies: GalaxyTable | None = None  # from the first validation on
         self.last_works = LastWorks()
 
     def run(self) -> int:
@@ -154,7 +162,7 @@ class Trainer:
                 return 0
             self.build()
             self.restore()
-            with self.open_tracker():
+            with self.open_tracker(), open_system_metrics(self.world, self.run_folder, lambda: self.state.step):
                 if stop_signal := self.train():
                     return stop_signal
                 self.finish(self.evaluate())
@@ -215,22 +223,25 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal(is_verbose=self.world.is_main))
 
-            def lock() -> tuple[Path, dict[str, Any], bool]:
+            def lock() -> tuple[Path, dict[str, Any], bool, float]:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
                 self.last_works.lock = self._lock.release
                 folder.clear_failure()
-                return folder.path, progress, is_finished
+                return folder.path, progress, is_finished, began()
 
-            path, self._saved_progress, self.is_finished = self.world.run_on_main(lock)
+            path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
             self.run_folder = RunFolder(path)
+            webhook = Webhook(find_webhook(self.recipe.tracker.webhook, self.environ), path.name)
+            stack.callback(webhook.close)
+            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, webhook.send)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
-            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works)
+            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works, self.events)
             stack.enter_context(self.watchdog)
-            self.last_works.stacks = self.watchdog.close_stacks
+            self.last_works.stacks, self.last_works.webhook = self.watchdog.close_stacks, webhook.close
             with leaving_alone(self.world, self._leave, self.last_works, self._note_failure):
                 yield
 
@@ -366,8 +377,8 @@ class Trainer:
         if found is not None:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
-        for log in (self.run_folder.metrics, self.run_folder.timing):
-            self.world.run_on_main(partial(log.cut_back, self.state.step))
+        self._cut = self.world.run_on_main(lambda: cut_back(self.run_folder, self.state.step))
+        self.world.run_on_main(lambda: write_json(self.run_folder.facts_path, run_facts(self.model)))
         if self.state.step == 0:
             logger.info(
                 "%s",
@@ -409,8 +420,9 @@ class Trainer:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
 
     def _note_failure(self, error: Exception) -> None:
-        start = start_of(self.environ)
-        note_failure(self.run_folder, error, is_main=self.world.is_main, num_steps=self._num_steps, start=start)
+        """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
+        if self.world.is_main or not is_known_to_all(error):
+            write_failure(self.run_folder, self.events, error, self._num_steps, self.environ)
 
     @property
     def _num_steps(self) -> int | None:
@@ -423,6 +435,7 @@ class Trainer:
         Returns:
             The number of the signal that stopped the run, or 0.
         """
+        write_start(self.events, self.world, self.state.step, self._cut)
         self.step.timer.window(1)  # the time since the step was built does not count
         with contextlib.ExitStack() as stack:
             # All passes have one shape, or two if the micro-batches differ by one.
@@ -440,9 +453,10 @@ class Trainer:
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
         if stop_signal:
             saved = "which is saved" if self.state.step else "with nothing to save yet"
-            logger.info(
-                "stopped by %s at step %d, %s; the same command continues it", signal_name(stop_signal), self.state.step, saved
-            )
+            text = f"stopped by {signal_name(stop_signal)} at step {self.state.step}, {saved}"
+            logger.info("%s; the same command continues it", text)
+            if self.world.is_main:
+                self.events.write("stop", text, self.state.step, signal=stop_signal)
         else:
             self.stop.close()  # a signal during the evaluation may end the process: a restart evaluates again
         return stop_signal
@@ -475,6 +489,8 @@ class Trainer:
             utilisation=self.utilisation,
             first_step=state.step,
             log_every=config.log_every,
+            events=self.events,
+            data_waits=DataWaits(config.data_wait_limit),
         )
         stack.enter_context(metrics)
         profiler = StepProfiler(config.profile, self.run_folder.path, self.world.rank, start_step=state.step)
@@ -489,12 +505,15 @@ class Trainer:
             validate=self._validate if has_split(self.manifest, "val") else None,
             validate_every=self.recipe.eval.every,
             watchdog=self.watchdog,
+            events=self.events,
             step_done=profiler.step_done,
         )
 
-    def _validate(self) -> dict[str, float | None]:
-        """Return the metrics of the validation split. All ranks take part."""
+    def _validate(self) -> tuple[dict[str, float | None], dict[str, Any]]:
+        """Return the metrics of the validation split, and on rank 0 its details. All ranks take part."""
         average_statistics(self.world, *self.state.modules().values())
+        if self._galaxies is None:
+            self._galaxies = GalaxyTable(self.world, self.run_folder, self.manifest, "val")
         try:
             with self.strategy.eval_model() as model:
                 found = evaluate_split(
@@ -505,6 +524,7 @@ class Trainer:
                     augment=self.augment,
                     recipe=self.recipe,
                     beat=lambda: self.watchdog.beat(self.state.step, VALIDATION),
+                    table=self._galaxies,
                 )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -514,7 +534,7 @@ class Trainer:
                 f"No memory left on rank {self.world.rank} in a validation of eval.batch_size={config.batch_size}, eval.tta="
                 f"{config.tta}: lower eval.batch_size (with resume.force=[eval.batch_size])."
             ) from error
-        return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}
+        return logged_metrics(found), self._galaxies.details(found) if self.world.is_main else {}
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate the test splits of the run's shards and of ``eval.variants``, and return the metrics of the former."""
@@ -541,6 +561,8 @@ class Trainer:
         summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
         origin = {ORIGIN_KEY: self.manifest.origin.to_dict()} if self.manifest.origin is not None else {}
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
+        if self.world.is_main:
+            self.events.write("finish", describe_result(summary), state.step, **summary)
         self._summary = summary
         results.info("%s", describe_end(self.run_folder))
 

@@ -1,4 +1,4 @@
-"""The exit of a rank of a training after an error: its last works, the record of the error, and who else hears of it."""
+"""The exit of a rank of a training after an error: its last works, and who else hears of it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,20 +7,11 @@ from functools import partial
 from typing import Any
 
 from galaxydist.distributed import World
-from galaxydist.errors import (
-    EXIT_BAD_INPUT,
-    NonfiniteError,
-    PeerFailedError,
-    UserError,
-    exit_code_of,
-    first_line,
-    is_known_to_all,
-)
+from galaxydist.errors import PeerFailedError, is_known_to_all
 from galaxydist.rank_store import SEEN_S, LastWork, Leave, run_within
-from galaxydist.runs.folder import FailureKind, RunFolder
 
 # Seconds for each last work; all together they have ``rank_store.END_S``, after the record of the error.
-CHECKPOINT_S, LOCK_S, TRACKER_S, STACKS_S = 15.0, 3.0, 8.0, 3.0
+CHECKPOINT_S, LOCK_S, WEBHOOK_S, TRACKER_S, STACKS_S = 15.0, 3.0, 4.0, 8.0, 3.0
 NOTE_S = 3.0
 
 
@@ -32,13 +23,15 @@ class LastWorks:
 
     Args:
         checkpoint: wait until the checkpoint that is being written is complete.
-        lock: release the run folder, before the tracker, which may wait for its server.
+        lock: release the run folder, before what may wait for a server.
+        webhook: post the alerts that are left.
         tracker: end the tracker's run as failed.
         stacks: remove the file of this rank's stacks if it is empty.
     """
 
     checkpoint: Callable[[], Any] | None = None
     lock: Callable[[], Any] | None = None
+    webhook: Callable[[], Any] | None = None
     tracker: Callable[[], Any] | None = None
     stacks: Callable[[], Any] | None = None
 
@@ -46,6 +39,7 @@ class LastWorks:
         works = [
             (self.checkpoint, CHECKPOINT_S),
             (self.lock, LOCK_S),
+            (self.webhook, WEBHOOK_S),
             (self.tracker, TRACKER_S),
             (self.stacks, STACKS_S),
         ]
@@ -85,23 +79,3 @@ def leaving_alone(world: World, leave: Leave, works: LastWorks, note: Callable[[
         if reported is error:
             raise
         raise reported from error
-
-
-def note_failure(folder: RunFolder, error: Exception, *, is_main: bool, num_steps: int | None, start: str | None) -> None:
-    """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it.
-
-    Args:
-        folder: run folder.
-        error: ends the run.
-        is_main: this is rank 0.
-        num_steps: optimizer steps done; None before the state is built.
-        start: job and restart (``job_environment.start_of``); None outside of a job.
-    """
-    if not is_main and is_known_to_all(error):
-        return
-    kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
-    if isinstance(error, NonfiniteError):
-        kind = "nonfinite"
-    text = first_line(error)
-    with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-        folder.write_failure(kind, num_steps, text, start=start)
