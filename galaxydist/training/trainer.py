@@ -74,7 +74,7 @@ from galaxydist.training.micro_batch import check_deterministic, choose_micro_ba
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import EarlyStopping, lock_run_folder
+from galaxydist.training.resume import EarlyStopping, Prune, Pruning, lock_run_folder
 from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
@@ -88,16 +88,19 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_TENSORS = 2
 
 
-def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None) -> int:
+def train(
+    resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None, prune: Prune | None = None
+) -> int:
     """Train a recipe, continue its run, or show its result if it has one. Every process of the run calls it.
 
     Args:
         resolved: the recipe, with the origins of its values.
         environ: the process's environment.
         leave: ends a process of several after an error of its rank alone; by default the error is raised.
+        prune: decides after each validation whether to end the run without an evaluation; given on all ranks or on none.
 
     Returns:
-        0 after the evaluation, else the number of the signal that stopped the run (its state is saved).
+        0 after the evaluation or if the run was pruned, else the number of the signal that stopped the run (its state is saved).
 
     Raises:
         UserError: the recipe, its data or the run folder cannot be used; nothing was written.
@@ -108,7 +111,7 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Le
         deterministic_algorithms(config.deterministic, environ),
         open_world(config.precision, environ, timeout=timeout, threads=config.threads) as world,
     ):
-        stop_signal = Trainer(resolved, world, environ, leave).run()
+        stop_signal = Trainer(resolved, world, environ, leave).run(prune)
         world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
     return stop_signal
 
@@ -147,11 +150,11 @@ class Trainer:
         self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
-        self._summary: dict[str, float] | None = None
+        self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
         self.last_works = LastWorks()
 
-    def run(self) -> int:
+    def run(self, prune: Prune | None = None) -> int:
         """Train to the result, as ``train`` does, and return its result."""
         self.check_inputs()
         with self.open_run_folder():
@@ -162,8 +165,14 @@ class Trainer:
                 return 0
             self.build()
             self.restore()
+            self.pruning = Pruning(self.world, self.run_folder, self.recipe.train.metric, prune)
             with self.open_tracker(), open_system_metrics(self.world, self.run_folder, lambda: self.state.step):
-                if stop_signal := self.train():
+                stop_signal = self.train()
+                if self.pruning.is_pruned:
+                    self._has_result = True
+                    results.info("%s", self.pruning.finish(self.state.step, self.events))
+                    return 0
+                if stop_signal:
                     return stop_signal
                 self.finish(self.evaluate())
         return 0
@@ -390,7 +399,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
-        """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
+        """Start the tracker; at the end finish it. An error is noted in the run folder."""
 
         def start() -> None:
             self.tracker = start_tracker(
@@ -405,7 +414,7 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        self.last_works.tracker = partial(self.tracker.finish, {}, 1)
+        self.last_works.tracker = partial(self.tracker.finish, 1)
         try:
             yield
         except BaseException as error:
@@ -414,7 +423,7 @@ class Trainer:
             self.last_works.end_tracker()
             raise
         self.last_works.tracker = None
-        _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
+        _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
@@ -451,7 +460,7 @@ class Trainer:
                 stop_signal = loop.run(batches, self.stop)
                 self.checkpointer.wait()
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
-        if stop_signal:
+        if stop_signal and not self.pruning.is_pruned:
             saved = "which is saved" if self.state.step else "with nothing to save yet"
             text = f"stopped by {signal_name(stop_signal)} at step {self.state.step}, {saved}"
             logger.info("%s; the same command continues it", text)
@@ -505,6 +514,7 @@ class Trainer:
             validate=self._validate if has_split(self.manifest, "val") else None,
             validate_every=self.recipe.eval.every,
             watchdog=self.watchdog,
+            pruning=self.pruning,
             events=self.events,
             step_done=profiler.step_done,
         )
@@ -563,7 +573,7 @@ class Trainer:
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
         if self.world.is_main:
             self.events.write("finish", describe_result(summary), state.step, **summary)
-        self._summary = summary
+        self._has_result = True
         results.info("%s", describe_end(self.run_folder))
 
 
