@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from galaxydist.cpus import bound_cores, cpu_quota, decoding_threads, fair_share
 from galaxydist.devices import Precision, RankDevice, check_devices, find_device, gather_devices, resolve_precision
@@ -358,12 +358,12 @@ def _join_group(
     return resolved
 
 
-def _meet(own: RankDevice, size: int) -> tuple[dist.Store, list[RankDevice]]:
+def _meet(own: RankDevice, size: int) -> tuple[Store, list[RankDevice]]:
     """Return the store of the run and the devices of all ranks.
 
     This is done in a thread: torch's client waits for ever for an answer if another program has the port, also on Ctrl-C.
     """
-    answers: Queue[tuple[dist.Store, list[RankDevice]] | Exception] = Queue()
+    answers: Queue[tuple[Store, list[RankDevice]] | Exception] = Queue()
 
     def meet() -> None:
         try:
