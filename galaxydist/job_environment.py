@@ -94,6 +94,12 @@ def find_rank(environ: MutableMapping[str, str]) -> LauncherRank:
     return LauncherRank(rank, size, local_size, local_rank)
 
 
+def local_rank_of(environ: Mapping[str, str]) -> int:
+    """Return the rank of this process among those of its machine, also under ``srun`` alone; 0 without a launcher."""
+    given = (environ.get(name, "") for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return next((int(text) for text in given if text.isascii() and text.isdecimal()), 0)
+
+
 def slurm_cores(environ: Mapping[str, str]) -> float:
     """Return the cores that SLURM gave to all tasks on this node together; infinity if the variables do not state it."""
     per_task = environ.get("SLURM_CPUS_PER_TASK", "")
