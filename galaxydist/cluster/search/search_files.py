@@ -12,9 +12,10 @@ from galaxydist.recipe.identity import result_fields
 from galaxydist.recipe.scalars import to_text
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import plain
+from galaxydist.runs.listing import TRIAL_FILE
 
 FORMAT_VERSION = 1
-RECORD_NAME, TRIAL_NAME = "search.json", "trial.json"
+RECORD_NAME = "search.json"
 PREFIX = "trial-"
 
 
@@ -119,7 +120,7 @@ def read_trial(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: trial.json is damaged.
     """
-    path = run_dir / TRIAL_NAME
+    path = run_dir / TRIAL_FILE
     try:
         content = read_json(path) if path.exists() else None
     except FileNotFoundError:
@@ -142,7 +143,7 @@ def write_trial(run_dir: Path, values: Mapping[str, Any]) -> None:
         UserError: the disk is full.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / TRIAL_NAME, {"format": FORMAT_VERSION, "trial": trial_number(run_dir), "values": plain(values)})
+    write_json(run_dir / TRIAL_FILE, {"format": FORMAT_VERSION, "trial": trial_number(run_dir), "values": plain(values)})
 
 
 def value_arguments(values: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.running_jobs import lock_holder, newest_job
 from galaxydist.cluster.search.search_files import (
     RECORD_NAME,
-    TRIAL_NAME,
     SearchRecord,
     read_trial,
     trial_dir,
@@ -24,8 +23,10 @@ from galaxydist.cluster.search.search_study import Outcome, SearchStudy
 from galaxydist.cluster.slurm import UNKNOWN, JobState, SlurmUnavailableError, read_states
 from galaxydist.errors import RunFailedError, UserError
 from galaxydist.job_environment import find_rank
+from galaxydist.rank_store import Leave
 from galaxydist.runs.folder import RunFolder, read_newest_state
-from galaxydist.training.launch import Leave, train_recipe
+from galaxydist.runs.listing import TRIAL_FILE
+from galaxydist.training.launch import train_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _wait_for_values(run_dir: Path) -> dict[str, Any]:
     deadline = time.monotonic() + VALUES_S
     while (values := read_trial(run_dir)) is None:
         if time.monotonic() > deadline:
-            raise RunFailedError(f"rank 0 has not written {run_dir / TRIAL_NAME} within {VALUES_S:.0f} s")
+            raise RunFailedError(f"rank 0 has not written {run_dir / TRIAL_FILE} within {VALUES_S:.0f} s")
         time.sleep(POLL_S)
     return values
 
