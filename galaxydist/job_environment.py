@@ -85,7 +85,8 @@ def find_rank(environ: MutableMapping[str, str]) -> LauncherRank:
     if missing:
         raise _conflict(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     local_rank, local_size = _number(environ, "LOCAL_RANK", 0), _number(environ, "LOCAL_WORLD_SIZE", size)
-    _number(environ, "MASTER_PORT", 0)
+    if not 0 < _number(environ, "MASTER_PORT", 0) < 2**16:
+        raise _conflict(environ, ["MASTER_PORT"], "it must be a port, 1 to 65535")
     if rank >= size:
         raise _conflict(environ, given, "RANK must be less than WORLD_SIZE")
     if not local_rank < local_size <= size:

@@ -87,6 +87,8 @@ class WandbSink:
                 init_timeout=INIT_S,
                 console="off",
                 disable_git=True,  # of the current folder, which need not be the code's
+                x_disable_meta=True,  # the command line may hold secrets
+                x_disable_machine_info=True,
                 x_disable_stats=True,  # they see this node only; system/NODE/... has all
                 x_save_requirements=False,
             ),

@@ -26,7 +26,7 @@ from galaxydist.errors import (
 )
 from galaxydist.job_environment import LauncherRank, find_rank
 from galaxydist.log import set_up_logging
-from galaxydist.rank_store import LastWork, end_process
+from galaxydist.rank_store import LastWork, Leave, end_process
 
 if TYPE_CHECKING:
     from galaxydist.training.resume import Prune
@@ -38,8 +38,6 @@ LOGGING_S = 3.0
 # The launcher's report of an error may take this time; a log on a hung file system must not keep the process.
 REPORT_S = 10.0
 
-# Ends the process after an error, with last works; returns if the process is the only one, whose error is raised as usual.
-Leave = Callable[[BaseException, Iterable[LastWork]], None]
 # Work of one process: from its arguments, its environment and ``Leave`` to the number of the signal that stopped it, or 0.
 RankWork = Callable[[Any, MutableMapping[str, str], Leave], int]
 

@@ -23,9 +23,10 @@ from galaxydist.cluster.search.search_study import Outcome, SearchStudy
 from galaxydist.cluster.slurm import UNKNOWN, JobState, SlurmUnavailableError, read_states
 from galaxydist.errors import RunFailedError, UserError
 from galaxydist.job_environment import find_rank
+from galaxydist.rank_store import Leave
 from galaxydist.runs.folder import RunFolder, read_newest_state
 from galaxydist.runs.listing import TRIAL_FILE
-from galaxydist.training.launch import Leave, train_recipe
+from galaxydist.training.launch import train_recipe
 
 logger = logging.getLogger(__name__)
 
