@@ -6,6 +6,7 @@ all galaxies.
 """
 
 import io
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +19,15 @@ from PIL import Image
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.counter_rng import Stream, hash64
 from galaxydist.distributed import World
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, first_line
 from galaxydist.evaluation.counts import FRACTION_BITS, Predicted
 from galaxydist.loading.decode import sample_key
 from galaxydist.loading.loader import Batch
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.catalogue import ID, read_catalogue
 from galaxydist.shards.manifest import Manifest, catalogue_name
+
+logger = logging.getLogger(__name__)
 
 NUM_GALAXIES = 32
 # Width of a small image in pixels, and quality of the JPEG: some 3 kB, at most about 10 kB for pure noise.
@@ -136,9 +139,12 @@ class GalaxyTable:
         return [sample for sample in self.samples_M.tolist() if not self.folder.galaxy_image(sample).exists()]
 
     def _write(self, images: Mapping[int, bytes]) -> None:
-        self.folder.galaxies_dir.mkdir(exist_ok=True)
-        for sample, image in images.items():
-            replace_bytes(self.folder.galaxy_image(sample), image)
+        try:
+            self.folder.galaxies_dir.mkdir(exist_ok=True)
+            for sample, image in images.items():
+                replace_bytes(self.folder.galaxy_image(sample), image)
+        except (OSError, UserError) as error:  # a training does not need them
+            logger.warning("images of galaxies are missing in %s: %s", self.folder.galaxies_dir, first_line(error))
 
 
 def logged_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
