@@ -87,7 +87,7 @@ class GalaxyTable:
             batch: on the CPU.
             predicted: its predictions.
         """
-        _, rows, places = np.intersect1d(batch.samples_B.numpy(), self.samples_M, return_indices=True)
+        samples, rows, places = np.intersect1d(batch.samples_B.numpy(), self.samples_M, return_indices=True)
         if rows.size == 0:
             return
         device = predicted.classes_B.device
@@ -99,8 +99,9 @@ class GalaxyTable:
         # Class numbers from 1: the other ranks add 0.
         values_2B = torch.stack([predicted.classes_B + 1, predicted.confidence_B])
         self._sums_2M.index_copy_(1, places_m, values_2B.index_select(1, rows_m))
-        for row in rows[np.isin(batch.samples_B.numpy()[rows], list(self._missing))].tolist():
-            self._images[int(batch.samples_B[row])] = small_jpeg(batch.images_BHWC[row].numpy())
+        for sample, row in zip(samples.tolist(), rows.tolist(), strict=True):
+            if sample in self._missing:
+                self._images[sample] = small_jpeg(batch.images_BHWC[row].numpy())
 
     def reduce(self) -> None:
         """Share the predictions of a pass with all ranks, and write the missing images. All ranks take part."""
