@@ -267,6 +267,9 @@ class WandbSink:
         """Send one complete row."""
         self._run.log({**row.values, "step": row.step}, step=row.step, commit=True)
 
+    def flush(self) -> None:
+        """Do nothing: wandb stores rows by itself."""
+
     def alert(self, event: Event) -> None:
         """Send an alert, which wandb passes on by mail or Slack."""
         self._run.alert(event.kind, event.text)

@@ -128,6 +128,10 @@ class Sink(Protocol):
 
     def send(self, row: Row) -> None: ...
 
+    def flush(self) -> None:
+        """Store the rows sent so far, so that they are seen; called when there is no further row for now."""
+        ...
+
     def alert(self, event: Event) -> None:
         """Tell a person of an event, if the program can do that."""
         ...
