@@ -91,3 +91,4 @@ class Stream(IntEnum):
     MIX_CHANGED = 34
     MIX_KIND = 35
     MODEL = 48
+    GALAXY_TABLE = 64

@@ -27,6 +27,7 @@ SHORT = {
     "log.py": "ground floor",
     "models/features.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
+    "runs/events.py": "a subject of its own",
     "surveys/official_split.py": "reader of shipped data",
     "training/health/guard_process.py": "a script that imports nothing of the package",
     "version.py": "read by the build",

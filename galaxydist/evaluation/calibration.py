@@ -19,6 +19,8 @@ from galaxydist.evaluation.predictions import PredictionsFile
 Floats = NDArray[np.float64]
 
 NUM_BINS = 15
+# Between the bins.
+BIN_EDGES = np.linspace(0, 1, NUM_BINS + 1)[1:-1]
 DEFINITION = "sum over 15 equal bins of confidence of n_b/N |accuracy_b - confidence_b|; confidence is the largest probability"
 # Range of T: an optimum outside means that the validation split cannot determine it (all right, or no better than chance).
 LOWEST, HIGHEST = 0.05, 20.0
@@ -36,7 +38,7 @@ class Reliability:
 
     def add(self, confidence_B: Floats, is_correct_B: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Add galaxies and return the bin of each: bin b holds b/15 <= confidence < (b + 1)/15, the last also 1."""
-        bin_B = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], confidence_B, side="right")
+        bin_B = np.searchsorted(BIN_EDGES, confidence_B, side="right")
         self.count += np.bincount(bin_B, minlength=NUM_BINS)
         self.confidence += np.bincount(bin_B, confidence_B, minlength=NUM_BINS)
         self.correct += np.bincount(bin_B, is_correct_B, minlength=NUM_BINS).astype(np.int64)

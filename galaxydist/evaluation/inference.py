@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from galaxydist.distributed import World
 from galaxydist.evaluation.counts import Counts
+from galaxydist.evaluation.galaxy_table import GalaxyTable
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, row_dtype, write_predictions
 from galaxydist.loading.augment import Augment, Normalise
@@ -242,8 +243,9 @@ def evaluate_split(
     beat: Callable[[], None] = lambda: None,
     in_validation_N: NDArray[np.bool_] | None = None,
     rank_file: RankFile | None = None,
+    table: GalaxyTable | None = None,
 ) -> dict[str, Any]:
-    """Return accuracy, loss, per-class metrics and confusion matrix of a split. Collective: all ranks return the same.
+    """Return accuracy, loss, per-class metrics, confusion matrix and calibration of a split, the same on all ranks. Collective.
 
     Args:
         world: the processes.
@@ -256,6 +258,7 @@ def evaluate_split(
         in_validation_N: mask of the samples in the run's validation split. If there are any, the metrics of the others are added
             as ``without_validation``.
         rank_file: file for this rank's predictions; None to discard them.
+        table: receives the predictions of its galaxies; on all ranks, or on none.
 
     Raises:
         UserError: a galaxy cannot be read (an evaluation never counts fewer), or the disk is full.
@@ -281,12 +284,12 @@ def evaluate_split(
                 stack.enter_context(writer)
             for batch in batches:
                 logits_BK = forward(batch.images_BHWC)
-                predicted_B, *_ = [
-                    counter.add(logits_BK, batch.labels_B, batch.weights_B, batch.samples_B) for counter in counters
-                ]
+                predicted, *_ = [counter.add(logits_BK, batch.labels_B, batch.weights_B, batch.samples_B) for counter in counters]
                 source = sources.popleft()
                 if writer is not None:
-                    writer.add(source, logits_BK, predicted_B)
+                    writer.add(source, logits_BK, predicted.classes_B)
+                if table is not None:
+                    table.add(source, predicted)
                 beat()
             if writer is not None:
                 writer.finish()
@@ -298,7 +301,11 @@ def evaluate_split(
     for vector, (what, number) in zip(vectors, expected.items(), strict=True):
         total = Counts.from_vector(vector)
         total.check(number, what)
-        found.append(metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, manifest.class_names))
+        bins = total.reliability
+        metrics = metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, manifest.class_names)
+        found.append({**metrics, "calibration": bins.to_json() if bins is not None else None})
+    if table is not None:
+        table.reduce()
     metrics, *others = found
     return metrics | ({"without_validation": others[0]} if others else {})
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from galaxydist.report.finished_runs import Validation
-from galaxydist.report.matrix import Row, Table
+from galaxydist.report.finished_runs import ValidationScore
+from galaxydist.report.matrix import Table, TableRow
 from galaxydist.report.published_results import (
     BALANCED_TO_ORIGINAL,
     CNNS,
@@ -174,7 +174,7 @@ class Evidence:
     models: Mapping[Cell, ModelEvidence]
 
 
-def evidence_of_table(table: Table, rows: Mapping[DisplayName, Row]) -> Evidence:
+def evidence_of_table(table: Table, rows: Mapping[DisplayName, TableRow]) -> Evidence:
     """Return the evidence in the chosen rows of the table of the real Galaxy10."""
     models: dict[Cell, ModelEvidence] = {}
     for number, (name, row) in enumerate(rows.items()):
@@ -393,9 +393,9 @@ def answer_claims(evidence: Evidence) -> list[ClaimAnswer]:
     return [claim(evidence) for claim in CLAIMS]
 
 
-def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
+def choose_rows(table: Table, regime: str) -> dict[DisplayName, TableRow]:
     """Choose the row for each published model in a regime (``reference`` or ``own``): best by validation, never by test."""
-    chosen: dict[DisplayName, Row] = {}
+    chosen: dict[DisplayName, TableRow] = {}
     for name in MODELS:
         rows = [row for row in table.rows if row.display == name and row.regime == regime]
         validations = {row: _validations(table, row) for row in rows}
@@ -406,14 +406,14 @@ def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
     return chosen
 
 
-def _validations(table: Table, row: Row) -> list[Validation]:
+def _validations(table: Table, row: TableRow) -> list[ValidationScore]:
     """Return the validations of a row's runs trained on original, or of all its runs if there are none."""
     runs = {id(run): run for setting in SETTINGS for run in table.cells[row, setting].runs}.values()
     own = [run for run in runs if run.variant == "original"] or runs
     return [run.validation for run in own if run.validation is not None]
 
 
-def _mean(validations: Sequence[Validation], metric: str) -> float:
+def _mean(validations: Sequence[ValidationScore], metric: str) -> float:
     """Return the mean of a validation metric, signed so that larger is better; other metrics are skipped."""
     values = [one.value for one in validations if one.metric == metric]
     return (-1.0 if metric == "loss" else 1.0) * math.fsum(values) / len(values) if values else -math.inf

@@ -18,7 +18,7 @@ from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, choose_rows, evidence_of_table, published_evidence
 from galaxydist.report.finished_runs import REFERENCE, FinishedRun, SplitResult, read_finished_runs
-from galaxydist.report.matrix import Row, Table, build_tables
+from galaxydist.report.matrix import Table, TableRow, build_tables
 from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import (
     CellOutcomes,
@@ -58,9 +58,9 @@ class Pairs:
     """
 
     setting: TrainTest
-    runs: Mapping[Row, FinishedRun]
-    tests: Mapping[tuple[Row, Row], McNemar]
-    adjusted: Mapping[tuple[Row, Row], float]
+    runs: Mapping[TableRow, FinishedRun]
+    tests: Mapping[tuple[TableRow, TableRow], McNemar]
+    adjusted: Mapping[tuple[TableRow, TableRow], float]
     notes: tuple[str, ...] = ()
 
 
@@ -74,7 +74,7 @@ class Ensemble:
         outcomes: of the ensemble.
     """
 
-    row: Row
+    row: TableRow
     setting: TrainTest
     seeds: CellOutcomes
     outcomes: Outcomes
@@ -87,8 +87,8 @@ def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
 
 
 def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
-    runs: dict[Row, FinishedRun] = {}
-    outcomes: dict[Row, Outcomes] = {}
+    runs: dict[TableRow, FinishedRun] = {}
+    outcomes: dict[TableRow, Outcomes] = {}
     notes: list[str] = []
     for row in table.rows:
         run = best_of(table.cells[row, setting].runs)
@@ -99,7 +99,7 @@ def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
             outcomes[row], runs[row] = read(result.predictions_path), run
         except UserError as error:
             notes.append(str(error))
-    tests: dict[tuple[Row, Row], McNemar] = {}
+    tests: dict[tuple[TableRow, TableRow], McNemar] = {}
     for first, second in combinations(outcomes, 2):
         try:
             tests[first, second] = compare_runs(outcomes[first], outcomes[second])
@@ -312,7 +312,7 @@ class DatasetResults:
 
     table: Table
     facts: tuple[RunFacts, ...]
-    row_of: Mapping[Path, Row]
+    row_of: Mapping[Path, TableRow]
     claims: Mapping[str, list[ClaimAnswer]]
     pairs: tuple[Pairs, ...]
     ensembles: tuple[Ensemble, ...]
@@ -330,7 +330,7 @@ class DatasetResults:
                 lines.setdefault(name, {})[text] = None
         return {name: " | ".join(texts) for name, texts in lines.items()}
 
-    def runs_of(self, row: Row) -> list[RunFacts]:
+    def runs_of(self, row: TableRow) -> list[RunFacts]:
         return [facts for facts in self.facts if self.row_of.get(facts.run.run_dir) == row]
 
     def model_of(self, run: FinishedRun) -> str:
@@ -338,13 +338,13 @@ class DatasetResults:
         row = self.row_of.get(run.run_dir)
         return run.model if row is None or row.name else row.label
 
-    def best(self, row: Row, variant: Variant) -> RunFacts | None:
+    def best(self, row: TableRow, variant: Variant) -> RunFacts | None:
         """Return the best run by validation of a row among those trained on a variant; None if there is none."""
         runs = {id(facts.run): facts for facts in self.runs_of(row) if facts.run.variant == variant}
         best = best_of([facts.run for facts in runs.values()])
         return runs[id(best)] if best is not None else None
 
-    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, SplitResult]]:
+    def best_on_own(self) -> Iterator[tuple[TableRow, RunFacts, SplitResult]]:
         """Yield the best run by validation of each row and training variant, with its result on its own test set."""
         for row, variant in itertools.product(self.table.rows, VARIANTS):
             facts = self.best(row, variant)

@@ -26,7 +26,7 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
+class ValidationScore:
     """Value at the chosen checkpoint of the validation metric that selected it; smaller is better for ``loss``."""
 
     metric: str
@@ -126,7 +126,7 @@ class FinishedRun:
     class_names: tuple[str, ...]
     seed: int
     settings: str
-    validation: Validation | None
+    validation: ValidationScore | None
     results: Mapping[Variant, SplitResult]
 
     @property
@@ -304,11 +304,11 @@ def _is_reference(stored: StoredRecipe) -> bool:
     return name.startswith(REFERENCE) or any(REFERENCE in Path(file).parent.parts[-1:] for file in files if file)
 
 
-def _read_validation(folder: RunFolder, metric: str, step: int) -> Validation | None:
+def _read_validation(folder: RunFolder, metric: str, step: int) -> ValidationScore | None:
     """Return the logged validation of the evaluated checkpoint; None if the log has none."""
     try:
         values = [line.get(f"val/{metric}") for line in folder.metrics.read() if line["step"] == step]
     except UserError:
         return None  # a damaged log removes the run from the ranking, but not from the matrix
     found = next((value for value in values if isinstance(value, int | float)), None)
-    return None if found is None else Validation(metric, float(found), step)
+    return None if found is None else ValidationScore(metric, float(found), step)

@@ -41,7 +41,7 @@ NOT_RUN = "not run"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """Row of a table: a model with its recipe and settings.
 
     Args:
@@ -122,8 +122,8 @@ class Table:
 
     dataset: str
     class_names: tuple[str, ...]
-    rows: tuple[Row, ...]
-    cells: Mapping[tuple[Row, TrainTest], Cell]
+    rows: tuple[TableRow, ...]
+    cells: Mapping[tuple[TableRow, TrainTest], Cell]
     notes: tuple[str, ...] = ()
 
     @property
@@ -154,7 +154,7 @@ def build_tables(runs: Sequence[FinishedRun], *, read: Callable[[Path], Outcomes
     return [_build_table([run for run in runs if run.dataset == dataset], read) for dataset in datasets]
 
 
-def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, TrainTest], float]:
+def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[TableRow, TrainTest], float]:
     """Return the p values of the differences to the published values, adjusted for the number of tested cells (Holm 1979).
 
     Args:
@@ -169,7 +169,7 @@ def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, T
 def _build_table(runs: Sequence[FinishedRun], read: Callable[[Path], Outcomes]) -> Table:
     dataset, class_names = runs[0].dataset, runs[0].class_names
     rows = _group_rows(runs, is_galaxy10=class_names == GALAXY10_CLASSES)
-    cells: dict[tuple[Row, TrainTest], Cell] = {}
+    cells: dict[tuple[TableRow, TrainTest], Cell] = {}
     notes: list[str] = []
     for row, members in rows.items():
         for setting in SETTINGS:
@@ -185,7 +185,7 @@ def _build_table(runs: Sequence[FinishedRun], read: Callable[[Path], Outcomes]) 
     return Table(dataset, class_names, tuple(rows), cells, tuple(notes))
 
 
-def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, list[FinishedRun]]:
+def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[TableRow, list[FinishedRun]]:
     """Group the runs into rows, published models first.
 
     With Galaxy10 classes, a published model without runs gets an empty row. On a user's own data, a row of one run has its name.
@@ -195,7 +195,7 @@ def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, 
     def identity(run: FinishedRun) -> tuple[str, str, str]:
         return run.model, run.regime, run.recipe
 
-    rows: dict[Row, list[FinishedRun]] = {}
+    rows: dict[TableRow, list[FinishedRun]] = {}
     for (model, regime, recipe), group in groupby(sorted(runs, key=identity), key=identity):
         members = list(group)
         # Runs on different variants may have different settings; different settings on one variant make separate rows.
@@ -205,10 +205,10 @@ def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, 
             name = ""
             if len(chosen) == 1 and not is_galaxy10:
                 name = chosen[0].name if names[chosen[0].name] == 1 else str(chosen[0].run_dir)
-            rows[Row(model, recipe, regime, settings, DISPLAY_NAMES.get(model), name)] = chosen
+            rows[TableRow(model, recipe, regime, settings, DISPLAY_NAMES.get(model), name)] = chosen
     if is_galaxy10:
         displayed = {row.display for row in rows}
-        rows |= {Row("", "", "", "", name): [] for name in MODELS if name not in displayed}
+        rows |= {TableRow("", "", "", "", name): [] for name in MODELS if name not in displayed}
     order: dict[DisplayName | None, int] = {name: number for number, name in enumerate((*MODELS, None))}
     return dict(sorted(rows.items(), key=lambda item: (order[item[0].display], item[0].regime != REFERENCE)))
 

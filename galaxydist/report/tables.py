@@ -6,7 +6,7 @@ from typing import Literal
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.collect import DatasetResults, ReportData
 from galaxydist.report.finished_runs import FREE_KEYS, SCORES, Score
-from galaxydist.report.matrix import NOT_RUN, Cell, Row, Table, holm_adjusted
+from galaxydist.report.matrix import NOT_RUN, Cell, Table, TableRow, holm_adjusted
 from galaxydist.report.published_results import TrainTest
 from galaxydist.report.statistics import ALPHA, Estimate
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
@@ -37,9 +37,9 @@ class Numbers:
     standing: Standing = ""
 
 
-def describe_table(table: Table) -> dict[tuple[Row, TrainTest, Quantity], Numbers]:
+def describe_table(table: Table) -> dict[tuple[TableRow, TrainTest, Quantity], Numbers]:
     """Format all numbers of a table; accuracies and losses are separate families of tests."""
-    found: dict[tuple[Row, TrainTest, Quantity], Numbers] = {}
+    found: dict[tuple[TableRow, TrainTest, Quantity], Numbers] = {}
     for quantity in QUANTITIES:
         adjusted = holm_adjusted(table, quantity)
         for (row, setting), cell in table.cells.items():

@@ -60,15 +60,28 @@ class RunFolder:
         self.result_path = path / "result.json"
         self.failure_path = path / "failure.json"
         self.events_path = path / "events.jsonl"
+        self.facts_path = path / "run.json"
         self.lock_path = path / "lock.json"
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"
         self.stacks_dir = path / "stacks"
+        self.galaxies_dir = path / "galaxies"
+        self.system_dir = path / "system"
         self.metrics = MetricsFile(self.metrics_path)
         self.timing = MetricsFile(path / "timing.jsonl")
+        self.validations = MetricsFile(path / "validation.jsonl")
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def cut_back(self, step: int) -> None:
+        """Remove what the logs of metrics hold of later steps; a run that continues from ``step`` writes it again."""
+        for log in (self.metrics, self.timing, self.validations):
+            log.cut_back(step)
+
+    def galaxy_image(self, sample: int) -> Path:
+        """Return the path of a small image of a validation galaxy, by its stored sample number."""
+        return self.galaxies_dir / f"{sample}.jpg"
 
     def create(self) -> None:
         """Create the folder.

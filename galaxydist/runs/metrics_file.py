@@ -14,8 +14,6 @@ from typing import Any, BinaryIO
 from galaxydist.atomic_files import explain_full_disk, fsync_file, replace_bytes
 from galaxydist.errors import UserError
 
-Metric = float | int | str | None
-
 
 class MetricsFile:
     """Log of metrics: lines such as ``{"step": 20, "train/loss": 1.9}``, in the order of their steps.
@@ -28,8 +26,8 @@ class MetricsFile:
         self.path = path
         self._is_checked = False
 
-    def append(self, step: int, values: Mapping[str, Metric]) -> None:
-        """Append one line; nan and inf, which JSON lacks, become null.
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; nan and inf, which JSON lacks, become null (within lists and mappings they are refused).
 
         Raises:
             UserError: the disk is full; the earlier lines are unchanged.

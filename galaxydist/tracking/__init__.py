@@ -1,1 +1,1 @@
-"""What a run folder says, shown by experiment trackers: wandb, trackio, TensorBoard."""
+"""Experiment trackers, wandb, trackio and TensorBoard: what a run folder says is shown by their programs."""

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from galaxydist.runs.events import Event
+from galaxydist.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a run when it is opened.
+    """Description of a run, given to a tracker when it is opened.
 
     Args:
         run_id: the tracker's id of the run, with which a later start continues the same curves.
@@ -47,7 +48,7 @@ class TrackedGalaxy:
         galaxy_id: its name in the survey.
         label, predicted: class numbers.
         probability: of the predicted class, in 0..1.
-        image: a small JPEG.
+        image: a small JPEG; it may be missing.
     """
 
     sample: int
@@ -68,6 +69,8 @@ class Validation:
         confusion_KK: numbers of galaxies, true class x predicted class.
         recall_K: recall of each class; None for a class without galaxies.
         galaxies: a few galaxies, the same in each validation.
+        calibration: bins of confidence, each with ``low``, ``high``, ``count``, and the means ``confidence`` and ``accuracy``,
+            which are None in a bin without galaxies; no bins if a loss is not finite.
     """
 
     step: int
@@ -75,6 +78,32 @@ class Validation:
     confusion_KK: Sequence[Sequence[int]]
     recall_K: Sequence[float | None]
     galaxies: Sequence[TrackedGalaxy] = ()
+    calibration: Sequence[Mapping[str, Any]] = ()
+
+
+def read_validations(folder: RunFolder) -> list[Validation]:
+    """Return the validations of a run, oldest first; none if the run folder is of an earlier version.
+
+    Raises:
+        UserError: a line of validation.jsonl is damaged.
+    """
+    return [validation_of(line, folder) for line in folder.validations.read()]
+
+
+def validation_of(line: Mapping[str, Any], folder: RunFolder) -> Validation:
+    """Return the validation that a line of validation.jsonl holds."""
+    galaxies = [
+        TrackedGalaxy(
+            sample=galaxy["sample"],
+            galaxy_id=galaxy["id"],
+            label=galaxy["label"],
+            predicted=galaxy["predicted"],
+            probability=galaxy["probability"],
+            image=folder.galaxy_image(galaxy["sample"]),
+        )
+        for galaxy in line["galaxies"]
+    ]
+    return Validation(line["step"], line["classes"], line["confusion"], line["recall"], galaxies, line["calibration"])
 
 
 @dataclass(frozen=True)
@@ -98,7 +127,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """What a tracker is told at the end of a run, or of a start of it.
+    """End of a run, or of a start of it, as a tracker is told.
 
     Args:
         exit_code: 0 if the run has its result, else 1.

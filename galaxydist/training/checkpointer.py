@@ -102,6 +102,7 @@ class Checkpointer:
         def write() -> None:
             if self.world.is_main:
                 self.folder.metrics.sync()
+                self.folder.validations.sync()
             self.writer.save(self.state.step, tensors, {**state, **self.context}, best=is_best)
 
         self._run(write)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from galaxydist.distributed import World
 from galaxydist.loading.loader import Batch
@@ -31,7 +32,8 @@ class TrainLoop:
         step: one optimizer step.
         metrics: writes and shows the metrics.
         checkpointer: saves ``state``.
-        validate: returns the metrics of the validation split (all ranks call it), or None if there is no such split.
+        validate: returns the metrics of the validation split and, on rank 0, the details for validation.jsonl; all ranks call it.
+            None if there is no such split.
         validate_every: epochs between validations.
         watchdog: ends the run if it hangs.
         step_done: called after each step with the number of steps done.
@@ -44,7 +46,7 @@ class TrainLoop:
     step: TrainStep
     metrics: MetricLogger
     checkpointer: Checkpointer
-    validate: Callable[[], dict[str, float | None]] | None
+    validate: Callable[[], tuple[dict[str, float | None], dict[str, Any]]] | None
     validate_every: int
     watchdog: Watchdog
     step_done: Callable[[int], None]
@@ -154,9 +156,9 @@ class TrainLoop:
         if self.validate is not None and (is_last or epoch % self.validate_every == 0):
             self.watchdog.beat(self.state.step, VALIDATION)
             with self.step.timer.part("validation"):
-                validation = self.validate()
+                validation, details = self.validate()
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
-            self.metrics.record(self.state.step, validation)
+            self.metrics.record(self.state.step, validation, details=details)
         self.metrics.raise_failure()
         is_needed = is_best or self.state.stopping.should_stop
         if is_needed or (is_save_due and not self.checkpointer.is_skipped(self.state.step)):

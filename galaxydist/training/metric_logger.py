@@ -1,13 +1,15 @@
-"""Metrics of a training run: metrics.jsonl, timing.jsonl, the tracker and the progress bar.
+"""Metrics of a training run: metrics.jsonl, validation.jsonl, timing.jsonl, the tracker and the progress bar.
 
-metrics.jsonl holds what the recipe determines, so that a run that was stopped and continued has the same file; timing.jsonl holds
-what depends on the machine. The tracker gets both.
+metrics.jsonl and validation.jsonl hold what the recipe determines, so that a run that was stopped and continued has the same
+files; timing.jsonl holds what depends on the machine.
 """
 
 import contextlib
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -20,6 +22,9 @@ from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
 
 logger = logging.getLogger(__name__)
+
+# Metrics of a validation in the log.
+SHOWN_METRICS = ("loss", "accuracy", "balanced_accuracy")
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,8 @@ class MetricLogger:
         is_due = step % self.log_every == 0 or self.length.ends_epoch(step)
         if is_due:
             self._measure()
-            self._last = {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy, "train/lr": rate, **counters}
+            means = {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
+            self._last = {**means, "train/lr": rate, "train/grad_norm": result.grad_norm, **counters}
             self.record(step, self._last, self._timing)
             self._show(step)
             self.sums.load_state_dict(LossSums().state_dict())
@@ -118,18 +124,34 @@ class MetricLogger:
         self._timing = {**timing, **self.utilisation(timing["time/img_s_device"])}
         self._timed_steps = 0
 
-    def record(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None = None) -> None:
+    def record(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None],
+        timing: Mapping[str, float] | None = None,
+        *,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and both to the tracker.
 
         An error is kept for ``raise_failure``, since only rank 0 knows of it here.
+
+        Args:
+            step: optimizer steps done.
+            metrics: what the recipe determines.
+            timing: what the machine determines; the time of the call is added.
+            details: of a validation, for validation.jsonl.
         """
         if not self.world.is_main or self._error is not None:
             return
-        values = {"epoch": step / self.length.steps_per_epoch, **metrics}
+        epoch = {"epoch": step / self.length.steps_per_epoch}
+        values = {**epoch, **metrics}
         try:
+            if details:
+                self.folder.validations.append(step, {**epoch, **details})
             self.folder.metrics.append(step, values)
             if timing:
-                self.folder.timing.append(step, timing)
+                self.folder.timing.append(step, {**timing, "time/unix": round(time.time(), 3)})
             self.tracker.log({**values, **(timing or {})}, step)
         except (UserError, OSError) as error:
             self._error = error
@@ -151,9 +173,9 @@ class MetricLogger:
         """Log one line about an epoch."""
         epoch = step // self.length.steps_per_epoch
         parts = [f"train loss {self._last.get('train/loss', float('nan')):.4f}"]
-        for name, value in validation.items():
-            shown = "not finite" if value is None else f"{value:.4f}"
-            parts.append(f"{name.removeprefix('val/').replace('_', ' ')} {shown} (val)")
+        for name in SHOWN_METRICS if validation else ():
+            value = validation[f"val/{name}"]
+            parts.append(f"{name.replace('_', ' ')} {'not finite' if value is None else f'{value:.4f}'} (val)")
         parts += [f"{self._timing.get('time/img_s', 0.0):,.0f} img/s"]
         logger.info("epoch %d/%d: %s", epoch, self.length.num_epochs, ", ".join(parts))
 

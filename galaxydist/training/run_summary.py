@@ -1,11 +1,14 @@
 """Summary of a run before its first step (folder, data, model, steps, time) and after its last one."""
 
+import subprocess
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from galaxydist.distributed import World
 from galaxydist.models.registry import ModelRecord
+from galaxydist.paths import PACKAGE_DIR
 from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.resolve import COMMAND_LINE, ResolvedRecipe
 from galaxydist.recipe.scalars import to_text
@@ -15,6 +18,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.training.metric_logger import RunLength
 from galaxydist.training.micro_batch import Probe, share_of, unchanged
 from galaxydist.training.throughput import training_flops
+from galaxydist.version import __version__
 
 # If a run would take longer than this on a CPU, the summary suggests a smaller one.
 LONG_RUN_S = 1800.0
@@ -46,8 +50,7 @@ def describe_run(
     recipe = resolved.recipe
     num_samples = {name: split.num_samples for name, split in manifest.splits.items()}
     counts = ", ".join(f"{number:,} {name}" for name, number in num_samples.items())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total, trained = count_parameters(model)
     left_out = num_samples["train"] % schedule.batch_size
     epochs = schedule.total_steps // schedule.steps_per_epoch
     licence = f"; licence {manifest.origin.describe()['licence']}" if manifest.origin and manifest.origin.licence else ""
@@ -63,6 +66,40 @@ def describe_run(
         + (f"; {left_out:,} galaxies are left out of each epoch, others each time" if left_out else ""),
     }
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def run_facts(model: nn.Module) -> dict[str, Any]:
+    """Return facts of a run that its recipe does not hold, for run.json.
+
+    Args:
+        model: bare or sharded.
+
+    Returns:
+        ``parameters`` and ``trained_parameters``, ``galaxydist`` (its version), and ``commit`` if the code lies in a clone.
+    """
+    total, trained = count_parameters(model)
+    facts = {"parameters": total, "trained_parameters": trained, "galaxydist": __version__}
+    commit = _find_commit()
+    return facts if commit is None else {**facts, "commit": commit}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of all parameters, and of those that are trained."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+
+
+def _find_commit() -> str | None:
+    folder = PACKAGE_DIR.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
 
 
 def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: RunLength, micro_batch: int) -> str | None:

@@ -83,8 +83,9 @@ class TrainStep:
             step: optimizer steps done before.
 
         Returns:
-            This rank's sums, float64 of shape 6: loss numerator, loss weight, correct, counted samples, 1 if its loss or the
-            gradient is not finite, and the next step's loss scale (0 without fp16).
+            This rank's sums, float64 of shape 7: loss numerator, loss weight, correct, counted samples, 1 if its loss or the
+            gradient is not finite, the next step's loss scale (0 without fp16), and the norm of the gradient before clipping (of
+            the whole gradient, on rank 0; 0 on the others).
 
         Raises:
             StepAbandoned: on all ranks; nothing has changed.
@@ -100,12 +101,14 @@ class TrainStep:
             raise
         with self.timer.part("optimizer"):
             set_learning_rate(self.optimizer, self.schedule(step))
-            is_finite = self.optimizer_step() & sums[0].isfinite()
+            is_finite, norm = self.optimizer_step()
+            is_finite &= sums[0].isfinite()
             self.statistics.restore(where=~is_finite)
             if self.strategy.ema is not None:
                 self.strategy.ema.update(step + 1)
         scale = self.world.mixed_precision.loss_scale
-        last = [is_finite.logical_not(), torch.zeros_like(is_finite) if scale is None else scale]
+        zero = torch.zeros_like(is_finite)
+        last = [is_finite.logical_not(), zero if scale is None else scale, norm if self.world.is_main else zero]
         return torch.cat([sums, *(value.double().reshape(1) for value in last)])
 
     def forward_backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
@@ -161,11 +164,12 @@ class TrainStep:
         images_BCHW = self.augment(images_BHWC, draws_BN, memory_format=self.memory_format).to(self.world.dtype)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
-    def optimizer_step(self) -> torch.Tensor:
+    def optimizer_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip the gradient, and take the optimizer's step if it is finite.
 
         Returns:
-            True if the gradient is finite, a boolean scalar on the device, equal on all ranks.
+            True if the gradient is finite, a boolean scalar, and the norm of the gradient before clipping; both on the device and
+            equal on all ranks.
         """
         scaler = self.world.mixed_precision.scaler
         self.world.mixed_precision.unscale_gradients(self.optimizer)
@@ -174,9 +178,9 @@ class TrainStep:
         if scaler is not None:
             # With fp16 an overflowing gradient is expected: the scaler skips the step and lowers its scale.
             self.optimizer.step()
-            return torch.ones_like(is_finite)
+            return torch.ones_like(is_finite), norm
         step_if_finite(self.optimizer.optimizer, is_finite)
-        return is_finite
+        return is_finite, norm
 
     @staticmethod
     def _count(

@@ -76,6 +76,7 @@ class StepResult:
         is_nonfinite: the loss or the gradient is not finite; the step was skipped.
         sums: zero if the step is not finite.
         loss_scale: scale of the loss after the step with fp16; 0 with another precision.
+        grad_norm: Euclidean norm of the whole gradient before clipping; nan or inf if it is not finite.
     """
 
     step: int
@@ -83,10 +84,11 @@ class StepResult:
     is_nonfinite: bool = False
     sums: LossSums = field(default_factory=LossSums)
     loss_scale: float = 0.0
+    grad_norm: float = 0.0
 
 
 class StepSync:
-    """Sums one vector a step (four loss sums, a non-finite flag, the loss scale, the rank's flags) over all ranks.
+    """Sums one vector a step (four loss sums, a non-finite flag, loss scale, gradient norm, the rank's flags) over all ranks.
 
     Args:
         world_size: number of ranks; with one, nothing is sent.
@@ -106,7 +108,8 @@ class StepSync:
 
         Args:
             step: optimizer steps done before.
-            sums: float64 of shape 6 on the device: loss numerator, loss weight, correct, counted, 1 if not finite, loss scale.
+            sums: float64 of shape 7 on the device: loss numerator, loss weight, correct, counted, 1 if not finite, loss scale,
+                gradient norm (0 on all ranks but one).
             flags: this rank's flags.
         """
         values = [float(flags.stop_signal == number) for number in STOP_SIGNALS]
@@ -124,7 +127,7 @@ class StepSync:
         step, vector, work = self._posted.popleft()
         if work is not None:
             work.wait()
-        numerator, weight, correct, count, nonfinite, scales, *flags = vector.wait().tolist()
+        numerator, weight, correct, count, nonfinite, scales, norm, *flags = vector.wait().tolist()
         *signals, save_due, failed, num_unreadable, long = flags
         stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, signals, strict=True) if ranks), 0)
         is_nonfinite = nonfinite != 0.0  # true for nan too
@@ -134,4 +137,5 @@ class StepSync:
             is_nonfinite,
             LossSums() if is_nonfinite else LossSums(numerator, weight, correct, count),
             scales / self._world_size,  # equal on all ranks, and a power of two
+            norm,
         )

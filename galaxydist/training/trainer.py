@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from galaxydist.atomic_files import write_json
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
 from galaxydist.errors import (
@@ -23,6 +24,7 @@ from galaxydist.errors import (
     is_known_to_all,
 )
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
+from galaxydist.evaluation.galaxy_table import GalaxyTable, logged_metrics
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
@@ -78,10 +80,11 @@ from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, lock_run_folder
-from galaxydist.training.run_summary import describe_end, describe_run, describe_time
+from galaxydist.training.run_summary import describe_end, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
+from galaxydist.training.system_metrics import open_system_metrics
 from galaxydist.training.throughput import StepTimer, build_utilisation
 
 logger = logging.getLogger(__name__)
@@ -151,6 +154,7 @@ class Trainer:
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
         self._summary: dict[str, float] | None = None
+        self._galaxies: GalaxyTable | None = None  # from the first validation on
         self.last_works: list[LastWork] = []
 
     def run(self) -> int:
@@ -164,7 +168,7 @@ class Trainer:
                 return 0
             self.build()
             self.restore()
-            with self.open_tracker():
+            with self.open_tracker(), open_system_metrics(self.world, self.run_folder, lambda: self.state.step):
                 if stop_signal := self.train():
                     return stop_signal
                 self.finish(self.evaluate())
@@ -376,8 +380,8 @@ class Trainer:
         if found is not None:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
-        for log in (self.run_folder.metrics, self.run_folder.timing):
-            self.world.run_on_main(partial(log.cut_back, self.state.step))
+        self.world.run_on_main(lambda: self.run_folder.cut_back(self.state.step))
+        self.world.run_on_main(lambda: write_json(self.run_folder.facts_path, run_facts(self.model)))
         if self.state.step == 0:
             logger.info(
                 "%s",
@@ -525,9 +529,11 @@ class Trainer:
             step_done=profiler.step_done,
         )
 
-    def _validate(self) -> dict[str, float | None]:
-        """Return the metrics of the validation split. All ranks take part."""
+    def _validate(self) -> tuple[dict[str, float | None], dict[str, Any]]:
+        """Return the metrics of the validation split, and on rank 0 its details. All ranks take part."""
         average_statistics(self.world, *self.state.modules().values())
+        if self._galaxies is None:
+            self._galaxies = GalaxyTable(self.world, self.run_folder, self.manifest, "val")
         try:
             with self.strategy.eval_model() as model:
                 found = evaluate_split(
@@ -538,6 +544,7 @@ class Trainer:
                     augment=self.augment,
                     recipe=self.recipe,
                     beat=lambda: self.watchdog.beat(self.state.step, VALIDATION),
+                    table=self._galaxies,
                 )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -547,7 +554,7 @@ class Trainer:
                 f"No memory left on rank {self.world.rank} in a validation of eval.batch_size={config.batch_size}, eval.tta="
                 f"{config.tta}: lower eval.batch_size (with resume.force=[eval.batch_size])."
             ) from error
-        return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}
+        return logged_metrics(found), self._galaxies.details(found) if self.world.is_main else {}
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate the test splits of the run's shards and of ``eval.variants``, and return the metrics of the former."""

@@ -4,17 +4,21 @@ Galaxies, augmentations and learning rates are equal; in double precision losses
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from galaxydist.checkpoints import store
+from galaxydist.evaluation.galaxy_table import NUM_GALAXIES
+from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.tar_index import IndexOptions, index_tars
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_table import TableOptions
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.tar_scan import find_tars
+from galaxydist.tracking.sink import read_validations
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.foreign_tars import evo_tars
 from tests.helpers.forked_runs import run_forked, train
@@ -82,13 +86,28 @@ def weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(one: Path, other: Path, steps: int = STEPS) -> float:
-    """Of any loss of a step, any weight, average or moment after the last."""
+    """Of any loss and gradient norm of a step, any weight, average or moment after the last."""
     first, second = weights(one, steps), weights(other, steps)
     assert first.keys() == second.keys()
     differences = [float((first[name] - second[name]).abs().max()) for name in first if first[name].is_floating_point()]
     losses, others = read_losses(one / "run"), read_losses(other / "run")
     assert sorted(losses) == list(range(1, steps + 1)) == sorted(others)
+    norms = [[line["train/grad_norm"] for line in read_metrics(run / "run") if "train/grad_norm" in line] for run in (one, other)]
+    differences += [abs(norm - other_norm) for norm, other_norm in zip(*norms, strict=True)]
     return max(*differences, *(abs(losses[step] - others[step]) for step in losses))
+
+
+def assert_same_validations(one: Path, other: Path) -> None:
+    """The counts are equal, and of each galaxy of the table the prediction; its image is the same file."""
+    pairs = [read_validations(RunFolder(folder / "run")) for folder in (one, other)]
+    for first, second in zip(*pairs, strict=True):
+        assert (first.step, first.confusion_KK, first.recall_K) == (second.step, second.confusion_KK, second.recall_K)
+        assert [each["count"] for each in first.calibration] == [each["count"] for each in second.calibration]
+        assert len(first.galaxies) == NUM_GALAXIES
+        for galaxy, same in zip(first.galaxies, second.galaxies, strict=True):
+            assert replace(galaxy, probability=0, image=Path()) == replace(same, probability=0, image=Path())
+            assert galaxy.probability == pytest.approx(same.probability, abs=1e-9)
+            assert galaxy.image.read_bytes() == same.image.read_bytes()
 
 
 def assert_same_steps(one: Path, other: Path) -> None:
@@ -123,6 +142,7 @@ def test_fp64_losses_and_weights_on_any_world_size_and_micro_batch_equal_one_pro
 ) -> None:
     other = run(uneven_blobs, tmp_path, processes, {**EXACT, **changes})
     assert_same_steps(one_process, other)
+    assert_same_validations(one_process, other)
     assert largest_difference(one_process, other) < 1e-9
 
 

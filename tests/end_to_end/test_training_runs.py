@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from galaxydist.checkpoints import store
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.evaluation.predictions import read_predictions
+from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import write_shards
+from galaxydist.tracking.sink import read_validations
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.forked_runs import run_forked, train
 from tests.helpers.runs import (
@@ -37,6 +41,35 @@ def saved_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return newest.tensors
 
 
+def check_files_for_trackers(folder: RunFolder, timing: list[dict[str, Any]]) -> None:
+    """Validations with their galaxies, the time of each line, the state of the node, and the number of parameters."""
+    assert sorted(line["time/unix"] for line in timing) == [line["time/unix"] for line in timing]
+    assert 0 <= time.time() - timing[-1]["time/unix"] < 900
+    logged = {line["step"]: line for line in read_metrics(folder.path) if "val/loss" in line}
+    validations = read_validations(folder)
+    assert [found.step for found in validations] == list(logged)
+    for found in validations:
+        confusion_KK = np.array(found.confusion_KK)
+        assert confusion_KK.sum() == 24 == sum(each["count"] for each in found.calibration)
+        assert confusion_KK.trace() / 24 == logged[found.step]["val/accuracy"]
+        gaps = [each["count"] * abs(each["accuracy"] - each["confidence"]) for each in found.calibration if each["count"]]
+        assert sum(gaps) / 24 == pytest.approx(logged[found.step]["val/ece"])
+        assert np.mean([recall for recall in found.recall_K if recall is not None]) == pytest.approx(
+            logged[found.step]["val/balanced_accuracy"]
+        )
+    assert {(each.sample, each.galaxy_id, each.label) for found in validations for each in found.galaxies} == {
+        (each.sample, each.galaxy_id, each.label) for each in validations[0].galaxies
+    }
+    last = validations[-1]  # a split of 24 galaxies, all of which are in the table
+    pairs = [(each.label, each.predicted) for each in last.galaxies]
+    assert [[pairs.count((label, predicted)) for predicted in range(3)] for label in range(3)] == last.confusion_KK
+    for each in last.galaxies:
+        assert 1 / 3 <= each.probability <= 1 and each.image.stat().st_size < 12_000
+        with Image.open(each.image) as image:
+            assert (image.format, image.mode, image.width, image.height) == ("JPEG", "RGB", 32, 32)
+    assert json.loads(folder.facts_path.read_text())["parameters"] > 1000
+
+
 def test_run_learns_and_writes_metrics_timing_recipe_and_evaluation(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,11 +83,12 @@ def test_run_learns_and_writes_metrics_timing_recipe_and_evaluation(
     assert evaluation["dataset"] == "blobs" and evaluation["split"] == "test"
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == sorted(steps) and steps[-1] == 36
-    assert read_metrics(run_dir)[0].keys() == {"step", "epoch", "train/loss", "train/accuracy", "train/lr"}
+    assert read_metrics(run_dir)[0].keys() == {"step", "epoch", "train/loss", "train/accuracy", "train/lr", "train/grad_norm"}
     timing = [json.loads(line) for line in (run_dir / "timing.jsonl").read_text().splitlines()]
     assert {"step", "time/img_s", "time/data_wait", "time/forward_backward", "time/optimizer"} <= timing[0].keys()
     assert json.loads((run_dir / "recipe.json").read_text())["recipe"]["train.epochs"] == 12
     assert not (run_dir / "lock.json").exists()
+    check_files_for_trackers(RunFolder(run_dir), timing)
 
     figures = {"test-confusion.png", "test-classes.pdf", "learning-curves.png"}
     assert not figures & {path.name for path in (run_dir / "evaluation").iterdir()}

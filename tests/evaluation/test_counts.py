@@ -14,6 +14,7 @@ from sklearn import metrics as reference
 from torch.nn import functional
 
 from galaxydist.errors import UserError
+from galaxydist.evaluation.calibration import Reliability
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
 
@@ -54,6 +55,11 @@ def test_counts_and_loss_are_bit_equal_on_any_number_of_ranks(
     many.check(num_galaxies)
     expected = functional.cross_entropy(logits_NK.double(), labels_N, reduction="sum").item()
     assert many.loss_sum == pytest.approx(expected, abs=1e-9)
+    bins, counted = Reliability(), many.reliability
+    probabilities_NK = logits_NK.double().softmax(dim=1).numpy()
+    bins.add(probabilities_NK.max(axis=1, initial=0), probabilities_NK.argmax(axis=1) == labels_N.numpy())
+    assert counted is not None and np.array_equal(counted.count, bins.count) and np.array_equal(counted.correct, bins.correct)
+    assert counted.confidence == pytest.approx(bins.confidence, abs=1e-9)
     many_KK = many.confusion_KK.numpy()
     if num_galaxies:
         assert np.array_equal(
@@ -78,7 +84,7 @@ def test_nonfinite_losses_give_no_loss_and_huge_ones_are_summed() -> None:
     assert counts.loss_sum == pytest.approx(4e9)
     counts.add(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]), torch.ones(1))
     total = Counts.from_vector(counts.vector())
-    assert math.isnan(total.loss_sum)
+    assert math.isnan(total.loss_sum) and total.reliability is None
     assert total.count == 3
     assert metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, "ab")["loss"] is None
 
@@ -108,8 +114,9 @@ def test_counting_reads_no_value_from_the_device() -> None:
     """On the meta device, which has none: a GPU would make the host wait for each."""
     counts = Counts(3, "meta", subset_N=np.array([True, False]))
     logits_BK, labels_B, weights_B = (torch.zeros(shape, device="meta") for shape in ((4, 3), (4,), (4,)))
-    predicted_B = counts.add(logits_BK, labels_B.long(), weights_B, torch.tensor([0, 1, -1, -1]))
-    assert (predicted_B.shape, predicted_B.device.type, counts.vector().device.type) == ((4,), "meta", "meta")
+    predicted = counts.add(logits_BK, labels_B.long(), weights_B, torch.tensor([0, 1, -1, -1]))
+    assert [(values_B.shape, values_B.device.type) for values_B in predicted] == [((4,), "meta")] * 2
+    assert counts.vector().device.type == "meta"
 
 
 def test_a_missing_or_doubled_galaxy_is_an_error() -> None:

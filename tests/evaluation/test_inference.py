@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import nn
 
 from galaxydist.cli.main import main
 from galaxydist.evaluation.counts import Counts
+from galaxydist.evaluation.galaxy_table import GalaxyTable
 from galaxydist.evaluation.inference import MEASURED_WIDTH, ForwardPass, PredictionWriter, measure, merge_predictions
 from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, rank_file_path, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.loading.augment import Normalise
 from galaxydist.loading.loader import Batch
+from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.photometry import measure_images
@@ -137,6 +140,9 @@ def test_evaluation_of_a_batch_on_a_gpu_never_waits_for_it(tmp_path: Path) -> No
     normalise = Normalise((0.1,) * 3, (0.1,) * 3, 64)
     forward = ForwardPass(model, normalise, torch.float32, contextlib.nullcontext, torch.channels_last, "d4")
     counts = Counts(3, device, subset_N=np.array([True, False, True, True]))
+    world: Any = SimpleNamespace(run_on_main=lambda work: work())
+    manifest: Any = SimpleNamespace(labels=lambda _: np.array([0, 1, 2, 0], np.int32))
+    table = GalaxyTable(world, RunFolder(tmp_path), manifest, "val")
     with RankFile(tmp_path / "part", 3) as part, PredictionWriter(part, image_size=64, threads=1) as writer:
         for is_strict in (False, True):  # the first time, libraries are set up
             labels_B, weights_B, there_BHWC = (t.to(device) for t in (batch.labels_B, batch.weights_B, images_BHWC))
@@ -144,7 +150,9 @@ def test_evaluation_of_a_batch_on_a_gpu_never_waits_for_it(tmp_path: Path) -> No
                 torch.cuda.set_sync_debug_mode("error" if is_strict else "default")
                 with torch.inference_mode():
                     logits_BK = forward(there_BHWC)
-                    writer.add(batch, logits_BK, counts.add(logits_BK, labels_B, weights_B, samples_B))
+                    predicted = counts.add(logits_BK, labels_B, weights_B, samples_B)
+                    writer.add(batch, logits_BK, predicted.classes_B)
+                    table.add(batch, predicted)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         writer.finish()

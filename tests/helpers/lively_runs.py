@@ -39,9 +39,11 @@ class Untested(BlobSurvey):
 def result(run_dir: Path) -> dict[str, Any]:
     """Return all that a run leaves, but for what depends on when it was stopped or how fast it was.
 
-    These are the bits of every tensor of its last and best checkpoints, their progress, metrics.jsonl and its result.
+    These are the bits of every tensor of its last and best checkpoints, their progress, metrics.jsonl, validation.jsonl, the
+    small images of galaxies and its result.
     """
-    left: dict[str, Any] = {"metrics": (run_dir / "metrics.jsonl").read_text()}
+    left: dict[str, Any] = {name: (run_dir / f"{name}.jsonl").read_text() for name in ("metrics", "validation")}
+    left |= {f"galaxies/{path.name}": path.read_bytes() for path in sorted((run_dir / "galaxies").iterdir())}
     for which in ("latest", "best"):
         found = store.load(run_dir / "checkpoints", which)  # type: ignore[arg-type]
         assert found is not None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
-from galaxydist.report.finished_runs import FinishedRun, SplitResult, Validation
+from galaxydist.report.finished_runs import FinishedRun, SplitResult, ValidationScore
 from galaxydist.report.statistics import (
     build_ensemble,
     build_outcomes,
@@ -136,18 +136,20 @@ class Sealed(Mapping[Any, SplitResult]):
         raise AssertionError("a test number was read")
 
 
-def trial(name: str, validation: Validation | None, judgements: Mapping[Any, SplitResult] = MappingProxyType({})) -> FinishedRun:
+def trial(
+    name: str, validation: ValidationScore | None, judgements: Mapping[Any, SplitResult] = MappingProxyType({})
+) -> FinishedRun:
     return FinishedRun(Path(name), "r", "own", "vit", "simulated", "original", ("a",), 0, "", validation, judgements)
 
 
 def test_runs_are_ranked_only_by_their_validation_metric() -> None:
     values = {"worst": 0.4, "best": 0.9, "middle": 0.6}
-    runs = [trial(name, Validation("accuracy", value, 1), Sealed()) for name, value in values.items()]
+    runs = [trial(name, ValidationScore("accuracy", value, 1), Sealed()) for name, value in values.items()]
     ranked, unranked = rank_by_validation(
-        [*runs, trial("none", None, Sealed()), trial("other", Validation("loss", 0.1, 1), Sealed())]
+        [*runs, trial("none", None, Sealed()), trial("other", ValidationScore("loss", 0.1, 1), Sealed())]
     )
     assert [one.run_dir.name for one in ranked] == ["best", "middle", "worst"]
     assert [one.run_dir.name for one in unranked] == ["none", "other"]
-    losses = [trial(name, Validation("loss", value, 1), Sealed()) for name, value in values.items()]
+    losses = [trial(name, ValidationScore("loss", value, 1), Sealed()) for name, value in values.items()]
     assert [one.run_dir.name for one in rank_by_validation(losses)[0]] == ["worst", "middle", "best"]
     assert rank_by_validation([]) == ([], [])

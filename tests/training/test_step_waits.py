@@ -158,7 +158,7 @@ def test_training_step_copies_nothing_from_the_host_and_asks_for_no_value(
     batch = next(batches)
     sums: list[Tensor] = []
     assert waits_of(lambda: sums.append(step(batch, 1))) == []
-    assert (sums[0].shape, sums[0].device) == ((6,), META)
+    assert (sums[0].shape, sums[0].device) == ((7,), META)
 
 
 def test_evaluation_pass_copies_nothing_from_the_host() -> None:
