@@ -1,38 +1,85 @@
 """``galaxydist dashboard``: pages on which runs are watched."""
 
 import argparse
-import getpass
 import os
-import socket
+import sys
+import time
 from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_command, add_group, local_path, positive_int
-from galaxydist.errors import UserError
+from galaxydist.cli.options import Commands, add_command, add_group, local_path, whole_number
+from galaxydist.cli.track import find_targets, going_by_slurm, print_line
+from galaxydist.errors import EXIT_FAILED
 
 LOCAL_EPILOG = """examples:
   galaxydist dashboard local                            the runs in runs/, also those that are still going
   galaxydist dashboard local runs/sweep-a runs/sweep-b
   galaxydist dashboard local /scratch/runs --port 8000
 
-Without an account, a key or a network. Ctrl-C ends it; trackio's folder stays, and the next call adds what it lacks.
+It needs no account, key or network. Ctrl-C ends it; trackio's folder stays, and the next call adds what it lacks.
 """
 
 
-def add_dashboard(commands: Commands) -> None:
-    """Add ``dashboard local``."""
-    inner = add_group(commands, "dashboard", "show runs on a page while they train")
-    local = add_command(
-        inner,
+def add_parser(commands: Commands) -> None:
+    """Add ``dashboard`` with its subcommands."""
+    inner = add_group(commands, "dashboard", "watch runs on a page")
+    _add_local(inner)
+
+
+def _add_local(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "local",
         run_local,
-        "show runs on trackio's page on this machine",
-        description="Store the runs of a folder for trackio, follow those that are still going, and serve trackio's page on "
-        "this machine's loopback address until Ctrl-C.",
+        "show runs on trackio's page, on this machine",
+        description="Store the runs of folders for trackio, follow those that are still going, and serve trackio's page on this "
+        "machine's loopback address until Ctrl-C.",
         epilog=LOCAL_EPILOG,
     )
-    local.add_argument(
-        "runs", nargs="*", type=local_path, metavar="RUNS", help="run folders, or folders that hold them (default: runs)"
+    parser.add_argument(
+        "runs", nargs="*", type=local_path, metavar="RUNS", help="run folders, and folders of run folders (default: runs)"
     )
-    local.add_argument("--port", type=positive_int, metavar="N", help="port of the page (default: 7860, or the next free one)")
-    local.add_argument("--dir", type=local_path, metavar="DIR", help="trackio's folder (default: trackio in the first folder)")
-    local.add_argument("--no-follow", action="store_true", help="show the runs as they are now")
+    parser.add_argument("--port", type=_port, metavar="N", help="port of the page (default: 7860, or the next free one)")
+    parser.add_argument("--dir", type=local_path, metavar="DIR", help="trackio's folder (default: trackio in the first of RUNS)")
+    parser.add_argument("--no-follow", action="store_true", help="show the runs as they are now")
+
+
+def _port(text: str) -> int:
+    return whole_number(text, least=1, most=65_535)
+
+
+def run_local(arguments: argparse.Namespace) -> int:
+    """Store runs, and show them until Ctrl-C."""
+    from galaxydist.tracking.local_dashboard import page_address, serve_page, tunnel_command
+    from galaxydist.tracking.push import INTERVAL_S, Push, PushOptions
+    from galaxydist.tracking.trackio_sink import trackio_folder
+
+    folders = arguments.runs or [Path("runs")]
+    runs = find_targets(folders)
+    folder = arguments.dir or trackio_folder(folders[0])
+    push = Push(PushOptions("trackio", os.environ, trackio_dir=folder))
+    is_going = going_by_slurm(folders)
+    print_line(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {folder}")
+    try:
+        push.update(runs, {run for run in runs if is_going(run)})
+        told = _tell_failures(push.report.failed, set())
+        with serve_page(folder, os.environ, port=arguments.port) as port:
+            print_line(f"trackio's page: {page_address(port)}")
+            print_line(f"from another machine, type there: {tunnel_command(port)}")
+            print_line("Ctrl-C ends it.")
+            while True:
+                time.sleep(INTERVAL_S)
+                if not arguments.no_follow:
+                    runs = find_targets(folders)
+                    push.update(runs, {run for run in runs if is_going(run)})
+                    told = _tell_failures(push.report.failed, told)
+    except KeyboardInterrupt:
+        print_line("ended; the same command goes on")
+    finally:
+        push.close()
+    return EXIT_FAILED if push.report.failed else 0
+
+
+def _tell_failures(failed: dict[Path, str], told: set[Path]) -> set[Path]:
+    for run in failed.keys() - told:
+        print(f"galaxydist: not stored: {failed[run]}", file=sys.stderr, flush=True)
+    return {*failed}

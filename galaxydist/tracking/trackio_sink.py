@@ -34,6 +34,11 @@ LOCKED_S = 30.0
 LEVELS = {"failure": "error", "nonfinite": "error", "hang": "error", "loss_spike": "warn", "data_wait": "warn", "requeue": "warn"}
 
 
+def trackio_folder(runs: Path) -> Path:
+    """Return trackio's folder for the runs in a folder, or for a run and its neighbours."""
+    return (runs.absolute().parent if is_run(runs) else runs) / FOLDER_NAME
+
+
 def load_trackio(folder: Path, environ: MutableMapping[str, str]) -> Any:
     """Import trackio such that it keeps its files in a folder and uses no server, and return the module.
 
@@ -53,7 +58,8 @@ def load_trackio(folder: Path, environ: MutableMapping[str, str]) -> Any:
         from trackio.utils import TRACKIO_DIR, is_network_filesystem
     except ImportError as error:
         raise UserError(f"trackio is not installed ({error}): pip install 'galaxydist[track]'") from error
-    assert folder.absolute() == TRACKIO_DIR, f"trackio uses {TRACKIO_DIR} in this process"
+    if folder.absolute() != TRACKIO_DIR:
+        raise UserError(f"trackio uses {TRACKIO_DIR} in this process already, and not {folder}: one process has one folder")
     if is_network_filesystem(folder):  # where SQLite's write-ahead log does not work
         environ.setdefault("TRACKIO_SQLITE_JOURNAL_MODE", "delete")
     return trackio
@@ -154,14 +160,17 @@ class TrackioSink:
             for name, row in zip(names, validation.confusion_KK, strict=True)
         ]
         values["val/confusion"] = _table(counts)
+        if validation.calibration:
+            values["val/calibration"] = _table([dict(line) for line in validation.calibration])
         if validation.galaxies:
             values["val/galaxies"] = _table([self._galaxy_line(galaxy, names) for galaxy in validation.galaxies])
         return values
 
     def _galaxy_line(self, galaxy: TrackedGalaxy, names: Sequence[str]) -> dict[str, Any]:
+        name = galaxy.galaxy_id
         return {
-            "galaxy": self._image(galaxy.image, f"galaxies/{galaxy.image.name}", galaxy.galaxy_id),
-            "id": galaxy.galaxy_id,
+            **({"galaxy": self._image(galaxy.image, f"galaxies/{galaxy.image.name}", name)} if galaxy.image.exists() else {}),
+            "id": name,
             "true class": names[galaxy.label],
             "predicted": names[galaxy.predicted],
             "probability": round(galaxy.probability, 4),
