@@ -18,6 +18,7 @@ from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
 from galaxydist.runs.events import Event
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.listing import is_run
 from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation
 
 # Name of trackio's folder in a folder of runs.
