@@ -19,12 +19,15 @@ from typing import Any, Literal, Self
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
 from galaxydist.cluster.slurm import SlurmUnavailableError, check_controller, is_unavailable, run_slurm
 from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_stderr
-from galaxydist.cluster.submit import RequestFile
+from galaxydist.cluster.submit import RequestFile, job_arguments
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.log import set_up_logging
+from galaxydist.recipe.resolve import load_recipe
+from galaxydist.runs.events import Event, EventKind, EventLog
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
+from galaxydist.tracking.webhook import find_webhook, post_event
 
 # By name, because this module runs as ``__main__``.
 logger = logging.getLogger("galaxydist.cluster.requeue")
@@ -151,6 +154,8 @@ def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
 
 
 LEAVING = "SLURM itself is ending the job"
+# Seconds that a webhook may take.
+POST_S = 3.0
 # Pauses between attempts while slurmctld does not answer, in total five minutes.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 # Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
@@ -265,7 +270,9 @@ def _act(start: StartedRun, ending: Ending) -> None:
     is_leaving = _is_leaving(state)
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
         cause = f": {ending.error}" if ending.error else ""
-        start.write_record(ending, "requeue", f"SLURM itself has requeued the job{cause}")
+        reason = f"SLURM itself has requeued the job{cause}"
+        start.write_record(ending, "requeue", reason)
+        _tell(start, ending, "requeue", reason)
     else:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
@@ -279,8 +286,34 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
     if decision == "requeue" and (refusal := requeue_patiently(start.job_id, ends_anyway=bool(ending.ended_by_slurm))):
         decision, reason = ("stop", LEAVING) if refusal == LEAVING else ("resubmit", f"SLURM does not requeue it ({refusal})")
         start.write_record(ending, decision, reason)
-    if decision == "resubmit":
-        _resubmit(start, ending)
+    if decision == "resubmit" and (problem := _resubmit(start)):
+        decision, reason = "stop", problem
+        start.write_record(ending, decision, reason)
+    _tell(start, ending, decision, reason)
+
+
+def _tell(start: StartedRun, ending: Ending, decision: Decision, reason: str) -> None:
+    """Write the decision as an event, and post it; a stop is an alert if an error caused it."""
+    if decision == "finished":
+        return
+    kind: EventKind = "requeue" if decision != "stop" else "failure" if ending.error else "stop"
+    posted: list[Event] = []
+    events = EventLog(start.folder.events_path, start_of(start.environ), tell=posted.append)
+    events.write(kind, reason, ending.crash_step, decision=decision, exit_code=ending.exit_code, saved=ending.saved)
+    for event in posted:
+        if (address := find_webhook(_read_webhook(start), start.environ)) and (
+            problem := post_event(address, start.run_dir.name, event, POST_S)
+        ):
+            logger.info("galaxydist: the alert could not be posted: %s", problem)
+
+
+def _read_webhook(start: StartedRun) -> str | None:
+    """Return ``tracker.webhook`` of the run's recipe; None if the recipe cannot be read."""
+    request = next(request for request in start.requests.requests if request.run_dir == start.run_dir)
+    try:
+        return load_recipe(job_arguments(request, start.requests.code)).recipe.tracker.webhook
+    except UserError:
+        return None
 
 
 def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
@@ -388,8 +421,8 @@ def _requeue(job_id: str) -> str:
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 
 
-def _resubmit(start: StartedRun, ending: Ending) -> None:
-    """Submit the run as a new job."""
+def _resubmit(start: StartedRun) -> str:
+    """Submit the run as a new job; return why that failed, or an empty text."""
     from galaxydist.cluster.submit import submit_again
 
     for pause_s in (*PAUSES_S, None):
@@ -399,10 +432,10 @@ def _resubmit(start: StartedRun, ending: Ending) -> None:
             if pause_s is not None and is_unavailable(str(error)):
                 time.sleep(pause_s)
                 continue
-            start.write_record(ending, "stop", f"it could not be submitted again: {error}")
-        else:
-            logger.info("galaxydist: submitted again as job %s", job_id)
-        return
+            return f"it could not be submitted again: {error}"
+        logger.info("galaxydist: submitted again as job %s", job_id)
+        break
+    return ""
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from galaxydist.errors import UserError
 
@@ -100,6 +101,7 @@ UNKNOWN = "UNKNOWN"
 
 _SQUEUE_FIELDS = "JobArrayID:|,State:|,RestartCnt:|,TimeLeft:|,NodeList:|,Reason:|"
 _SACCT_FIELDS = "JobID,State,NodeList,Reason"
+_ALLOCATION_FIELDS = "JobID,Submit,Start,End,AllocCPUS,AllocTRES"
 _IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
 _CANCEL_ERROR = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
 _NO_SUCH_JOB = "Invalid job id"
@@ -310,6 +312,65 @@ def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
     if job_id != array and ((found is None and is_known) or (found is not None and found.reason == _LOST.format("PENDING"))):
         return JobState("CANCELLED", "before it started")
     return found
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One start of a job, from accounting; times in seconds since 1970, None if it has not come so far.
+
+    Args:
+        submitted: time at which the job began to wait for this start.
+        began, ended: times at which it began and ended.
+        cores, gpus: on all nodes; 0 if accounting does not count them.
+    """
+
+    submitted: float | None
+    began: float | None
+    ended: float | None
+    cores: int
+    gpus: int
+
+
+def read_allocations(job_ids: Sequence[str]) -> tuple[dict[str, list[Allocation]], str]:
+    """Return all starts of jobs, oldest first, by job id; and why they are not known (else an empty text).
+
+    Args:
+        job_ids: ``123``, or ``123_4`` for a task of an array.
+    """
+    if not job_ids:
+        return {}, ""
+    if not shutil.which("sacct"):
+        return {}, "SLURM has no accounting here (no sacct)"
+    command = ["sacct", "--duplicates", "-X", "-P", "-n", f"--format={_ALLOCATION_FIELDS}"]
+    try:
+        done = run_slurm([*command, f"--jobs={','.join(_whole_ids(job_ids))}"])
+    except SlurmUnavailableError as error:
+        return {}, str(error)
+    if done.returncode != 0:
+        return {}, f"accounting did not answer: {last_message(done)}"
+    return parse_allocations(done.stdout, job_ids), ""
+
+
+def parse_allocations(text: str, job_ids: Sequence[str]) -> dict[str, list[Allocation]]:
+    """Parse sacct's output (``_ALLOCATION_FIELDS``) into the starts of some jobs."""
+    found: dict[str, list[Allocation]] = {}
+    for job_id, submitted, began, ended, cores, resources in split_rows(text, 6):
+        gpus = re.search(r"\bgres/gpu=(\d+)", resources)
+        times = (_read_time(submitted), _read_time(began), _read_time(ended))
+        if job_id in job_ids:
+            number = int(cores) if cores.isdecimal() else 0
+            found.setdefault(job_id, []).append(Allocation(*times, number, int(gpus[1]) if gpus else 0))
+    for allocations in found.values():
+        allocations.sort(key=lambda one: one.submitted or 0.0)
+    return found
+
+
+def _read_time(text: str) -> float | None:
+    """Return a local time of SLURM in seconds since 1970; None for ``Unknown`` and ``None``."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
 
 
 def _clean(text: str) -> str:

@@ -342,7 +342,7 @@ def _send(
     resubmits: str | None = None,
 ) -> list[str]:
     executor, cluster = _executor(submission, parallel, after), submission.cluster
-    calls = [partial(train_task, _job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
+    calls = [partial(train_task, job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
     sent_at = time.time()  # before a job can end
     with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
@@ -386,7 +386,7 @@ def ask_start(script: str, cluster_name: str) -> str:
     return " ".join(line.removeprefix("sbatch: ") for line in (done.stderr or done.stdout).splitlines())
 
 
-def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
+def job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
     """Return the arguments with the snapshot's copy of the recipe, which later edits do not change."""
     replaced = ("recipe=", "run.dir=", "run.root=")
     kept = [argument for argument in request.arguments if "=" in argument and not argument.startswith(replaced)]

@@ -14,6 +14,7 @@ import psutil
 from galaxydist.cluster.records import JobFiles
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, UserError, exit_code_of, first_line
 from galaxydist.job_environment import job_of, master_port, restart_of, start_of
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
 
@@ -123,7 +124,9 @@ def _write_failure(folder: RunFolder, start: str | None, rank: int, error: BaseE
     with suppress(OSError, UserError):  # the disk itself may have failed
         written = folder.read_failure()
         if written is None or written["error"] != text:
-            folder.write_failure(kind, None, f"{text}{suffix}", start=start)
+            is_first = folder.write_failure(kind, None, f"{text}{suffix}", start=start)
+            if is_first:
+                EventLog(folder.events_path, start).write("failure", f"{text}{suffix}", failure=kind)
 
 
 def set_torch_environment(environ: MutableMapping[str, str]) -> int:

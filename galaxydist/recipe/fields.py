@@ -50,6 +50,12 @@ class SchemaField:
         extra = self.info.json_schema_extra
         return isinstance(extra, dict) and extra.get("later") is True
 
+    @property
+    def is_secret(self) -> bool:
+        """True for a field whose value no message shows."""
+        extra = self.info.json_schema_extra
+        return isinstance(extra, dict) and extra.get("secret") is True
+
     def check(self, value: Any) -> Any:
         """Validate a value and return it in the field's type (1 for a float field becomes 1.0).
 

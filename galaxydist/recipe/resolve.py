@@ -65,6 +65,11 @@ class ConfigSpec(Generic[S]):
         """Return the key as it is written at the origin of its value."""
         return self.prefix + key if origin == COMMAND_LINE else key
 
+    def show(self, key: str, value: Any) -> str:
+        """Return a value as messages show it: shortened, and nothing of a secret."""
+        known = self.schema.fields.get(key)
+        return "(hidden)" if known is not None and known.is_secret else shorten(value)
+
 
 @dataclass(frozen=True)
 class ResolvedConfig(Generic[S]):
@@ -123,7 +128,7 @@ class ConfigBuilder(Generic[S]):
             self.values[key] = known.check(plain)
         except ValueError as error:
             self.invalid.add(key)
-            self.refuse(origin, f"{self.spec.spell(key, origin)}={shorten(value)}: {error}")
+            self.refuse(origin, f"{self.spec.spell(key, origin)}={self.spec.show(key, value)}: {error}")
 
     def _refuse_key(self, key: str, value: Any, origin: str) -> None:
         schema = self.spec.schema
@@ -274,7 +279,8 @@ def _read_overrides(arguments: Sequence[str], builder: ConfigBuilder[S]) -> dict
             name, _, override = spec.examples
             builder.refuse(COMMAND_LINE, f"{argument!r} is not key=value (like {spec.argument}={name} or {override})")
         elif key in overrides:
-            builder.refuse(COMMAND_LINE, f"{key} is given twice, {shorten(overrides[key])} and {shorten(text)}; keep one")
+            both = f"{spec.show(key, overrides[key])} and {spec.show(key, text)}"
+            builder.refuse(COMMAND_LINE, f"{key} is given twice, {both}; keep one")
         else:
             overrides[key] = text
     return overrides

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 # A path or a URL; a Path would change the URL's double slash.
 Location = NewType("Location", str)
@@ -51,6 +52,22 @@ def read_path(text: str) -> Path:
 def read_location(text: str) -> Location:
     """Parse a path or a URL; a path is normalised, a URL stays unchanged."""
     return Location(text if "://" in text else str(Path(text).expanduser()))
+
+
+def check_address(text: str) -> str:
+    """Return an address that begins with ``http://`` or ``https://`` and a host.
+
+    Raises:
+        ValueError: it is none; the message does not contain it, since it may be a secret.
+    """
+    try:
+        parts = urlsplit(text)
+        is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        is_sound = False
+    if not is_sound or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("must be an address like https://hooks.example.org/...")
+    return text
 
 
 _READERS: dict[Any, tuple[re.Pattern[str], Callable[[str], Any]]] = {

@@ -7,22 +7,25 @@ A field is a *result* field, which changes the numbers of a run and so the run's
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from galaxydist.galaxy import Variant
 from galaxydist.recipe.model_names import FORMS, NAMED_MODELS, check_model_name
-from galaxydist.recipe.scalars import Location
+from galaxydist.recipe.scalars import Location, check_address
 
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+# Whoever has such an address may use it: the plain values of a recipe, which are stored, shown and sent to trackers, have null.
+SecretAddress = Annotated[str, AfterValidator(check_address), PlainSerializer(lambda _: None, when_used="json")]
 
 
-def run_field(default: Any, description: str, **constraints: Any) -> Any:
-    """Define a field that changes the execution of a run, but not its numbers."""
-    return Field(default, description=description, json_schema_extra={"kind": "run"}, **constraints)
+def run_field(default: Any, description: str, *, is_secret: bool = False, **constraints: Any) -> Any:
+    """Define a field that changes the execution of a run, but not its numbers; no message shows the value of a secret one."""
+    extra: dict[str, Any] = {"kind": "run", "secret": is_secret}
+    return Field(default, description=description, json_schema_extra=extra, repr=not is_secret, **constraints)
 
 
 def later_field(default: Any, description: str, **constraints: Any) -> Any:
@@ -251,6 +254,9 @@ class TrainConfig(Section):
     spike_threshold: NonNegative = run_field(
         8.0, "warn of a loss this many robust standard deviations above the median of the last 200 steps; 0 turns it off"
     )
+    data_wait_limit: Annotated[float, Field(ge=0.0, le=1.0)] = run_field(
+        0.5, "warn once a start if more than this share of a minute's training waits for data; 0 turns it off"
+    )
     log_every: Count = run_field(20, "steps between lines of metrics.jsonl")
     save_every: Count = run_field(
         1, "epochs between checkpoints; one that is not the best is left out while an earlier one is still being written"
@@ -293,6 +299,12 @@ class TrackerConfig(Section):
     project: str = run_field("galaxydist", "wandb project", min_length=1)
     entity: str | None = run_field(None, "wandb team or user (default: wandb's own)")
     tags: tuple[str, ...] = run_field((), "wandb tags")
+    webhook: SecretAddress | None = run_field(
+        None,
+        "http(s) address to which alerts are posted, such as a webhook of Slack, Mattermost or Discord; a secret, which "
+        "neither recipe.json nor a tracker shows (default: $GALAXYDIST_WEBHOOK)",
+        is_secret=True,
+    )
 
 
 class RunConfig(Section):

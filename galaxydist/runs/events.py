@@ -4,20 +4,32 @@ Any process of a run, and the batch script that restarts it, may append events. 
 from a checkpoint keeps what happened after it.
 """
 
+import logging
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from galaxydist.errors import UserError, first_line
 from galaxydist.runs.record_file import append_record, read_records
+
+logger = logging.getLogger(__name__)
 
 EventKind = Literal["start", "stop", "finish", "failure", "nonfinite", "loss_spike", "hang", "data_wait", "requeue", "pruned"]
 # Events of which a person is told at once.
 ALERTS: frozenset[EventKind] = frozenset({"finish", "failure", "nonfinite", "loss_spike", "hang", "data_wait", "requeue"})
+# Events with which a process of the run ends.
+ENDS: frozenset[EventKind] = frozenset({"stop", "finish", "failure", "hang", "pruned"})
 
 
 @dataclass(frozen=True)
 class Event:
     """One event.
+
+    A ``failure`` is the error that ended a start, also a loss that is not finite; ``nonfinite`` is a step that was left out. The
+    batch script writes ``requeue`` if the run starts again, with ``details["decision"]``, and ``failure`` if an error keeps it
+    from that.
 
     Args:
         time: seconds since 1970.
@@ -25,7 +37,8 @@ class Event:
         text: one line for a person.
         step: optimizer steps done; None if it is unknown.
         start: job and restart in which it happened (``job_environment.start_of``); None outside of a job.
-        details: further values of this kind, such as the world size of a start.
+        details: further values of this kind, such as the world size of a start. All events of the ranks of one start have the
+            same ``began``: the time at which its rank 0 began, in seconds since 1970.
     """
 
     time: float
@@ -52,3 +65,36 @@ def read_events(path: Path) -> list[Event]:
         UserError: a line is damaged.
     """
     return list(read_records(path, Event))
+
+
+@dataclass(eq=False)
+class EventLog:
+    """Writes the events of one start of a run. A failed write is logged once, and never stops the run.
+
+    Args:
+        path: the run's file.
+        start: of each event.
+        details: of each event.
+        tell: called with each event of ``ALERTS``; it must return at once and raise nothing.
+    """
+
+    path: Path
+    start: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[Event], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self._has_failed = False
+
+    def write(self, kind: EventKind, text: str, step: int | None = None, **details: Any) -> None:
+        """Append an event of this moment, and tell a person of an alert; ``text`` is cut after its first line."""
+        line = (text.strip().splitlines() or [kind])[0]
+        event = Event(time.time(), kind, line, step, self.start, {**self.details, **details})
+        try:
+            append_event(self.path, event)
+        except (OSError, UserError) as error:
+            if not self._has_failed:
+                logger.warning("an event could not be written to %s (%s)", self.path, first_line(error))
+            self._has_failed = True
+        if kind in ALERTS:
+            self.tell(event)

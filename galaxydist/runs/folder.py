@@ -202,7 +202,7 @@ class RunFolder:
         content = _read_object(self.failure_path) or {}
         return content if {"kind", "step", "error"} <= content.keys() else None
 
-    def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
+    def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> bool:
         """Record how this start failed, for the decision to requeue.
 
         Of several failures of one start the first is kept, because the others follow from it (a new start clears the record).
@@ -212,12 +212,16 @@ class RunFolder:
             step: optimizer steps done, if known.
             error: one line that describes the failure.
             start: job and restart (``job_environment.start_of``); None outside of a job.
+
+        Returns:
+            True if it was recorded.
         """
         with contextlib.suppress(UserError):  # a damaged record is replaced
             before = self.read_failure()
             if before is not None and before.get("start") == start:
-                return
+                return False
         write_json(self.failure_path, {"kind": kind, "step": step, "error": error, "start": start})
+        return True
 
     def clear_failure(self) -> None:
         """Remove the record of the last start's failure."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from galaxydist.distributed import World
 from galaxydist.loading.loader import Batch
+from galaxydist.runs.events import EventKind, EventLog
 from galaxydist.training.checkpointer import Checkpointer
 from galaxydist.training.health.anomalies import check_loss_scale
 from galaxydist.training.health.watchdog import SAVING, VALIDATION, Watchdog
@@ -36,6 +37,7 @@ class TrainLoop:
             None if there is no such split.
         validate_every: epochs between validations.
         watchdog: ends the run if it hangs.
+        events: of the run.
         step_done: called after each step with the number of steps done.
         clock: returns monotonic seconds.
     """
@@ -49,6 +51,7 @@ class TrainLoop:
     validate: Callable[[], tuple[dict[str, float | None], dict[str, Any]]] | None
     validate_every: int
     watchdog: Watchdog
+    events: EventLog
     step_done: Callable[[int], None]
     clock: Callable[[], float] = time.monotonic
     sync: StepSync = field(init=False)
@@ -138,14 +141,19 @@ class TrainLoop:
             for text in self.state.skipped.sync(self.world, result.step):
                 logger.warning("%s", text)
         if result.is_nonfinite:
-            logger.warning("%s", self.state.nonfinite.sync(self.world, result.step))
+            self._warn("nonfinite", self.state.nonfinite.sync(self.world, result.step), result.step)
         elif warning := self.state.spikes.update(result.step, result.sums.loss):
-            logger.warning("%s", warning)
+            self._warn("loss_spike", warning, result.step)
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
         if result.loss_scale:
             check_loss_scale(result.step, result.loss_scale)
             counters["train/loss_scale"] = result.loss_scale
         self.metrics.step_done(result, self.step.schedule(result.step), counters)
+
+    def _warn(self, kind: EventKind, text: str, step: int) -> None:
+        logger.warning("%s", text)
+        if self.world.is_main:
+            self.events.write(kind, text, step + 1)
 
     def _end_epoch(self, *, is_save_due: bool) -> None:
         """Validate and save if either is due."""

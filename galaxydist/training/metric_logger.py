@@ -16,8 +16,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_tracker import Tracker
+from galaxydist.training.health.anomalies import DataWaits
 from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
 
@@ -58,6 +60,8 @@ class MetricLogger:
         utilisation: computes the device utilisation from the images per second.
         first_step: steps done when this process starts.
         log_every: steps between two lines.
+        events: of the run.
+        data_waits: watches the share of waiting for data.
     """
 
     world: World
@@ -69,6 +73,8 @@ class MetricLogger:
     utilisation: Utilisation
     first_step: int
     log_every: int
+    events: EventLog
+    data_waits: DataWaits
 
     def __post_init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -111,6 +117,9 @@ class MetricLogger:
         is_due = step % self.log_every == 0 or self.length.ends_epoch(step)
         if is_due:
             self._measure()
+            if self.world.is_main and (warning := self.data_waits.update(self._timing["time/data_wait"])):
+                logger.warning("%s", warning)
+                self.events.write("data_wait", warning, step)
             means = {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
             self._last = {**means, "train/lr": rate, "train/grad_norm": result.grad_norm, **counters}
             self.record(step, self._last, self._timing)

@@ -169,3 +169,10 @@ def describe_end(folder: RunFolder) -> str:
         f"its mistakes, with saliency maps: galaxydist gallery {folder}\n"
         f"beside other runs:                galaxydist report {folder.path.parent}"
     )
+
+
+def describe_result(summary: Mapping[str, float]) -> str:
+    """Return one line about the result of a run, from its final metrics."""
+    names = {"test/accuracy": "test accuracy", "test/balanced_accuracy": "balanced accuracy"}
+    parts = [f"{shown} {summary[name]:.4f}" for name, shown in names.items() if isinstance(summary.get(name), float)]
+    return f"the run is finished: {', '.join(parts)}" if parts else "the run is finished"

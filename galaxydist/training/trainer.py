@@ -14,15 +14,7 @@ from torch import nn
 from galaxydist.atomic_files import write_json
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
-from galaxydist.errors import (
-    EXIT_BAD_INPUT,
-    NonfiniteError,
-    OneRankFailedError,
-    UserError,
-    exit_code_of,
-    first_line,
-    is_known_to_all,
-)
+from galaxydist.errors import OneRankFailedError, is_known_to_all
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.galaxy_table import GalaxyTable, logged_metrics
 from galaxydist.evaluation.inference import evaluate_split
@@ -60,16 +52,19 @@ from galaxydist.rank_store import SEEN_S, LastWork, run_within
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
-from galaxydist.runs.folder import ORIGIN_KEY, FailureKind, RunFolder
+from galaxydist.runs.events import EventLog
+from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
+from galaxydist.tracking.webhook import CLOSING_S, Webhook, find_webhook
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
-from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
@@ -80,7 +75,7 @@ from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, lock_run_folder
-from galaxydist.training.run_summary import describe_end, describe_run, describe_time, run_facts
+from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
@@ -141,6 +136,7 @@ class Trainer:
         step: takes one optimizer step.
         checkpointer: saves ``state``.
         tracker: the run's tracker, on rank 0.
+        events: what happens to the run, for its folder and its webhook.
         watchdog: ends the run if it hangs, or if another rank has failed.
         last_works: what this rank still does if it leaves after a failure.
     """
@@ -229,22 +225,25 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopSignal(is_verbose=self.world.is_main))
 
-            def lock() -> tuple[Path, dict[str, Any], bool]:
+            def lock() -> tuple[Path, dict[str, Any], bool, float]:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
                 self.last_works.append((self._lock.release, RELEASE_S))
                 folder.clear_failure()
-                return folder.path, progress, is_finished
+                return folder.path, progress, is_finished, began()
 
-            path, self._saved_progress, self.is_finished = self.world.run_on_main(lock)
+            path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
             self.run_folder = RunFolder(path)
+            webhook = Webhook(find_webhook(self.recipe.tracker.webhook, self.environ), path.name)
+            stack.callback(webhook.close)
+            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, webhook.send)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
-            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works)
+            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works, self.events)
             stack.enter_context(self.watchdog)
-            self.last_works.append((self.watchdog.close_stacks, RELEASE_S))
+            self.last_works += [(self.watchdog.close_stacks, RELEASE_S), (webhook.close, CLOSING_S + 1)]
             with self._leaving_alone():
                 yield
 
@@ -380,7 +379,7 @@ class Trainer:
         if found is not None:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
-        self.world.run_on_main(lambda: self.run_folder.cut_back(self.state.step))
+        self._cut = self.world.run_on_main(lambda: cut_back(self.run_folder, self.state.step))
         self.world.run_on_main(lambda: write_json(self.run_folder.facts_path, run_facts(self.model)))
         if self.state.step == 0:
             logger.info(
@@ -443,14 +442,8 @@ class Trainer:
 
     def _note_failure(self, error: Exception) -> None:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
-        if not self.world.is_main and is_known_to_all(error):
-            return
-        kind: FailureKind = "bad_input" if exit_code_of(error) == EXIT_BAD_INPUT else "crash"
-        if isinstance(error, NonfiniteError):
-            kind = "nonfinite"
-        text = first_line(error)
-        with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-            self.run_folder.write_failure(kind, self._num_steps, text, start=start_of(self.environ))
+        if self.world.is_main or not is_known_to_all(error):
+            write_failure(self.run_folder, self.events, error, self._num_steps, self.environ)
 
     @property
     def _num_steps(self) -> int | None:
@@ -463,6 +456,7 @@ class Trainer:
         Returns:
             The number of the signal that stopped the run, or 0.
         """
+        write_start(self.events, self.world, self.state.step, self._cut)
         self.step.timer.window(1)  # the time since the step was built does not count
         with contextlib.ExitStack() as stack:
             # All passes have one shape, or two if the micro-batches differ by one.
@@ -477,9 +471,10 @@ class Trainer:
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
         if stop_signal:
             saved = "which is saved" if self.state.step else "with nothing to save yet"
-            logger.info(
-                "stopped by %s at step %d, %s; the same command continues it", signal_name(stop_signal), self.state.step, saved
-            )
+            text = f"stopped by {signal_name(stop_signal)} at step {self.state.step}, {saved}"
+            logger.info("%s; the same command continues it", text)
+            if self.world.is_main:
+                self.events.write("stop", text, self.state.step, signal=stop_signal)
         else:
             self.stop.close()  # a signal during the evaluation may end the process: a restart evaluates again
         return stop_signal
@@ -512,6 +507,8 @@ class Trainer:
             utilisation=self.utilisation,
             first_step=state.step,
             log_every=config.log_every,
+            events=self.events,
+            data_waits=DataWaits(config.data_wait_limit),
         )
         stack.enter_context(metrics)
         profiler = StepProfiler(config.profile, self.run_folder.path, self.world.rank, start_step=state.step)
@@ -526,6 +523,7 @@ class Trainer:
             validate=self._validate if has_split(self.manifest, "val") else None,
             validate_every=self.recipe.eval.every,
             watchdog=self.watchdog,
+            events=self.events,
             step_done=profiler.step_done,
         )
 
@@ -581,6 +579,8 @@ class Trainer:
         summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
         origin = {ORIGIN_KEY: self.manifest.origin.to_dict()} if self.manifest.origin is not None else {}
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
+        if self.world.is_main:
+            self.events.write("finish", describe_result(summary), state.step, **summary)
         self._summary = summary
         results.info("%s", describe_end(self.run_folder))
 

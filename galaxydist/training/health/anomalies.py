@@ -1,6 +1,7 @@
 """Anomalies of a training run: unreadable images, steps that are not finite, and loss spikes."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ DEVIATIONS = 1.4826
 FLOOR = 0.01
 TINY = 1e-9
 QUIET_STEPS = 100
+
+# Seconds of training after which waiting for data is a habit, not a shard that was fetched late.
+WAIT_S = 60.0
 
 
 class UnreadableImages:
@@ -244,3 +248,32 @@ class LossSpikes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._warned_step = state["warned_step"]
+
+
+class DataWaits:
+    """Warns once a start if the training waits for data for a minute or longer; the first line of the log does not count.
+
+    Args:
+        limit: share of the time; 0: never.
+        clock: returns monotonic seconds.
+    """
+
+    def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._clock = limit, clock
+        self._since: float | None = None
+        self._has_warned = limit <= 0
+
+    def update(self, share: float) -> str | None:
+        """Add the share of waiting since the last line of the log, and return a warning or None."""
+        now = self._clock()
+        if share <= self._limit:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= WAIT_S and not self._has_warned:
+            self._has_warned = True
+            return (
+                f"the training waits for data, now {share:.0%} of the time, since {now - self._since:.0f} s "
+                f"(train.data_wait_limit={self._limit:g}): put the shards on a faster disk or in a cache, or give it more cores"
+            )
+        return None

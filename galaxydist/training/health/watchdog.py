@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
 from galaxydist.rank_store import LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
 from galaxydist.recipe.schema import TrainConfig
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.health import guard_process
 from galaxydist.training.health.heartbeats import Hang, Heartbeat, HeartbeatStore, Verdict
@@ -123,6 +124,8 @@ PHASES = {START: (3, 1800.0), VALIDATION: (3, 1800.0), SAVING: (3, 1800.0), EVAL
 # The process exits after this time even if a hung file system or pipe blocks its report.
 REPORT_S = 20.0
 EXIT_WAIT_S = 5.0
+# Seconds for the event of a hang.
+TELL_S = 3.0
 # A stopped process gets a whole new interval; if stops never end (time slices of a shared cluster), only running time counts.
 MAX_RESTARTS = 3
 
@@ -146,9 +149,20 @@ def collective_timeout(timeout_s: float) -> timedelta:
     return timedelta(seconds=max(phase_allowances(timeout_s).values()) + 600) if timeout_s > 0 else LONG_TIMEOUT
 
 
-def build_watchdog(world: World, config: TrainConfig, folder: RunFolder, last_works: Sequence[LastWork]) -> "Watchdog":
+def build_watchdog(
+    world: World, config: TrainConfig, folder: RunFolder, last_works: Sequence[LastWork], events: EventLog
+) -> "Watchdog":
     """Build the watchdog of a run."""
-    return Watchdog(world.rank, world.size, config.hang_timeout, world.store, folder.stacks_dir, last_works=last_works)
+    return Watchdog(
+        world.rank,
+        world.size,
+        config.hang_timeout,
+        world.store,
+        folder.stacks_dir,
+        last_works=last_works,
+        # Its second line names the ranks behind.
+        tell=lambda text, step: events.write("hang", " ".join(map(str.strip, text.splitlines()[:2])), step),
+    )
 
 
 @dataclass
@@ -162,6 +176,7 @@ class Watchdog:
         stacks_dir: folder of the stack dumps, such as ``rank-0003.txt``.
         last_works: done before the process ends; they may be added to while it runs.
         allowances: seconds by phase; None: ``phase_allowances``.
+        tell: called with the report of a hang and the steps done, on the rank that reports it.
     """
 
     rank: int
@@ -171,6 +186,7 @@ class Watchdog:
     stacks_dir: Path
     last_works: Sequence[LastWork] = ()
     allowances: Mapping[str, float] | None = None
+    tell: Callable[[str, int | None], None] = lambda _text, _step: None
 
     def __post_init__(self) -> None:
         self._host = socket.gethostname()
@@ -293,9 +309,10 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> NoReturn:
         """Report the hang, dump the stacks and exit."""
+        text = self._message(verdict)
 
         def report() -> None:
-            if (text := self._message(verdict)) is not None:
+            if text is not None:
                 _write(text)
             beat = self._heartbeat(0)
             self._stacks.dump(f"{beat} {beat.position}, for {beat.idle_s:.0f} s")
@@ -303,7 +320,11 @@ class Watchdog:
             if self._others is not None and verdict.kind == "hung":
                 self._others.wait_for_exit(verdict.num_living, EXIT_WAIT_S)
 
-        self._leave(EXIT_HUNG, [(report, REPORT_S), *self.last_works])
+        def tell() -> None:
+            if text is not None:
+                self.tell(text, self._beat.step if self._beat.step >= 0 else None)
+
+        self._leave(EXIT_HUNG, [(report, REPORT_S), (tell, TELL_S), *self.last_works])
 
     def _follow(self, failure: RankFailure) -> NoReturn:
         """Leave because another rank has failed: this one would wait for it for ever."""
