@@ -84,7 +84,8 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list[str]]:
     Raises:
         UserError: a target is neither a sweep nor a folder with runs.
     """
-    from galaxydist.cluster import status
+    from galaxydist.runs.listing import find_runs as find_inside
+    from galaxydist.runs.listing import is_run
 
     run_dirs: list[Path] = []
     notes: list[str] = []
@@ -92,11 +93,11 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list[str]]:
         path = next((path for path in (Path(text), Path("runs") / text) if path.is_dir()), None)
         if path is None:
             for run_dir in _sweep_runs(text):
-                if status.is_run(run_dir):
+                if is_run(run_dir):
                     run_dirs.append(run_dir)
                 else:
                     notes.append(f"{run_dir}: not started. Start it: galaxydist sweep {text}")
-        elif inside := status.find_runs(path):
+        elif inside := find_inside(path):
             run_dirs += inside
         else:
             raise UserError(f"{path} contains no run, down to two levels. Give a run folder, a folder of runs, or a sweep.")

@@ -157,7 +157,7 @@ def run_logs(arguments: argparse.Namespace) -> None:
     """Print the end of a log, and follow it."""
     from galaxydist.cluster.logs import find_logs, follow, last_lines, sizes
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.status import is_run
+    from galaxydist.runs.listing import is_run
 
     folder = find_folder(arguments.folder)
     if not is_run(folder):

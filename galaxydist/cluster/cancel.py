@@ -9,9 +9,9 @@ from galaxydist.cluster import running_jobs
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.running_jobs import lock_holder
 from galaxydist.cluster.slurm import JobState, cancel_jobs, read_states
-from galaxydist.cluster.status import find_runs
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.listing import find_runs
 
 _JOB_ID = re.compile(r"\d+(_\d+)?")
 

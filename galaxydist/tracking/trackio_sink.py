@@ -1,9 +1,9 @@
 """trackio: the rows of runs in a folder on this machine, which trackio's page shows without an account.
 
-trackio's logging calls (``trackio.init`` and ``log``) are not used: they follow one run at a time, stamp each row with the time at
-which it is sent, print an error instead of raising it, keep a repeated step twice, and ask a server for the user's name. Its storage,
-which they and its importers call too, takes rows of several runs, with their times. Each row has an id there, made of run and step,
-and a row whose id is known is left out: whatever was stored before, sending all rows stores each step once.
+trackio's logging calls (``trackio.init`` and ``log``) are not used: they follow one run at a time, stamp each row with the time
+at which it is sent, print an error instead of raising it, keep a repeated step twice, and ask a server for the user's name. Its
+storage, which they and its importers call too, takes rows of several runs, with their times. Each row has an id there, made of
+run and step, and a row whose id is known is left out: whatever was stored before, sending all rows stores each step once.
 """
 
 import json

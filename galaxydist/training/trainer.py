@@ -149,7 +149,7 @@ class Trainer:
         self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
-        self._summary: dict[str, float] | None = None
+        self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
         self.last_works: list[LastWork] = []
 
@@ -392,7 +392,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
-        """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
+        """Start the tracker; at the end finish it. An error is noted in the run folder."""
 
         def start() -> None:
             self.tracker = start_tracker(
@@ -407,7 +407,7 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        finish = partial(self.tracker.finish, {}, 1)
+        finish = partial(self.tracker.finish, 1)
         self.last_works.insert(1, (finish, FINISH_S))
         try:
             yield
@@ -416,7 +416,7 @@ class Trainer:
                 self._note_failure(error)
             run_within(FINISH_S, finish)
             raise
-        _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
+        _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
@@ -581,7 +581,7 @@ class Trainer:
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
         if self.world.is_main:
             self.events.write("finish", describe_result(summary), state.step, **summary)
-        self._summary = summary
+        self._has_result = True
         results.info("%s", describe_end(self.run_folder))
 
 
