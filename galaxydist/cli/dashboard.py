@@ -106,7 +106,8 @@ def run_local(arguments: argparse.Namespace) -> int:
     folders = arguments.runs or [Path("runs")]
     runs = find_targets(folders)
     folder = arguments.dir or trackio_folder(folders[0])
-    push = Push(PushOptions("trackio", os.environ, trackio_dir=folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    push = Push(PushOptions("trackio", os.environ, trackio_dir=folder), log=lambda _: None)
     is_going = going_by_slurm(folders)
     print_line(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {folder}")
     try:

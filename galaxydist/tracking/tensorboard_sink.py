@@ -63,8 +63,7 @@ class TensorboardSink:
             if isinstance(value, int | float):
                 summary.MergeFrom(scalar(name, value))
         if row.validation is not None:
-            for part in _validation_summaries(row.validation):
-                summary.MergeFrom(part)
+            summary.MergeFrom(_image("val/confusion", _draw_confusion(row.validation)))
         if row.events:
             summary.MergeFrom(text("events", "  \n".join(f"{event.kind}: {event.text}" for event in row.events)))
         if self._writer is None:
@@ -116,15 +115,6 @@ def _open_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import FileWriter
 
     return FileWriter(str(folder))
-
-
-def _validation_summaries(validation: Validation) -> Iterator[Any]:
-    from torch.utils.tensorboard.summary import scalar
-
-    for name, recall in zip(validation.class_names, validation.recall_K, strict=True):
-        if recall is not None:
-            yield scalar(f"val/recall/{name}", recall)
-    yield _image("val/confusion", _draw_confusion(validation))
 
 
 def _draw_confusion(validation: Validation) -> bytes:

@@ -7,6 +7,7 @@ run and step, and a row whose id is known is left out: whatever was stored befor
 """
 
 import json
+import shlex
 import sqlite3
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
@@ -125,8 +126,7 @@ class TrackioSink:
         events = [event for row in self._rows for event in row.events]
         self._store([(row.step, row.time, self._values(row)) for row in self._rows])
         self._last_step, self._rows = self._rows[-1].step, []
-        for event in events:
-            self.alert(event)
+        self._store_events(events)
 
     def _store(self, rows: list[tuple[int, float | None, Mapping[str, Any]]]) -> None:
         now = datetime.now(UTC).timestamp()
@@ -153,14 +153,11 @@ class TrackioSink:
 
     def _validation_values(self, validation: Validation) -> dict[str, Any]:
         names = validation.class_names
-        values: dict[str, Any] = {
-            f"val/recall/{name}": recall for name, recall in zip(names, validation.recall_K, strict=True) if recall is not None
-        }
         counts = [
             {"true class": name, **dict(zip(names, row, strict=True))}
             for name, row in zip(names, validation.confusion_KK, strict=True)
         ]
-        values["val/confusion"] = _table(counts)
+        values = {"val/confusion": _table(counts)}
         if validation.calibration:
             values["val/calibration"] = _table([dict(line) for line in validation.calibration])
         if validation.galaxies:
@@ -179,21 +176,25 @@ class TrackioSink:
 
     def alert(self, event: Event) -> None:
         """Store an event, once, for trackio's list of alerts."""
+        self._store_events([event])
+
+    def _store_events(self, events: Sequence[Event]) -> None:
         self._storage.bulk_alert(
             project=self._info.project,
             run=self._name,
             run_id=self._info.run_id,
-            titles=[event.kind],
-            texts=[event.text],
-            levels=[LEVELS.get(event.kind, "info")],
-            steps=[event.step],
-            timestamps=[_iso(event.time)],
-            alert_ids=[f"{self._info.run_id}-{event.kind}-{event.time}"],
+            titles=[event.kind for event in events],
+            texts=[event.text for event in events],
+            levels=[LEVELS.get(event.kind, "info") for event in events],
+            steps=[event.step for event in events],
+            timestamps=[_iso(event.time) for event in events],
+            alert_ids=[f"{self._info.run_id}-{event.kind}-{event.time}" for event in events],
         )
 
     def close(self, end: RunEnd) -> str:
         """Store the last rows; results, figures and pages join the row of the last step."""
         self.flush()
+        self._store_events(end.events)
         values: dict[str, Any] = dict(end.summary)
         for name, path in end.figures.items():
             values[name] = self._image(path, f"{name}.png", name)
@@ -204,7 +205,11 @@ class TrackioSink:
         if self._last_step and end.summary:
             self._config = {**_read_config(self._info), **{f"result/{name}": value for name, value in end.summary.items()}}
             self._store([(self._last_step, None, {})])  # the row is known, so that only the configuration is replaced
-        return f"trackio: project {self._info.project} in {self._media_root.parent}"
+        runs, folder = self._info.folder.absolute().parent, self._media_root.parent
+        command = ["galaxydist", "dashboard", "local", str(runs)]
+        if folder != trackio_folder(runs):
+            command += ["--dir", str(folder)]
+        return f"trackio: {folder}; to look at it: {shlex.join(command)}"
 
     def _add_to_row(self, step: int, values: Mapping[str, Any]) -> None:
         path = self._storage.get_project_db_path(self._info.project)
