@@ -11,7 +11,8 @@ from galaxydist.cli.jobs import find_folder
 from galaxydist.cli.options import Commands, add_command, add_data_dir, add_trust_code, evaluated_split, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import MARGIN, SPLITS, VARIANTS, Variant, check_not_margin
-from galaxydist.training.launch import Leave, launch
+from galaxydist.rank_store import Leave
+from galaxydist.training.launch import launch
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:

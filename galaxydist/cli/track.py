@@ -48,7 +48,10 @@ def _add_push(commands: Commands) -> None:
     parser.add_argument("--project", metavar="NAME", help="project (default: each run's tracker.project)")
     parser.add_argument("--entity", metavar="NAME", help="team or user of wandb (default: each run's tracker.entity)")
     parser.add_argument(
-        "--mode", choices=("auto", "online", "offline"), help="of wandb; auto: online if there is an API key and a network"
+        "--mode",
+        choices=("auto", "online", "offline"),
+        default="auto",
+        help="of wandb (default: auto, which is online if there is an API key and a network)",
     )
 
     parser.add_argument(
@@ -105,7 +108,7 @@ def going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
     """Return a function that tells if a run runs here or waits or runs as a job; SLURM is asked once in a while."""
     from galaxydist.cluster.status import read_overview
     from galaxydist.runs.folder import RunFolder
-    from galaxydist.tracking.push import is_running
+    from galaxydist.tracking.push import has_end, is_running
 
     asked_at, active = -SLURM_S, set[Path]()
 
@@ -115,6 +118,6 @@ def going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
             statuses = read_overview(folders).runs
             active = {status.run for status in statuses if status.group in ("running", "pending", "unknown")}
             asked_at = time.monotonic()
-        return not RunFolder(run).is_finished and (run in active or is_running(RunFolder(run)))
+        return not has_end(RunFolder(run)) and (run in active or is_running(RunFolder(run)))
 
     return is_going

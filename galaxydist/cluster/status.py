@@ -117,7 +117,7 @@ Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"
 GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
 
 # States derived from the run folder, besides SLURM's states.
-FINISHED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "STOPPED", "FAILED", "NEW", "DAMAGED"
+FINISHED, PRUNED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "PRUNED", "STOPPED", "FAILED", "NEW", "DAMAGED"
 _OTHER_GROUPS: dict[str, Group] = {
     UNKNOWN: "unknown",
     STOPPED: "stopped",
@@ -125,6 +125,7 @@ _OTHER_GROUPS: dict[str, Group] = {
     "CANCELLED": "stopped",
     "COMPLETED": "stopped",  # without a result, so the run was stopped before its end
     FINISHED: "finished",
+    PRUNED: "finished",
 }
 # Time after a submission in which SLURM may not know the job yet.
 _SETTLING_S = 60.0
@@ -137,8 +138,8 @@ class RunStatus:
     Args:
         run: the run folder.
         name: name of the run in the table.
-        state: SLURM's state of its newest job; FINISHED, RUNNING, STOPPED, FAILED or NEW if derived from the folder; DAMAGED if
-            the folder cannot be read.
+        state: SLURM's state of its newest job; FINISHED, PRUNED, RUNNING, STOPPED, FAILED or NEW if derived from the folder;
+            DAMAGED if the folder cannot be read.
         reason: of the state; may be empty.
         job: its newest job that waits or runs, else its newest job; None for a run started by hand.
         nodes: the nodes of the job.
@@ -293,8 +294,8 @@ def _find_state(
     """Combine SLURM's state of the newest job with the run folder and its lock."""
     if job_state is not None and job_state.is_active:
         return job_state
-    if folder.is_finished:
-        return JobState(FINISHED, nodes=job_state.nodes if job_state is not None else "")
+    if folder.is_finished or folder.is_pruned:
+        return JobState(FINISHED if folder.is_finished else PRUNED, nodes=job_state.nodes if job_state is not None else "")
     if holder is not None:
         return JobState("RUNNING", f"by {holder}", nodes=holder.host)
     if job_state is not None and job_state.state != UNKNOWN:

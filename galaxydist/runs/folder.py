@@ -58,6 +58,7 @@ class RunFolder:
         self.recipe_path = path / "recipe.json"
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
+        self.pruned_path = path / "pruned.json"
         self.failure_path = path / "failure.json"
         self.events_path = path / "events.jsonl"
         self.facts_path = path / "run.json"
@@ -105,6 +106,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True once the run has finished and written its result."""
         return self.result_path.exists()
+
+    @property
+    def is_pruned(self) -> bool:
+        """True if a search has ended the run early. Another start of it would train on."""
+        return self.pruned_path.exists()
 
     def write_recipe(self, stored: StoredRecipe) -> None:
         """Write the resolved recipe with the origins of its values and the forced changes."""
@@ -201,6 +207,21 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
         write_json(self.result_path, plain(result))
+
+    def read_pruned(self) -> dict[str, Any] | None:
+        """Return when a search ended the run (``step``, ``epoch``, ``metric``, ``value``); None if none did."""
+        return _read_object(self.pruned_path)
+
+    def write_pruned(self, *, step: int, epoch: int, metric: str, value: float | None) -> None:
+        """Write that a search has ended the run, whose state is saved.
+
+        Args:
+            step: optimizer steps done.
+            epoch: epochs done.
+            metric: the validation metric that the search compares.
+            value: of the last validation; None if it was not finite.
+        """
+        write_json(self.pruned_path, {"step": step, "epoch": epoch, "metric": metric, "value": value})
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the record of the last start's failure; None if there is no valid one."""

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from galaxydist.atomic_files import read_json
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.metrics_file import read_tail_records
 
-JOBS_FILE = "jobs.jsonl"
+JOBS_FILE, TRIAL_FILE = "jobs.jsonl", "trial.json"
 _DEPTH = 2
 _BARE_KEYS = ("recipe", "model.name", "data.variant")
 _NAMING_KEYS = ("model.name", "data.dataset", "data.variant", "seed")
@@ -32,19 +33,22 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def read_settings(run: Path) -> dict[str, str]:
-    """Return settings of a run by dotted key, from its newest submission and recipe (model, data, seed)."""
+    """Return settings of a run by dotted key: of its newest submission, its values as a trial, and model, data and seed."""
     from galaxydist.recipe.scalars import to_text
 
     try:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
+        trial = read_json(run / TRIAL_FILE) if (run / TRIAL_FILE).exists() else {}
         jobs = read_tail_records(run / JOBS_FILE)
-    except (UserError, PermissionError):
-        recipe, jobs = {}, []
+    except (UserError, OSError):
+        recipe, trial, jobs = {}, {}, []
     found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
     for argument in jobs[-1].get("arguments", ()) if jobs else ():
         key, _, value = argument.partition("=")
         if not key.startswith(("run.", "tracker.")):
             found[key] = value
+    for key, value in (trial.get("values") or {}).items():
+        found[key] = f"{value:.4g}" if isinstance(value, float) else to_text(value)
     if "recipe" in found:  # it includes the model
         found["recipe"] = Path(found["recipe"]).stem
         found.pop("model.name", None)

@@ -4,8 +4,12 @@ import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+<<<<<<< HEAD
 from pathlib import Path
 from typing import Any, get_args
+=======
+from typing import Any, Literal, get_args
+>>>>>>> C
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
@@ -15,6 +19,7 @@ from galaxydist.tracking.run_info import build_end, build_info
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.sink import RunInfo, Sink
 
+WandbMode = Literal["online", "offline"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 
 
@@ -34,6 +39,13 @@ class Destination:
     environ: MutableMapping[str, str]
     trackio_dir: Path | None = None
 
+    @property
+    def wandb_mode(self) -> WandbMode:
+        """Mode in which wandb would be opened now."""
+        from galaxydist.tracking.wandb_sink import choose_wandb_mode
+
+        return self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
+
     def open(self, info: RunInfo) -> Sink:
         """Open the tracker's program for a run.
 
@@ -42,8 +54,9 @@ class Destination:
         """
         try:
             if self.name == "wandb":
-                from galaxydist.tracking.wandb_sink import WandbSink, choose_wandb_mode
+                from galaxydist.tracking.wandb_sink import WandbSink
 
+<<<<<<< HEAD
                 mode = self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
                 return WandbSink(info, mode, self.environ)
             if self.name == "trackio":
@@ -53,6 +66,10 @@ class Destination:
             from galaxydist.tracking.tensorboard_sink import TensorboardSink
 
             return TensorboardSink(info)
+=======
+                return WandbSink(info, self.wandb_mode, self.environ)
+            raise UserError(f"there is no tracker {self.name} yet; use wandb")
+>>>>>>> C
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("galaxydist"):
                 raise

@@ -1,4 +1,4 @@
-"""What trackers are told of a run beside its rows: name, group, recipe, data set; at its end results, figures and the model."""
+"""Facts of a run for trackers, beside its rows: name, group, recipe, data set; at its end results, figures and the model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -143,18 +143,14 @@ def build_end(folder: RunFolder, info: RunInfo, exit_code: int, events: Sequence
     Args:
         folder: the run folder.
         info: that the tracker was opened with.
-        exit_code: 0 if the run has its result, else 1.
+        exit_code: 0 if nothing more comes: the run has its result, or a search has ended it; else 1.
         events: of the run, oldest first.
     """
     facts = read_facts(folder, events)
-    if exit_code != 0:
+    result = folder.read_result() or {}
+    if exit_code != 0 or not result:  # a run that a search has ended has no result either
         return RunEnd(exit_code, {}, events=events, facts=facts)
-    summary = {
-        name: value
-        for name, value in (folder.read_result() or {}).items()
-        if name != ORIGIN_KEY and isinstance(value, int | float)
-    }
-    summary.pop("step", None)
+    summary = {name: value for name, value in result.items() if name != "step" and isinstance(value, int | float)}
     model = _evaluated_checkpoint(folder)
     return RunEnd(
         exit_code,

@@ -87,6 +87,8 @@ class WandbSink:
                 init_timeout=INIT_S,
                 console="off",
                 disable_git=True,  # of the current folder, which need not be the code's
+                x_disable_meta=True,  # the command line may hold secrets
+                x_disable_machine_info=True,
                 x_disable_stats=True,  # they see this node only; system/NODE/... has all
                 x_save_requirements=False,
             ),
@@ -197,7 +199,6 @@ class WandbSink:
 
     def _send_model(self, end: RunEnd) -> None:
         import wandb
-
         from galaxydist.evaluation.evaluator import save_weights
 
         folder = self._data_dir.parent / "model"
@@ -277,6 +278,7 @@ def _is_no_lost_connection(record: logging.LogRecord) -> bool:
 def end_service() -> None:
     """Kill wandb's process, if this one started it: at exit, wandb would wait for it without a limit."""
     import psutil
+
     import wandb
 
     for child in psutil.Process().children():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError, first_line
-from galaxydist.tracking.run_tracker import has_wandb_key, is_reachable, wandb_address
+from galaxydist.tracking.wandb_sink import has_wandb_key, is_reachable, wandb_address
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
