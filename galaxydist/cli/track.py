@@ -1,7 +1,6 @@
 """``galaxydist track``: send run folders to wandb, trackio or TensorBoard, at any time and from any machine."""
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -53,7 +52,6 @@ def _add_push(commands: Commands) -> None:
         default="auto",
         help="of wandb (default: auto, which is online if there is an API key and a network)",
     )
-
     parser.add_argument(
         "--dir", type=local_path, metavar="DIR", help="trackio's folder (default: trackio in the folder of the runs)"
     )
@@ -65,10 +63,9 @@ def run_push(arguments: argparse.Namespace) -> int:
 
     if arguments.dir is not None and arguments.to != "trackio":
         raise UserError(f"--dir is trackio's folder, and these runs go to {arguments.to}: leave it out, or give --to trackio")
-    options = PushOptions(arguments.to, os.environ, arguments.project, arguments.entity, arguments.mode, arguments.dir)
     find_targets(arguments.runs)
-    if arguments.to == "trackio" and arguments.dir is None:
-        options = dataclasses.replace(options, trackio_dir=trackio_folder(arguments.runs[0]))
+    trackio_dir = arguments.dir or trackio_folder(arguments.runs[0])
+    options = PushOptions(arguments.to, os.environ, arguments.project, arguments.entity, arguments.mode, trackio_dir)
     if arguments.watch:
         report = watch_runs(lambda: find_targets(arguments.runs), going_by_slurm(arguments.runs), options, print_line)
     else:

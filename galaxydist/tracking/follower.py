@@ -4,12 +4,8 @@ import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-<<<<<<< HEAD
 from pathlib import Path
-from typing import Any, get_args
-=======
 from typing import Any, Literal, get_args
->>>>>>> C
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
@@ -56,9 +52,7 @@ class Destination:
             if self.name == "wandb":
                 from galaxydist.tracking.wandb_sink import WandbSink
 
-<<<<<<< HEAD
-                mode = self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
-                return WandbSink(info, mode, self.environ)
+                return WandbSink(info, self.wandb_mode, self.environ)
             if self.name == "trackio":
                 from galaxydist.tracking.trackio_sink import TrackioSink, trackio_folder
 
@@ -66,10 +60,6 @@ class Destination:
             from galaxydist.tracking.tensorboard_sink import TensorboardSink
 
             return TensorboardSink(info)
-=======
-                return WandbSink(info, self.wandb_mode, self.environ)
-            raise UserError(f"there is no tracker {self.name} yet; use wandb")
->>>>>>> C
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("galaxydist"):
                 raise
