@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import sys
-import time
 from pathlib import Path
 
 from galaxydist.cli.options import Commands, add_command, add_group, local_path, whole_number
@@ -99,38 +97,12 @@ def _port(text: str) -> int:
 
 def run_local(arguments: argparse.Namespace) -> int:
     """Store runs, and show them until Ctrl-C."""
-    from galaxydist.tracking.local_dashboard import page_address, serve_page, tunnel_command
-    from galaxydist.tracking.push import INTERVAL_S, Push, PushOptions
+    from galaxydist.tracking.local_dashboard import PageOptions, show_runs
     from galaxydist.tracking.trackio_sink import trackio_folder
 
     folders = arguments.runs or [Path("runs")]
-    runs = find_targets(folders)
+    find_targets(folders)
     folder = arguments.dir or trackio_folder(folders[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    push = Push(PushOptions("trackio", os.environ, trackio_dir=folder), log=lambda _: None)
-    is_going = going_by_slurm(folders)
-    print_line(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {folder}")
-    try:
-        push.update(runs, {run for run in runs if is_going(run)})
-        told = _tell_failures(push.report.failed, set())
-        with serve_page(folder, os.environ, port=arguments.port) as port:
-            print_line(f"trackio's page: {page_address(port)}")
-            print_line(f"from another machine, type there: {tunnel_command(port)}")
-            print_line("Ctrl-C ends it.")
-            while True:
-                time.sleep(INTERVAL_S)
-                if not arguments.no_follow:
-                    runs = find_targets(folders)
-                    push.update(runs, {run for run in runs if is_going(run)})
-                    told = _tell_failures(push.report.failed, told)
-    except KeyboardInterrupt:
-        print_line("ended; the same command goes on")
-    finally:
-        push.close()
-    return EXIT_FAILED if push.report.failed else 0
-
-
-def _tell_failures(failed: dict[Path, str], told: set[Path]) -> set[Path]:
-    for run in failed.keys() - told:
-        print(f"galaxydist: not stored: {failed[run]}", file=sys.stderr, flush=True)
-    return {*failed}
+    options = PageOptions(folder, os.environ, arguments.port, not arguments.no_follow)
+    report = show_runs(lambda: find_targets(folders), going_by_slurm(folders), options, print_line)
+    return EXIT_FAILED if report.failed else 0

@@ -5,15 +5,79 @@ import getpass
 import io
 import shlex
 import socket
-from collections.abc import Iterator, MutableMapping
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
+from galaxydist.tracking.push import INTERVAL_S, Push, PushOptions, PushReport
 from galaxydist.tracking.trackio_sink import load_trackio
 
 LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """Options of the dashboard.
+
+    Args:
+        folder: trackio's folder.
+        environ: the environment of this process.
+        port: of the page; None: trackio's, 7860, or the next free one.
+        is_followed: store also what the runs gain while the page is served.
+    """
+
+    folder: Path
+    environ: MutableMapping[str, str]
+    port: int | None = None
+    is_followed: bool = True
+
+
+def show_runs(
+    find_runs: Callable[[], Sequence[Path]], is_going: Callable[[Path], bool], options: PageOptions, log: Callable[[str], None]
+) -> PushReport:
+    """Store runs for trackio, and serve its page until Ctrl-C.
+
+    Args:
+        find_runs: returns the runs; it is asked again and again, since a sweep may get more.
+        is_going: returns True for a run that runs or waits for its start.
+        options: of the page.
+        log: is called with lines for the user.
+
+    Raises:
+        UserError: trackio is not installed, its folder cannot be made, or the port is not free.
+    """
+    push = Push(PushOptions("trackio", options.environ, trackio_dir=options.folder), log=lambda _: None)
+    told: set[Path] = set()
+
+    def update() -> None:
+        runs = find_runs()
+        push.update(runs, {run for run in runs if is_going(run)})
+        for run in push.report.failed.keys() - told:
+            told.add(run)
+            log(f"not stored: {push.report.failed[run]}")
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    runs = find_runs()
+    log(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {options.folder}")
+    try:
+        update()
+        with serve_page(options.folder, options.environ, port=options.port) as port:
+            log(f"trackio's page: http://{LOOPBACK}:{port}")
+            log(f"to see it on another machine, type there: {tunnel_command(port)}")
+            log("Ctrl-C ends it.")
+            while True:
+                time.sleep(INTERVAL_S)
+                if options.is_followed:
+                    update()
+    except KeyboardInterrupt:
+        log("ended; the same command goes on")
+    finally:
+        push.close()
+    return push.report
 
 
 @contextmanager
@@ -45,11 +109,6 @@ def serve_page(folder: Path, environ: MutableMapping[str, str], *, port: int | N
         yield urlsplit(address).port or 0
     finally:
         server.close()
-
-
-def page_address(port: int) -> str:
-    """Return the address of a page on this machine."""
-    return f"http://{LOOPBACK}:{port}"
 
 
 def tunnel_command(port: int) -> str:
