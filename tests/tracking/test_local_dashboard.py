@@ -21,7 +21,8 @@ RATES = (0.001, 0.003, 0.01, 0.03)
 # Pixels of a drawn line of each of the page's first four colours.
 LINE_PIXELS = """
 (metric => {
-    const plot = document.querySelector(`.plot-container[data-metric="${metric}"]`), canvas = plot && plot.querySelector("canvas");
+    const plot = document.querySelector(`.plot-container[data-metric="${metric}"]`);
+    const canvas = plot && plot.querySelector("canvas");
     if (!canvas) return [];
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     return ["#A8769B", "#E89957", "#3B82F6", "#10B981"].map(colour => {
