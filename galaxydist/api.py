@@ -184,7 +184,7 @@ def load_predictor(
 
     Args:
         run: the run folder.
-        device: ``cpu``, ``cuda``, ...; None: a GPU if there is one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None: a GPU if there is one, under a launcher that of this process's local rank.
         tta: ``d4`` averages the probabilities over the eight flips and quarter turns, ``none`` does not; None: as in the recipe.
         checkpoint: ``best`` or ``last``; None: as in the recipe.
         trained_on: shards that a run of an earlier version was trained on, if they were moved.

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from galaxydist.errors import EveryRankError, first_line
-from galaxydist.job_environment import LauncherRank, wants_cpu
+from galaxydist.job_environment import LauncherRank, local_rank_of, wants_cpu
 
 Precision = Literal["no", "bf16", "fp16", "fp64"]
 
@@ -80,6 +80,17 @@ def find_device(launched: LauncherRank, environ: Mapping[str, str]) -> RankDevic
         except RuntimeError as error:  # in use by another process, or broken
             facts["problem"] = first_line(error)
     return RankDevice(found.rank, found.local_rank, found.host, **facts)
+
+
+def own_device(environ: Mapping[str, str]) -> torch.device:
+    """Return the device of a process that works alone: the GPU of its local rank under a launcher, else the first; or the CPU.
+
+    Raises:
+        EveryRankError: the GPU cannot be used, or the launcher has started more processes than there are GPUs.
+    """
+    found = find_device(LauncherRank(local_rank=local_rank_of(environ)), environ)
+    check_devices([found])
+    return found.device
 
 
 def gather_devices(own: RankDevice, store: Store, size: int) -> list[RankDevice]:

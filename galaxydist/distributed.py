@@ -9,23 +9,25 @@ import logging
 import math
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from galaxydist.cpus import bound_cores, cpu_quota, decoding_threads, fair_share
 from galaxydist.devices import Precision, RankDevice, check_devices, find_device, gather_devices, resolve_precision
-from galaxydist.errors import EveryRankError, RunFailedError, UserError, is_known_to_all, mark_as_known
+from galaxydist.errors import EveryRankError, OneRankFailedError, RunFailedError, UserError, first_line, mark_as_known
 from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores
 from galaxydist.log import set_up_logging
 from galaxydist.mixed_precision import MixedPrecision
-from galaxydist.rank_store import RankFailure, RankStore
+from galaxydist.rank_store import RankStore
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,9 @@ def write_flight_record(folder: Path, rank: int) -> Path | None:
     path.write_bytes(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
     return path
 
+
+# Torch's own, for each of two waits: hours, which a collective may take, would hide that a rank never started.
+MEETING_TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
 
@@ -142,36 +147,33 @@ class World:
 
         Raises:
             UserError: raised on all ranks if any rank raises one: the one of the lowest rank.
-            RunFailedError: on the other ranks if a rank fails with another error, which that rank raises unchanged.
+            RunFailedError: on all ranks if a rank raises ``OneRankFailedError``; on the other ranks if a rank fails with another
+                error, which that rank raises unchanged.
             PeerFailedError: a rank has failed outside of this.
         """
         return work() if self.size == 1 else run_on_all(work, store=self.store)
 
-    def announce_failure(self, error: BaseException) -> RankFailure | None:
-        """Tell the other ranks of an error that this rank alone raises.
-
-        Returns:
-            The failure of which the ranks have heard first, perhaps of another rank; None if all ranks know of the error.
-        """
-        if self.store is None or is_known_to_all(error):
-            return None
-        return self.store.announce(RankFailure.of(self.rank, error))
-
     def all_gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order; all ranks must call it."""
+        """Return the values of all ranks, in rank order; all ranks must call it, and wait for one another on the store."""
+        self._wait_for_all()
         return [value] if self.size == 1 else all_gather(value)
 
     def barrier(self) -> None:
         """Wait on the store until all ranks have called it; only then the collective, so that rank 0 stays with its store."""
-        if self.store is not None:
-            self.store.wait_for_all()
+        self._wait_for_all()
+        if self.size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place; all ranks must call it."""
+        """Sum a tensor over all ranks, in place; all ranks must call it, and wait for one another on the store."""
+        self._wait_for_all()
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def _wait_for_all(self) -> None:
+        if self.store is not None:
+            self.store.wait_for_all()
 
 
 # The collectives of ``World``, also for a process group beside that of the training; all ranks of the group must call them.
@@ -235,16 +237,18 @@ def _shared_error(error: Exception, rank: int) -> Exception:
     """Return the error that the other ranks raise."""
     if isinstance(error, UserError):
         return EveryRankError(str(error))
+    if isinstance(error, OneRankFailedError):
+        return RunFailedError(f"rank {rank} failed: {error}")
     return error if type(error) is RunFailedError else RunFailedError(f"rank {rank} failed: {type(error).__name__}: {error}")
 
 
 def _raise_shared(errors: Sequence[Exception | None], own: Exception | None) -> None:
-    """Raise the error of the lowest rank, failures before errors of the user; a rank that failed itself raises its own error."""
-    if own is not None and not isinstance(own, UserError):
+    """Raise the error of the lowest rank, failures before errors of the user; a rank raises its own error if that is a bug."""
+    if own is not None and not isinstance(own, UserError | OneRankFailedError):
         mark_as_known(own)
         raise own
     if found := sorted((error for error in errors if error is not None), key=lambda error: isinstance(error, UserError)):
-        raise found[0]
+        raise found[0] from own
 
 
 def init_distributed(
@@ -267,6 +271,8 @@ def init_distributed(
     Raises:
         UserError: launcher variables that contradict each other or set what only the recipe may set; fp16 without a GPU; ranks
             without a GPU of their own, if others have one.
+        OneRankFailedError: the ranks do not meet.
+        PeerFailedError: another rank has failed meanwhile.
     """
     launched = find_rank(environ)
     check_settings(environ)
@@ -274,27 +280,28 @@ def init_distributed(
     if not environ.get("OMP_NUM_THREADS", "").isdecimal():
         environ["OMP_NUM_THREADS"] = "1"  # for Accelerate, which accepts a plain number only (not "4,2"); torch is already loaded
     own = find_device(launched, environ)
-    resolved = _join_group(own, launched.size, precision, timeout)
-    mixed_precision = MixedPrecision(resolved, own.device, environ, timeout)
-    assert mixed_precision.num_processes == launched.size, f"Accelerate has {mixed_precision.num_processes} processes"
-    set_up_logging(launched.rank)
-    world = World(
-        mixed_precision=mixed_precision,
-        rank=launched.rank,
-        size=launched.size,
-        ranks_on_node=launched.local_size,
-        cores=1,
-        threads=1,
-        job_id=job_of(environ),
-        restart_count=restart_of(environ),
-    )
-    for text in overruled_settings(environ, resolved):
-        logger.warning("%s", text)
-    if world.size > 1:
-        world = replace(world, store=RankStore.of_group(world.rank, world.size))
-    world = replace(world, cores=threads or _share_cores(world, environ))
-    # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle.
-    return _with_threads(world, min(world.all_gather(world.cores)))
+    resolved = _join_group(own, launched.size, precision, timeout, environ)
+    store = RankStore.of_group(launched.rank, launched.size) if launched.size > 1 else None
+    with _announcing(store):
+        mixed_precision = MixedPrecision(resolved, own.device, environ, timeout)
+        assert mixed_precision.num_processes == launched.size, f"Accelerate has {mixed_precision.num_processes} processes"
+        set_up_logging(launched.rank)
+        world = World(
+            mixed_precision=mixed_precision,
+            rank=launched.rank,
+            size=launched.size,
+            ranks_on_node=launched.local_size,
+            cores=1,
+            threads=1,
+            job_id=job_of(environ),
+            restart_count=restart_of(environ),
+            store=store,
+        )
+        for text in overruled_settings(environ, resolved):
+            logger.warning("%s", text)
+        world = replace(world, cores=threads or _share_cores(world, environ))
+        # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle.
+        return _with_threads(world, min(world.all_gather(world.cores)))
 
 
 def keep_threads(world: World, stored: Mapping[str, int] | None) -> World:
@@ -323,7 +330,13 @@ def _with_threads(world: World, threads: int) -> World:
     return replace(world, threads=threads)
 
 
-def _join_group(own: RankDevice, size: int, precision: Precision | Literal["auto"], timeout: timedelta | None) -> Precision:
+def _join_group(
+    own: RankDevice,
+    size: int,
+    precision: Precision | Literal["auto"],
+    timeout: timedelta | None,
+    environ: Mapping[str, str],
+) -> Precision:
     """Meet the other ranks, compare devices, and create the process group; return the precision that suits all devices.
 
     What the ranks refuse they refuse before the group exists: a rank that leaves would break the connections of the others.
@@ -331,17 +344,61 @@ def _join_group(own: RankDevice, size: int, precision: Precision | Literal["auto
     if size == 1:
         check_devices([own])
         return resolve_precision(precision, [own.capability])
-    # With torch's timeout of half an hour: one of hours, for work that takes long, would hide that a rank never started.
-    store, *_ = next(rendezvous("env://", own.rank, size))
-    devices = gather_devices(own, store, size)
+    with _explained_meeting(own.rank, size, environ):
+        store, devices = _meet(own, size)
     check_devices(devices)
     resolved = resolve_precision(precision, [found.capability for found in devices])
     if timeout is not None:
         store.set_timeout(timeout)
     backend = "gloo" if own.device.type == "cpu" else "nccl"
     # The prefix is the one that torch gives the store when it creates it.
-    dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own.rank, world_size=size, timeout=timeout)
+    prefixed = PrefixStore("default_pg", store)
+    with _explained_meeting(own.rank, size, environ):
+        dist.init_process_group(backend, store=prefixed, rank=own.rank, world_size=size, timeout=timeout)
     return resolved
+
+
+def _meet(own: RankDevice, size: int) -> tuple[Store, list[RankDevice]]:
+    """Return the store of the run and the devices of all ranks.
+
+    This is done in a thread: torch's client waits for ever for an answer if another program has the port, also on Ctrl-C.
+    """
+    answers: Queue[tuple[Store, list[RankDevice]] | Exception] = Queue()
+
+    def meet() -> None:
+        try:
+            store, *_ = next(rendezvous("env://", own.rank, size, timeout=MEETING_TIMEOUT))
+            answers.put((store, gather_devices(own, store, size)))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=meet, name="meeting", daemon=True).start()
+    try:
+        answer = answers.get(timeout=2 * MEETING_TIMEOUT.total_seconds())
+    except Empty:
+        raise RuntimeError("no answer") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@contextlib.contextmanager
+def _explained_meeting(rank: int, size: int, environ: Mapping[str, str]) -> Iterator[None]:
+    """Turn torch's errors of ranks that do not meet into one that says where they should have met, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        address = f"MASTER_ADDR={environ['MASTER_ADDR']}, MASTER_PORT={environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise OneRankFailedError(
+                f"Rank 0 cannot listen at {address}: another program, perhaps another run, uses this port. End that, or choose "
+                "another port (torchrun --master-port, accelerate launch --main_process_port, else the variable MASTER_PORT)."
+            ) from error
+        raise OneRankFailedError(
+            f"Rank {rank} has not met the other processes of the run, {size} in all, at {address}: {first_line(error)}. Check "
+            "that all were started and are still running, that their machines reach this address through the firewall, and the "
+            "network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)."
+        ) from error
 
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
@@ -367,17 +424,26 @@ def open_world(
     hear of the error if this rank alone raises it.
     """
     world = init_distributed(precision, environ, timeout=timeout, threads=threads)
-    try:
+    with _announcing(world.store):
         yield world
-    except BaseException as error:
-        world.announce_failure(error)
-        if world.store is None:
-            shutdown_distributed()
-        else:
-            world.store.acknowledge()
-            world.store.wait_until_seen()
-        raise
     shutdown_distributed()
+
+
+@contextlib.contextmanager
+def _announcing(store: RankStore | None) -> Iterator[None]:
+    """Tell the other ranks of an error that this rank alone raises; raise that of another rank if it is a consequence of it."""
+    try:
+        yield
+    except BaseException as error:
+        if store is None:
+            shutdown_distributed()
+            raise
+        reported = store.announce_error(error)
+        store.acknowledge()
+        store.wait_until_seen()
+        if reported is error:
+            raise
+        raise reported from error
 
 
 def shutdown_distributed() -> None:

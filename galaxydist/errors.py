@@ -33,19 +33,22 @@ class DamagedImageError(UserError):
 
 
 class EveryRankError(UserError):
-    """``UserError`` that all ranks of a run raise alike; one rank prints it."""
+    """``UserError`` that all ranks of a run raise at the same point; rank 0 logs it, and each rank exits."""
 
 
 class RunFailedError(RuntimeError):
-    """Error that ends a run and that no earlier check could detect; all ranks raise it at the same step."""
+    """Error that ends a run and that no earlier check could detect.
+
+    All ranks raise it at the same step, but for its subclasses; rank 0 logs it, and each rank exits.
+    """
 
 
 class OneRankFailedError(RunFailedError):
-    """``RunFailedError`` of a single rank, which prints it itself."""
+    """``RunFailedError`` of a single rank, which logs it, tells the others and exits; these raise ``PeerFailedError``."""
 
 
 class PeerFailedError(RunFailedError):
-    """Another rank has failed alone, and this one cannot continue without it.
+    """Another rank has failed alone, and this one cannot continue without it; rank 0 logs it, and each such rank exits.
 
     Args:
         text: names the rank and the first line of its error.

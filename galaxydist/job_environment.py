@@ -85,12 +85,19 @@ def find_rank(environ: MutableMapping[str, str]) -> LauncherRank:
     if missing:
         raise _conflict(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     local_rank, local_size = _number(environ, "LOCAL_RANK", 0), _number(environ, "LOCAL_WORLD_SIZE", size)
-    _number(environ, "MASTER_PORT", 0)
+    if not 0 < _number(environ, "MASTER_PORT", 0) < 2**16:
+        raise _conflict(environ, ["MASTER_PORT"], "it must be a port, 1 to 65535")
     if rank >= size:
         raise _conflict(environ, given, "RANK must be less than WORLD_SIZE")
     if not local_rank < local_size <= size:
         raise _conflict(environ, given, "LOCAL_RANK must be less than LOCAL_WORLD_SIZE, and that not more than WORLD_SIZE")
     return LauncherRank(rank, size, local_size, local_rank)
+
+
+def local_rank_of(environ: Mapping[str, str]) -> int:
+    """Return the rank of this process among those of its machine, also under ``srun`` alone; 0 without a launcher."""
+    given = (environ.get(name, "") for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return next((int(text) for text in given if text.isascii() and text.isdecimal()), 0)
 
 
 def slurm_cores(environ: Mapping[str, str]) -> float:

@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from galaxydist.errors import OneRankFailedError, PeerFailedError, RunFailedError, UserError, exit_code_of, first_line
+from galaxydist.errors import (
+    OneRankFailedError,
+    PeerFailedError,
+    RunFailedError,
+    UserError,
+    exit_code_of,
+    first_line,
+    is_known_to_all,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -32,6 +40,10 @@ FAILURE_POLL_S = 1.0
 # The store may be rank 0's own: it stays that long until the others know of the error.
 SEEN_S = 4.0
 FLUSH_S = 1.0
+# Seconds for all last works of a process together: launchers kill it 30 s after they have asked it to end.
+END_S = 22.0
+# A last work that begins later still has this time.
+LEAST_S = 0.5
 
 # Worlds that this process has opened; all processes of a run open the same, so that their keys never meet.
 _OPENED = itertools.count()
@@ -80,11 +92,13 @@ class RankStore:
     Args:
         store: the group's store.
         rank, size: rank of this process, and world size.
+        main: host name and process id of rank 0, for messages.
     """
 
     store: "Store"
     rank: int
     size: int
+    main: str = "unknown process"
 
     def __post_init__(self) -> None:
         self._num_works = {"main": 0, "all": 0}
@@ -95,11 +109,14 @@ class RankStore:
         import torch.distributed as dist
         from torch._C._distributed_c10d import PrefixStore
 
-        return RankStore(PrefixStore(f"galaxydist/{next(_OPENED)}", dist.distributed_c10d._get_default_store()), rank, size)
+        store = PrefixStore(f"galaxydist/{next(_OPENED)}", dist.distributed_c10d._get_default_store())
+        if rank == 0:
+            store.set("process", f"{socket.gethostname()}, process {os.getpid()}")
+        return RankStore(store, rank, size, store.get("process").decode())
 
     def connect(self) -> "RankStore":
         """Open a further connection, for a thread: commands on one connection wait for one another."""
-        return RankStore(self.store.clone(), self.rank, self.size)
+        return RankStore(self.store.clone(), self.rank, self.size, self.main)
 
     def wait_for_main(self, at_most: timedelta = LONG_TIMEOUT) -> None:
         """Wait until rank 0 has called this as often as the calling rank has.
@@ -128,7 +145,7 @@ class RankStore:
                 if self.store.add(key, own) >= num_done * self._num_works[key]:
                     return
             except RuntimeError as error:  # torch's DistError
-                raise OneRankFailedError(f"rank 0 cannot be reached any more: {first_line(error)}") from error
+                raise self.lost(error) from error
             own = 0
             now = time.monotonic()
             if now >= next_look and (failure := self.failure()) is not None:
@@ -142,12 +159,37 @@ class RankStore:
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
 
     def announce(self, failure: RankFailure) -> RankFailure:
-        """Write that this rank has failed, and return the first failure of any rank, of which others may be consequences."""
+        """Write that this rank has failed, and return the first failure of any rank, of which others may be consequences.
+
+        Raises:
+            RuntimeError: the store is lost.
+        """
         self.acknowledge()
+        return RankFailure(**json.loads(self.store.compare_set("failed", "", json.dumps(asdict(failure)))))
+
+    def announce_error(self, error: BaseException) -> BaseException:
+        """Tell the other ranks of an error, and return the error to report here.
+
+        That is the error itself if all ranks know of it, or if this rank has failed first. Otherwise it is that of the rank which
+        has, or the loss of rank 0; a broken connection is a consequence of either.
+        """
+        if is_known_to_all(error):
+            return error
         try:
-            return RankFailure(**json.loads(self.store.compare_set("failed", "", json.dumps(asdict(failure)))))
-        except RuntimeError:
-            return failure
+            first = self.announce(RankFailure.of(self.rank, error))
+        except RuntimeError as lost:
+            is_broken = isinstance(error, RuntimeError) and not isinstance(error, RunFailedError)
+            return self.lost(lost) if is_broken else error
+        return first.to_error() if first.rank != self.rank and isinstance(error, Exception) else error
+
+    def lost(self, error: Exception) -> OneRankFailedError:
+        """Return the error of a rank that has lost the store, for the error of a command."""
+        who = (
+            f"rank 0 cannot be reached any more ({self.main}): it or its launcher"
+            if self.rank
+            else "the launcher cannot be reached: it"
+        )
+        return OneRankFailedError(f"{who} was killed, or its machine is down ({first_line(error)})")
 
     def failure(self) -> RankFailure | None:
         """Return the failure that a rank has announced first."""
@@ -174,6 +216,8 @@ class RankStore:
 
 # A last work of a process that ends, and the seconds that it may take.
 LastWork = tuple[Callable[[], Any], float]
+# Ends the process after an error, with last works; returns if the process is the only one, whose error is raised as usual.
+Leave = Callable[[BaseException, Iterable[LastWork]], None]
 
 
 def run_within(seconds: float, work: Callable[[], Any]) -> None:
@@ -189,15 +233,16 @@ def run_within(seconds: float, work: Callable[[], Any]) -> None:
 
 
 def end_process(code: int, works: Iterable[LastWork] = ()) -> NoReturn:
-    """Do some last works, each within its time, and end the process without the interpreter's own end.
+    """Do some last works, each within its time and all within ``END_S``, and end the process without the interpreter's own end.
 
     That would wait for threads, and with NCCL for the other ranks. Of several threads that call this the first one ends the
     process; the others wait.
     """
     if not _ENDING.acquire(blocking=False):
         threading.Event().wait()
+    deadline = time.monotonic() + END_S
     try:
         for work, seconds in (*works, (sys.stdout.flush, FLUSH_S), (sys.stderr.flush, FLUSH_S)):
-            run_within(seconds, work)
+            run_within(min(seconds, max(deadline - time.monotonic(), LEAST_S)), work)
     finally:
         os._exit(code)

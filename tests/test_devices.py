@@ -4,13 +4,14 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from galaxydist import distributed
-from galaxydist.devices import RankDevice, check_devices, device_index, find_device, resolve_precision
+from galaxydist.devices import RankDevice, check_devices, device_index, find_device, own_device, resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.job_environment import LauncherRank
 from tests.helpers.forked_runs import run_forked, train
@@ -65,6 +66,34 @@ def test_process_without_a_gpu_computes_on_the_cpu() -> None:
         pytest.skip("there is a GPU")
     found = find_device(LauncherRank(5, 8, 4, 1), {"NCCL_HOSTID": "n2"})
     assert found == RankDevice(5, 1, "n2")
+
+
+@pytest.mark.parametrize(
+    ("environ", "num_visible", "index"),
+    [
+        ({}, 4, 0),
+        ({"LOCAL_RANK": "2"}, 4, 2),
+        ({"LOCAL_RANK": "2"}, 1, 0),
+        ({"SLURM_LOCALID": "1"}, 2, 1),
+        ({"LOCAL_RANK": "2"}, 2, None),
+    ],
+)
+def test_process_that_works_alone_takes_the_gpu_of_its_local_rank(
+    environ: dict[str, str], num_visible: int, index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of a launcher that labels images, too; it never takes another one's GPU."""
+    found: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"GPU-{number}"))
+    if index is None:
+        with pytest.raises(UserError, match="is process 3 of its machine, which sees 2 GPUs"):
+            own_device(environ)
+    else:
+        assert own_device(environ) == torch.device("cuda", index)
+        assert found == [index]
 
 
 @pytest.mark.gpu

@@ -85,6 +85,7 @@ def test_rendezvous_ports_of_srun_lie_below_the_ephemeral_ports() -> None:
         ({**TORCHRUN, "RANK": "three"}, "RANK=three: it is not a number", 1),
         ({**TORCHRUN, "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: it is not a number", 1),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT=http: it is not a number", 1),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999: it must be a port", 1),
         ({"SLURM_PROCID": "1"}, "SLURM_PROCID=1: this is not the first task", 1),
         ({**FIRST_TASK, "SLURM_PROCID": "1"}, "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=1: this is not the first task", 2),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS=4: SLURM_PROCID, SLURM_LOCALID, SLURM_NODEID", 1),

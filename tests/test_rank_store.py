@@ -1,11 +1,12 @@
 """Waits of ranks for one another, failures of one rank, and the end of a process that has failed."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from galaxydist.distributed import World, open_world
+from galaxydist import distributed
+from galaxydist.distributed import World, init_distributed, open_world
 from galaxydist.errors import (
     EveryRankError,
     OneRankFailedError,
@@ -71,6 +73,7 @@ def test_a_failure_wakes_a_rank_that_waits_and_the_first_failure_counts(server: 
     assert isinstance(error, PeerFailedError) and exit_code_of(error) == 2
     assert str(error) == f"rank 2 ({first.host}, process {os.getpid()}) failed: the disk is full"
     assert late.announce(RankFailure.of(3, RuntimeError("connection closed"))) == first == waiting.failure()
+    assert isinstance(late.announce_error(RuntimeError("connection closed")), PeerFailedError)
 
 
 def test_rank_0_keeps_its_store_until_the_others_have_read_of_the_failure(server: TCPStore) -> None:
@@ -95,6 +98,8 @@ def test_waits_end_with_an_error_if_the_store_is_lost_or_the_time_is_over() -> N
     with pytest.raises(OneRankFailedError, match="rank 0 cannot be reached"):
         waiting.wait_for_main()
     assert waiting.failure() is None
+    assert "rank 0 cannot be reached" in str(waiting.announce_error(RuntimeError("connection closed by peer")))
+    assert waiting.announce_error(bug := KeyError("a bug")) is bug
 
 
 def test_errors_that_all_ranks_know_of_are_told_from_those_of_one() -> None:
@@ -108,11 +113,13 @@ def test_errors_that_all_ranks_know_of_are_told_from_those_of_one() -> None:
 
 END = """
 import sys, threading, time
+from galaxydist import rank_store
 from galaxydist.rank_store import end_process
+rank_store.END_S = 0.5
 def block(): threading.Event().wait()
 def fail(): raise OSError
 threading.Thread(target=block).start()  # the interpreter's own end would wait for it
-works = [(block, 0.1), (fail, 9), (lambda: sys.stdout.write("done"), 9)]
+works = [(block, 0.1), (block, 1000), (fail, 9), (lambda: sys.stdout.write("done"), 9)]
 threads = [threading.Thread(target=end_process, args=(7, works)) for _ in range(2)]
 [thread.start() for thread in threads]
 block()
@@ -129,6 +136,8 @@ def wait_long() -> None:
     with open_world("no", os.environ, timeout=timedelta(seconds=5)) as world:
         assert world.run_on_main(lambda: time.sleep(7) or world.rank) == 0
         assert world.run_on_all(lambda: time.sleep(7 * world.rank) or world.rank) == world.rank
+        time.sleep(7 * world.rank)
+        assert world.all_gather(world.rank) == [0, 1]
         world.barrier()
 
 
@@ -198,3 +207,62 @@ def test_a_rank_that_fails_alone_wakes_the_others_where_there_is_no_watchdog(tmp
         assert run.said(2, "err") == "galaxydist: error (rank 2): the disk of this node is full\n"
         assert f"process {run.pids[2]}) failed: the disk of this node is full" in run.said(0, "err")
         assert run.said(1, "err") == ""
+
+
+@pytest.fixture
+def used_port() -> Iterator[int]:
+    with socket.create_server(("", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        (0, "Rank 0 cannot listen at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: another"),
+        (1, "Rank 1 has not met the other processes of the run, 2 in all, at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: "),
+    ],
+)
+def test_ranks_that_do_not_meet_are_told_where_they_should_have(
+    rank: int, said: str, used_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port is another program's; for rank 1, a program that does not answer."""
+    monkeypatch.setattr(distributed, "MEETING_TIMEOUT", timedelta(seconds=1))
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**variables, "MASTER_PORT": str(used_port)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OneRankFailedError, match=said.format(port=used_port)):
+        init_distributed("no", os.environ)
+
+
+def launch_start(fault: str) -> int:
+    """Work of which rank 1 fails alone: between the start of the group and the work, or in work of all ranks."""
+
+    def fail(*_: object) -> None:
+        raise OneRankFailedError("no memory left") if fault == "work of all" else KeyError("a bug")
+
+    def work(_: None, environ: object, _leave: Callable[..., None]) -> int:
+        is_faulty = os.environ["RANK"] == "1"
+        if fault == "start" and is_faulty:
+            distributed.MixedPrecision = fail  # type: ignore[assignment, misc]
+        with open_world("no", environ) as world:  # type: ignore[arg-type]
+            world.run_on_all(fail if is_faulty else lambda: None)
+        return 0
+
+    return launch(None, os.environ, work=work)
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_fails_at_its_start_wakes_the_others(tmp_path: Path) -> None:
+    with forked(launch_start, "start", folder=tmp_path, size=3) as run:
+        wait_for_exits(run.processes, 100)
+        assert run.exit_codes == [1, 1, 1], run.text("err")
+        assert f"process {run.pids[1]}) failed: KeyError: 'a bug'" in run.said(0, "err")
+        assert "Traceback" in run.said(1, "err") and "Traceback" not in run.said(0, "err") + run.said(2, "err")
+
+
+@pytest.mark.multiprocess
+def test_an_explained_failure_in_work_of_all_ranks_is_logged_once(tmp_path: Path) -> None:
+    with forked(launch_start, "work of all", folder=tmp_path, size=3) as run:
+        wait_for_exits(run.processes, 100)
+        assert run.exit_codes == [1, 1, 1]
+        assert run.text("err") == "galaxydist: error: rank 1 failed: no memory left\n"

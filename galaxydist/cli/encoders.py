@@ -22,6 +22,8 @@ from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, folder_name, weights_dir
 
 if TYPE_CHECKING:
+    import torch
+
     from galaxydist.explore.encoder import Encoder
     from galaxydist.recipe.schema import Recipe
     from galaxydist.shards.manifest import Manifest
@@ -97,7 +99,6 @@ def run_probe(arguments: argparse.Namespace) -> None:
     """Probe the encoder, and print the numbers."""
     from galaxydist.distributed import open_world
     from galaxydist.explore.probe import ProbeOptions, check_labels, probe, render_result
-    from galaxydist.models.performance import set_tf32
     from galaxydist.shards.remote.cache import CacheConfig
     from galaxydist.shards.remote.open import open_shards
 
@@ -110,8 +111,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
     with open_world("no", os.environ) as world:
         if world.size > 1:
             raise UserError(f"a probe runs in one process, not in {world.size}: call it without a launcher")
-        set_tf32(False, world.device)
-        encoder = _open_encoder(model, settings, manifest, root, arguments)
+        encoder = _open_encoder(model, settings, manifest, world.device, arguments)
         result, path = probe(manifest, encoder, world, options)
     print(render_result(result))
     print(f"features: {path}; numbers: {path.with_suffix('.json')}")
@@ -135,16 +135,18 @@ def _split_words(words: list[str]) -> tuple[str, str, list[str]]:
     return others[0], others[1], settings
 
 
-def _open_encoder(model: str, settings: list[str], manifest: "Manifest", root: Path, arguments: argparse.Namespace) -> "Encoder":
+def _open_encoder(
+    model: str, settings: list[str], manifest: "Manifest", device: "torch.device", arguments: argparse.Namespace
+) -> "Encoder":
     from galaxydist.evaluation.leakage import open_training_shards
     from galaxydist.explore.encoder import open_model, open_run
     from galaxydist.loading.training_data import find_manifest
     from galaxydist.models.own_function import trusts_code
     from galaxydist.shards.remote.cache import CacheConfig
 
-    run_dir = _find_run(model)
+    root, run_dir = chosen_root(arguments), _find_run(model)
     if run_dir is None:
-        return open_model(_read_recipe(model, settings, arguments, root), manifest, weights_dir(root), arguments.tta)
+        return open_model(_read_recipe(model, settings, arguments, root), manifest, weights_dir(root), arguments.tta, device)
     if given := [*settings, *(f"--{name}" for name in ("random", "pretrained") if getattr(arguments, name))]:
         raise UserError(f"{model} is a run, which has its own settings and weights: leave {' '.join(given)} out")
     return open_run(
@@ -154,6 +156,7 @@ def _open_encoder(model: str, settings: list[str], manifest: "Manifest", root: P
             trained_on, find_manifest(recipe.data, root), arguments.trained_on, CacheConfig(cache_dir(root))
         ),
         arguments.tta,
+        device,
         trust_code=trusts_code(os.environ),
     )
 

@@ -11,7 +11,8 @@ from galaxydist.cli.jobs import find_folder
 from galaxydist.cli.options import Commands, add_command, add_data_dir, add_trust_code, evaluated_split, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import MARGIN, SPLITS, VARIANTS, Variant, check_not_margin
-from galaxydist.training.launch import Leave, launch
+from galaxydist.rank_store import Leave
+from galaxydist.training.launch import launch
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list[str]]:
     Raises:
         UserError: a target is neither a sweep nor a folder with runs.
     """
-    from galaxydist.cluster import status
+    from galaxydist.runs.listing import find_runs as find_inside
+    from galaxydist.runs.listing import is_run
 
     run_dirs: list[Path] = []
     notes: list[str] = []
@@ -92,11 +94,11 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list[str]]:
         path = next((path for path in (Path(text), Path("runs") / text) if path.is_dir()), None)
         if path is None:
             for run_dir in _sweep_runs(text):
-                if status.is_run(run_dir):
+                if is_run(run_dir):
                     run_dirs.append(run_dir)
                 else:
                     notes.append(f"{run_dir}: not started. Start it: galaxydist sweep {text}")
-        elif inside := status.find_runs(path):
+        elif inside := find_inside(path):
             run_dirs += inside
         else:
             raise UserError(f"{path} contains no run, down to two levels. Give a run folder, a folder of runs, or a sweep.")

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from galaxydist.cluster.profile import ResolvedCluster
     from galaxydist.cluster.records import JobFiles
+    from galaxydist.cluster.search.trial_runs import PlannedSearch
     from galaxydist.cluster.status import Overview
     from galaxydist.cluster.sweep import SweepFile, SweepRun
+    from galaxydist.recipe.resolve import ResolvedRecipe
 
 
 RUNS = Path("runs")
@@ -33,7 +35,7 @@ STATUS_EPILOG = """examples:
   galaxydist status vit-0123abcd       the same run, by its name
   galaxydist status runs/sweep --watch a sweep, updated every 10 s
 
-States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, STOPPED, FAILED, NEW.
+States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, PRUNED, STOPPED, FAILED, NEW.
 "time left" is the time until the job's time limit, "to do" the rest of the training at the last measured speed.
 """
 
@@ -201,7 +203,7 @@ def run_logs(arguments: argparse.Namespace) -> None:
     """Print the end of a log, and follow it."""
     from galaxydist.cluster.logs import find_logs, follow, last_lines, sizes
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.status import is_run
+    from galaxydist.runs.listing import is_run
 
     folder = find_folder(arguments.folder)
     if not is_run(folder):
@@ -387,24 +389,56 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     from galaxydist.cluster.preflight import check_request
     from galaxydist.cluster.sweep_runner import decide, read_run_states, render_runs, summarise
 
-    runs = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
+    def check(resolved: "ResolvedRecipe") -> None:
+        check_request(resolved, cluster.config, os.environ)
+
+    runs = resolve(sweep, recipe_arguments, check=check)
+    search = None
+    if sweep.search is not None:
+        search = _plan_search(sweep, runs, cluster, check)
+        runs = list(search.runs)
     check_partition(cluster.config)
     decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_run_states(runs, read_states)]
     due = [run for run, decision in zip(runs, decisions, strict=True) if decision.is_due]
+    if search is not None and not arguments.dry_run:
+        search.settle(read_states)  # before others start that learn from it
+    if arguments.dry_run or search is not None:
+        print(f"{render_runs(runs, decisions, search.values() if search is not None else None)}\n")
+    print(f"{sweep.path}: {summarise(decisions)}")
     if arguments.dry_run:
-        print(f"{render_runs(runs, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
         if due:
             _show_script(due, sweep, cluster)
         return
-    print(f"{sweep.path}: {summarise(decisions)}")
     name = cluster.config.name
     refusal = f"{len(due)} runs would go to {name}, and stdin is no terminal: add --yes, or --dry-run"
+    num_failed = 0
     if due and (arguments.yes or confirm(f"submit {len(due)} to {name}?", refusal)):
-        _submit(due, sweep, cluster, retry_failed=arguments.retry_failed)
+        if search is not None:
+            search.open_study()
+        num_failed = _submit(due, sweep, cluster, retry_failed=arguments.retry_failed)
+    if search is not None:
+        search.settle(read_states)
+        print(search.describe_best())
     print(f"runs        {runs[0].run_dir.parent}\nfollow them galaxydist status {runs[0].run_dir.parent} --watch")
+    if num_failed:
+        sys.exit(EXIT_FAILED)
 
 
-def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
+def _plan_search(
+    sweep: "SweepFile",
+    corners: "Sequence[SweepRun]",
+    cluster: "ResolvedCluster",
+    check: "Callable[[ResolvedRecipe], None]",
+) -> "PlannedSearch":
+    from galaxydist.cluster.preflight import check_validation
+    from galaxydist.cluster.search.trial_runs import plan_search
+
+    check_validation(corners[0].resolved, cluster.config, os.environ)
+    return plan_search(sweep, corners, check=check)
+
+
+def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> int:
+    """Submit runs, or run them on this machine, and return the number of those that did not finish here."""
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.running_jobs import local_state
     from galaxydist.cluster.submit import JobRequest, submission_lock, submit_requests
@@ -423,7 +457,7 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
             due = [run for run, decision in zip(due, decisions, strict=True) if decision.is_due]
             submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel)
         print(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
-        return
+        return 0
     print(
         f"{parallel} at the same time on this machine; this command waits for them. After Ctrl-C, the same command continues.",
         flush=True,
@@ -439,7 +473,7 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
     if failed:
         logs = "\n".join(f"  {run.run_dir / 'logs'}" for run in failed)
         print(f"{len(failed)} of {len(due)} runs did not finish; their logs:\n{logs}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+    return len(failed)
 
 
 def _parallel(sweep: "SweepFile", cluster: "ResolvedCluster") -> int:
@@ -454,10 +488,11 @@ def _show_script(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCl
     if cluster.config.scheduler == "local":
         print(f"\nno batch script: {_parallel(sweep, cluster)} at the same time as processes of this machine")
         return
-    from galaxydist.cluster.submit import build_request, script_of
+    from galaxydist.cluster.submit import script_of
+    from galaxydist.cluster.sweep_runner import request_of
 
     size = max_array_size()
-    requests = [build_request(run.resolved, run.arguments) for run in due[:size]]
+    requests = [request_of(run) for run in due[:size]]
     arrays = -(-len(due) // size)
     print(f"\n# the batch script{f' of the first of {arrays} arrays' if arrays > 1 else ''}")
     folder, parallel = due[0].run_dir.parent / "slurm", _parallel(sweep, cluster)

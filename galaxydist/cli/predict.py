@@ -21,7 +21,8 @@ from galaxydist.cli.options import (
 )
 from galaxydist.errors import UserError
 from galaxydist.paths import cache_dir, find_shards
-from galaxydist.training.launch import Leave, launch
+from galaxydist.rank_store import Leave
+from galaxydist.training.launch import launch
 
 EPILOG = """examples:
   galaxydist predict runs/vit-0123abcd new_images/ -o new.csv

@@ -9,9 +9,9 @@ from galaxydist.cluster import running_jobs
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.running_jobs import lock_holder
 from galaxydist.cluster.slurm import JobState, cancel_jobs, read_states
-from galaxydist.cluster.status import find_runs
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.listing import find_runs
 
 _JOB_ID = re.compile(r"\d+(_\d+)?")
 
@@ -106,4 +106,6 @@ def _note(run: Path, states: Mapping[str, JobState]) -> str:
     if holder is not None:
         command = f"kill {holder.pid}` on {holder.host}" if holder.job_id is None else f"scancel {holder.job_id}`"
         return f"{run}: started by hand, not by galaxydist submit: stop it with `{command}"
+    if folder.is_pruned:
+        return f"{run}: a search has pruned it"
     return f"{run}: {'it is finished' if folder.is_finished else 'it has no job that waits or runs'}"

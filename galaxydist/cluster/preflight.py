@@ -10,7 +10,7 @@ from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.slurm import check_controller, is_slurm_here, run_slurm
 from galaxydist.cluster.submit import build_request
 from galaxydist.errors import UserError
-from galaxydist.loading.training_data import find_cache, find_manifest, find_variant, open_manifest
+from galaxydist.loading.training_data import find_cache, find_manifest, find_variant, has_split, open_manifest
 from galaxydist.models.hub_weights import check_files
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.planner.limits import check_processes
@@ -107,6 +107,21 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
         if manifest.tars is not None and not manifest.has_remote_shards:
             check_shared(Path(manifest.shard_folder), "folder of tars", "data.manifest=FILE, an index of tars elsewhere")
     return is_due
+
+
+def check_validation(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> None:
+    """Raise an error if the data of a run have no validation split, by which a search compares its trials.
+
+    Raises:
+        UserError: there is none, or the data cannot be read.
+    """
+    recipe = resolved.recipe
+    root = data_root(recipe.data.dir, {**environ, **dict(item.split("=", 1) for item in cluster.environment)})
+    manifest = open_manifest(find_manifest(recipe.data, root), find_cache(recipe.data, root), recipe, 1)
+    if not has_split(manifest, "val"):
+        raise UserError(
+            f"{manifest.location} has no validation split, by which a search compares its trials: write the shards again with one"
+        )
 
 
 def _fewer(num_nodes: int, per_node: int) -> str:

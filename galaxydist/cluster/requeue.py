@@ -45,7 +45,7 @@ class Ending:
 
     Args:
         exit_code: srun's exit code: the highest of its tasks, 128 + N after signal N.
-        is_finished: the run has its result.
+        is_finished: the run has its result, or was pruned.
         failure: ``failure.json`` of this start, if a rank wrote one.
         step: the last optimizer step in the run folder.
         saved: the step of the newest checkpoint; None if there is none.
@@ -324,7 +324,7 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
     step = max([*logged, *([] if saved is None else [saved])], default=None)
     return Ending(
         exit_code,
-        folder.is_finished,
+        folder.is_finished or folder.is_pruned,
         _own_failure(folder, start.environ),
         step,
         saved,

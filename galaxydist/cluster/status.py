@@ -21,6 +21,7 @@ from galaxydist.cluster.slurm import (
 )
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
+from galaxydist.runs.listing import find_runs, label_runs, read_settings
 from galaxydist.runs.lock import LockOwner, read_owner
 from galaxydist.runs.metrics_file import read_step_records, read_tail_records
 
@@ -116,7 +117,7 @@ Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"
 GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
 
 # States derived from the run folder, besides SLURM's states.
-FINISHED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "STOPPED", "FAILED", "NEW", "DAMAGED"
+FINISHED, PRUNED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "PRUNED", "STOPPED", "FAILED", "NEW", "DAMAGED"
 _OTHER_GROUPS: dict[str, Group] = {
     UNKNOWN: "unknown",
     STOPPED: "stopped",
@@ -124,10 +125,8 @@ _OTHER_GROUPS: dict[str, Group] = {
     "CANCELLED": "stopped",
     "COMPLETED": "stopped",  # without a result, so the run was stopped before its end
     FINISHED: "finished",
+    PRUNED: "finished",
 }
-_DEPTH = 2
-_BARE_KEYS = ("recipe", "model.name", "data.variant")
-_NAMING_KEYS = ("model.name", "data.dataset", "data.variant", "seed")
 # Time after a submission in which SLURM may not know the job yet.
 _SETTLING_S = 60.0
 
@@ -139,8 +138,8 @@ class RunStatus:
     Args:
         run: the run folder.
         name: name of the run in the table.
-        state: SLURM's state of its newest job; FINISHED, RUNNING, STOPPED, FAILED or NEW if derived from the folder; DAMAGED if
-            the folder cannot be read.
+        state: SLURM's state of its newest job; FINISHED, PRUNED, RUNNING, STOPPED, FAILED or NEW if derived from the folder;
+            DAMAGED if the folder cannot be read.
         reason: of the state; may be empty.
         job: its newest job that waits or runs, else its newest job; None for a run started by hand.
         nodes: the nodes of the job.
@@ -212,24 +211,6 @@ def group_of(state: str) -> Group:
     return _OTHER_GROUPS.get(state, found)
 
 
-def is_run(folder: Path) -> bool:
-    """Return True if a run was submitted or started in this folder."""
-    return any((folder / name).exists() for name in ("recipe.json", "jobs.jsonl", "lock.json"))
-
-
-def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
-    """Find run folders at or below a folder, by default two levels deep, without following links."""
-    try:
-        if is_run(folder):
-            return [folder]
-        if depth == 0:
-            return []
-        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    except PermissionError:
-        return []
-    return [run for path in inner if not path.name.startswith(".") for run in find_runs(path, depth - 1)]
-
-
 def name_runs(folders: Sequence[Path]) -> dict[Path, str]:
     """Return the run folders at or below folders, each with its name in a table."""
     names: dict[Path, str] = {}
@@ -255,42 +236,9 @@ def read_overview(folders: Sequence[Path]) -> Overview:
             runs.append(read_status(run, names[run], run_jobs, known))
         except (UserError, PermissionError) as error:
             runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
-    labels = label_runs({run: read_settings(run, run_jobs) for run, run_jobs in jobs.items()})
+    labels = label_runs({run: read_settings(run) for run in jobs})
     runs = [dataclasses.replace(status, label=labels.get(status.run, "")) for status in runs]
     return Overview(tuple(sorted(runs, key=_sort_key)), slurm_error)
-
-
-def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
-    """Return settings of a run by dotted key, from its newest submission and recipe (model, data, seed)."""
-    try:
-        recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
-    except (UserError, PermissionError):
-        recipe = {}
-    from galaxydist.recipe.scalars import to_text
-
-    found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
-    for argument in jobs[-1].arguments if jobs else ():
-        key, _, value = argument.partition("=")
-        if not key.startswith(("run.", "tracker.")):
-            found[key] = value
-    if "recipe" in found:  # it includes the model
-        found["recipe"] = Path(found["recipe"]).stem
-        found.pop("model.name", None)
-    return found
-
-
-def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
-    """Return a label of each run with the settings that differ within its folder."""
-    labels: dict[Path, str] = {}
-    for folder in {run.parent for run in settings}:
-        siblings = {run: own for run, own in settings.items() if run.parent == folder}
-        keys = dict.fromkeys(key for own in siblings.values() for key in own)
-        differing = [key for key in keys if len({own.get(key) for own in siblings.values()}) > 1]
-        for run, own in siblings.items():
-            labels[run] = " ".join(
-                own[key] if key in _BARE_KEYS else f"{key.rpartition('.')[2]}={own[key]}" for key in differing if key in own
-            )
-    return labels
 
 
 def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> RunStatus:
@@ -352,8 +300,8 @@ def _find_state(
     """Combine SLURM's state of the newest job with the run folder and its lock."""
     if job_state is not None and job_state.is_active:
         return job_state
-    if folder.is_finished:
-        return JobState(FINISHED, nodes=job_state.nodes if job_state is not None else "")
+    if folder.is_finished or folder.is_pruned:
+        return JobState(FINISHED if folder.is_finished else PRUNED, nodes=job_state.nodes if job_state is not None else "")
     if holder is not None:
         return JobState("RUNNING", f"by {holder}", nodes=holder.host)
     if job_state is not None and job_state.state != UNKNOWN:

@@ -51,6 +51,7 @@ class JobRequest:
         recipe_path: the recipe's file.
         recipe_name: the recipe's name in the snapshot.
         model_name: ``model.name``, whose own code the snapshot copies.
+        is_trial: of a search, which gives it its values.
     """
 
     arguments: tuple[str, ...]
@@ -58,6 +59,7 @@ class JobRequest:
     recipe_path: Path
     recipe_name: str
     model_name: str = "custom_cnn"
+    is_trial: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,16 +200,17 @@ def deferred_signals() -> Iterator[None]:
         os.kill(os.getpid(), received[0])
 
 
-def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
+def build_request(resolved: ResolvedRecipe, arguments: Sequence[str], *, is_trial: bool = False) -> JobRequest:
     """Build the request of a run from its resolved recipe and command line.
 
     Args:
         resolved: the recipe.
         arguments: ``recipe=NAME`` and ``key=value``.
+        is_trial: the run is a trial of a search.
     """
     recipe = resolved.recipe
     run_dir = run_path(recipe).expanduser().absolute()
-    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name, recipe.model.name)
+    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name, recipe.model.name, is_trial)
 
 
 def check_idle(run_dir: Path) -> None:
@@ -342,7 +345,10 @@ def _send(
     resubmits: str | None = None,
 ) -> list[str]:
     executor, cluster = _executor(submission, parallel, after), submission.cluster
-    calls = [partial(train_task, job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
+    calls = [
+        partial(train_task, job_arguments(request, submission.code), request.run_dir, is_trial=request.is_trial)
+        for request in submission.requests
+    ]
     sent_at = time.time()  # before a job can end
     with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]

@@ -14,6 +14,8 @@ A sweep file with all keys:
       - {optim.lr: 1e-3, optim.warmup: 0.1}
     evaluate: [original, balanced]         # eval.variants of all runs
 
+In place of ``grid`` and ``list`` it may have a search (``search_space.py``), whose runs get their values when they start.
+
 Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of ``list`` has precedence
 over one of ``set``; the grid must not share a key with either.
 """
@@ -26,6 +28,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from galaxydist.cluster.search.search_space import SEARCH_KEYS, Search, SearchParser
 from galaxydist.errors import UserError
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.identity import flatten, run_name
@@ -33,7 +36,7 @@ from galaxydist.recipe.resolve import COMMAND_LINE, Override, RecipeError, Resol
 from galaxydist.recipe.scalars import to_text
 from galaxydist.recipe.yaml12 import Document, read_document
 
-SECTIONS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
+SECTIONS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate", *SEARCH_KEYS)
 COUNT = "a whole number of at least 1"
 # Keys that a sweep sets itself -> hint for the user.
 RESERVED_KEYS = {
@@ -69,6 +72,7 @@ class SweepFile:
         common: key -> value for all runs.
         axes: key -> values of the grid.
         entries: key -> value for each entry of the list.
+        search: in place of axes and entries; None for a sweep without one.
     """
 
     path: Path
@@ -78,6 +82,7 @@ class SweepFile:
     common: Mapping[str, Override]
     axes: Mapping[str, tuple[Override, ...]]
     entries: tuple[Mapping[str, Override], ...]
+    search: Search | None = None
 
 
 def find_sweep(name: str) -> Path:
@@ -135,8 +140,11 @@ class _SweepParser:
         entries = tuple(self._settings(entry, "") for entry in self.document.entries.get("list", ()))
         if "list" in self.document.lines and not entries:
             self._add("list", "list: has no entries; write one like - {recipe: vit, seed: 1}, or remove it")
-        if not {"grid", "list"} & set(self.document.lines):
-            self.problems.append((str(self.path), "a sweep needs grid: or list:, in which its runs differ"))
+        if not {"grid", "list", "search"} & set(self.document.lines):
+            self.problems.append((str(self.path), "a sweep needs grid:, list: or search:, in which its runs differ"))
+        searching = SearchParser(self.document, self._origin)
+        search = searching.parse()
+        self.problems += searching.problems
         self._check_shared_keys(common, axes, entries)
         cluster: str | None = self._value("cluster", str, "a profile's name or file")
         root: str | None = self._value("root", str, "a folder")
@@ -144,7 +152,7 @@ class _SweepParser:
         if parallel is not None and parallel < 1:
             self._add("parallel", f"parallel={parallel}: must be {COUNT}")
         folder = Path(root).expanduser() if root else Path("runs") / self.path.stem
-        return SweepFile(self.path, cluster, folder, parallel, common, axes, entries)
+        return SweepFile(self.path, cluster, folder, parallel, common, axes, entries, search)
 
     def _origin(self, line: int) -> str:
         return f"{self.path}:{line}" if line else str(self.path)
@@ -160,9 +168,9 @@ class _SweepParser:
                     close = get_close_matches(section, SECTIONS, n=1)
                     hint = f"; did you mean {close[0]}?" if close else f"; write recipe keys under set, grid or list: {section}"
                     self._add(key, f"{key}: a sweep has no such key{hint} (it has {', '.join(SECTIONS)})")
-            elif section not in ("set", "grid") and "." in key:
+            elif section not in ("set", "grid", "search") and "." in key:
                 self._add(key, f"{key}: {section} has no keys")
-            elif key in ("set", "grid") and self.document.values.get(key) is not None:
+            elif key in ("set", "grid", "search") and self.document.values.get(key) is not None:
                 self._add(key, f"{key}={to_text(self.document.values[key])}: must be a mapping of keys to values")
             elif key == "list" and key in self.document.values:
                 self._add(key, "list: must be a list of mappings, like - {recipe: vit, seed: 1}")
@@ -248,11 +256,12 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        label: of its grid point.
+        label: of its grid point, or the values of a search's trial; empty before it has some.
         name: of its folder; the same file gives the same name at any time and on any machine.
         run_dir: its folder.
         resolved: its recipe.
-        arguments: the arguments of launch.py for this run, including ``run.dir``.
+        arguments: the arguments of launch.py for this run, including ``run.dir``, without the values of a trial.
+        is_trial: the run is a trial of a search, whose values are in its folder once it has started.
     """
 
     label: str
@@ -260,18 +269,25 @@ class SweepRun:
     run_dir: Path
     resolved: ResolvedRecipe
     arguments: tuple[str, ...]
+    is_trial: bool = False
 
 
 def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[GridPoint]:
     """Return all points of a sweep in the file's order: each entry of the list (if any) combined with each grid point.
+
+    For a search they are its corners.
 
     Args:
         sweep: the file.
         overridden: keys set on the command line; they replace the file's values, also a whole axis of the grid.
     """
     axes = [[(key, value) for value in values] for key, values in sweep.axes.items() if key not in overridden]
+    entries = list(sweep.entries) or [{}]
+    if sweep.search is not None:
+        origins = sweep.search.origins
+        entries = [{key: Override(value, origins[key]) for key, value in corner.items()} for corner in sweep.search.corners()]
     points = []
-    for entry in sweep.entries or ({},):
+    for entry in entries:
         for values in itertools.product(*axes):
             varied = {key: value for key, value in (*entry.items(), *values) if key not in overridden}
             common = {key: value for key, value in sweep.common.items() if key not in overridden}
@@ -287,7 +303,7 @@ def resolve(
     check: Callable[[ResolvedRecipe], object] = lambda _: None,
     folders: Sequence[Path] | None = None,
 ) -> list[SweepRun]:
-    """Return the checked runs of a sweep.
+    """Return the checked runs of a sweep; for a search one for each of its corners (``plan_search`` has its trials).
 
     Args:
         sweep: the file.
@@ -306,6 +322,8 @@ def resolve(
             root = Path(text).expanduser()
         elif key in RESERVED_KEYS and key != "run.root":
             problems[COMMAND_LINE, f"{argument}: {RESERVED_KEYS[key]}"].append("")
+        elif sweep.search is not None and key in sweep.search.space:
+            problems[COMMAND_LINE, f"{argument}: {key} is searched; leave it out here, or out of the search"].append("")
         else:
             kept.append(argument)
     points = expand(sweep, [argument.partition("=")[0] for argument in kept])

@@ -36,6 +36,7 @@ class SweepRunState:
         holder: the process that holds the run folder (such as ``launch.py`` started by hand); None if there is none.
         failure: the error of the last start.
         for_good: a restart without changes would fail in the same way.
+        is_pruned: a search has ended the run.
     """
 
     is_started: bool = False
@@ -46,6 +47,7 @@ class SweepRunState:
     holder: str | None = None
     failure: str | None = None
     for_good: bool = False
+    is_pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class SweepDecision:
     """The decision about a run of a sweep.
 
     Args:
-        state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unevaluated`` (not evaluated on all variants), or
-            the state in which its last job ended, such as ``failed``.
+        state: ``finished``, ``pruned``, ``queued``, ``running``, ``new``, ``stopped``, ``unevaluated`` (not evaluated on all
+            variants), or the state in which its last job ended, such as ``failed``.
         is_due: the run must be submitted.
         reason: for the user.
     """
@@ -74,6 +76,8 @@ def decide(run: SweepRunState, *, retry_failed: bool = False) -> SweepDecision:
     job = run.job_state
     if run.is_finished and not run.missing:
         return SweepDecision("finished", False)
+    if run.is_pruned:
+        return SweepDecision("pruned", False)
     if job is not None and job.is_active:
         is_waiting = job.state in WAITING_STATES
         reason = f"job {run.job_id} {job.reason if is_waiting else ''}".rstrip()
@@ -132,6 +136,7 @@ def _read_run_state(run: SweepRun, jobs: Sequence[JobRecord], job_states: Mappin
         holder=str(holder) if holder is not None else None,
         failure=_describe(failure) if failure is not None else next((record.error for record in records), None),
         for_good=any(record.for_good for record in records) or own_failure.get("kind") in PERMANENT_FAILURES,
+        is_pruned=folder.is_pruned,
     )
 
 
@@ -168,6 +173,10 @@ def _describe(failure: Mapping[str, object]) -> str:
 Send = Callable[[Sequence[JobRequest], int | None, str | None], list[str]]
 
 
+def request_of(run: SweepRun) -> JobRequest:
+    return build_request(run.resolved, run.arguments, is_trial=run.is_trial)
+
+
 def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int) -> list[str]:
     """Submit runs as arrays, each waiting for the previous one, so that at most ``parallel`` run at any time.
 
@@ -190,7 +199,7 @@ def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, para
         chunk = runs[start : start + chunk_size]
         after = array_of(job_ids[-1]) if job_ids else None
         try:
-            sent = send([build_request(run.resolved, run.arguments) for run in chunk], parallel, after)
+            sent = send([request_of(run) for run in chunk], parallel, after)
         except UserError as error:
             if not job_ids:
                 raise
@@ -227,7 +236,7 @@ def run_here(
     while waiting or running:
         while waiting and len(running) < parallel:
             run = waiting.popleft()
-            (job_id,) = send([build_request(run.resolved, run.arguments)], None, None)
+            (job_id,) = send([request_of(run)], None, None)
             running.append(run)
             logger.info("started  %s  %s  (process %s)", run.name, run.label, job_id)
         pause()
@@ -245,11 +254,21 @@ def array_of(job_id: str) -> str:
     return job_id.partition("_")[0]
 
 
-def render_runs(runs: Sequence[SweepRun], decisions: Sequence[SweepDecision]) -> str:
-    """Return a text table with one line for each run: name, settings, state, action and reason."""
-    rows = [("run", "settings", "state", "action", "why")]
-    for run, decision in zip(runs, decisions, strict=True):
-        rows.append((run.name, run.label, decision.state, "submit" if decision.is_due else "leave", decision.reason))
+def render_runs(
+    runs: Sequence[SweepRun], decisions: Sequence[SweepDecision], column: tuple[str, Sequence[str]] | None = None
+) -> str:
+    """Return a text table with one line for each run: name, settings, state, action and reason.
+
+    Args:
+        runs, decisions: of the sweep.
+        column: title and texts of a further column after the state.
+    """
+    title, texts = column or ("", [""] * len(runs))
+    rows = [["run", "settings", "state", title, "action", "why"]]
+    for run, decision, text in zip(runs, decisions, texts, strict=True):
+        rows.append([run.name, run.label, decision.state, text, "submit" if decision.is_due else "leave", decision.reason])
+    if column is None:
+        rows = [[*row[:3], *row[4:]] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     return "\n".join(
         "  ".join([*(f"{text:{width}}" for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
@@ -260,7 +279,7 @@ def summarise(decisions: Sequence[SweepDecision]) -> str:
     """Return text such as ``42 runs: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
     left = Counter(decision.state for decision in decisions if not decision.is_due)
     due = Counter(decision.state for decision in decisions if decision.is_due)
-    parts = [f"{left[state]} {state}" for state in ("finished", "running", "queued", "failed") if left[state]]
+    parts = [f"{left[state]} {state}" for state in ("finished", "pruned", "running", "queued", "failed") if left[state]]
     parts += [f"{due.total()} to submit ({', '.join(f'{count} {state}' for state, count in due.items())})"] if due else []
     return f"{count_runs(len(decisions))}: {', '.join(parts)}"
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.records import JobFiles
+from galaxydist.cluster.search.trial import train_trial
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, UserError, exit_code_of, first_line
 from galaxydist.job_environment import job_of, master_port, restart_of, start_of
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.training.launch import launch
+from galaxydist.training.launch import RankWork, launch, train_recipe
 
 # Nothing is sent: connecting a datagram socket only asks the kernel for the route.
 ANY_PORT = 9
@@ -78,7 +79,7 @@ def redirect_output(path: Path) -> Iterator[None]:
 LOOPBACK = "127.0.0.1"
 
 
-def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
+def train_task(arguments: tuple[str, ...], run_dir: Path, *, is_trial: bool = False) -> None:
     """Train a run; submitit calls this in every task.
 
     The exit code is 0 also after a signal stopped the training and everything is saved: with another code srun would end the
@@ -87,6 +88,7 @@ def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
     Args:
         arguments: ``recipe=FILE`` and ``key=value``.
         run_dir: its run folder.
+        is_trial: the run is a trial of a search, from which it gets the rest of its settings.
 
     Raises:
         UserError: the parent of the run folder is not visible on this node.
@@ -102,14 +104,20 @@ def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
     print(f"galaxydist: output goes to {files.rank_log(rank)}", flush=True)
     with redirect_output(files.rank_log(rank)):
         print(describe_task(environ), flush=True)
-        code = _launch(arguments, environ, partial(_write_failure, RunFolder(run_dir), start_of(environ), rank))
+        note = partial(_write_failure, RunFolder(run_dir), start_of(environ), rank)
+        code = _launch(arguments, environ, note, partial(train_trial, run_dir=run_dir) if is_trial else train_recipe)
     if code not in (0, EXIT_STOPPED):
         sys.exit(code)
 
 
-def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], write_failure: Callable[[BaseException], None]) -> int:
+def _launch(
+    arguments: tuple[str, ...],
+    environ: MutableMapping[str, str],
+    write_failure: Callable[[BaseException], None],
+    work: RankWork,
+) -> int:
     try:
-        return launch(arguments, environ, write_failure)
+        return launch(arguments, environ, write_failure, work=work)
     except Exception as error:
         traceback.print_exc()  # into the rank's own log
         write_failure(error)

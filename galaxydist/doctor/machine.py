@@ -26,7 +26,7 @@ from galaxydist.doctor.software import check_gpus, check_installation, find_gpus
 from galaxydist.loading.training_data import SOURCES, find_manifest
 from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
-from galaxydist.tracking.run_tracker import has_wandb_key, is_reachable, wandb_address
+from galaxydist.tracking.wandb_sink import has_wandb_key, is_reachable, wandb_address
 
 # Galaxy10 DECaLS as HDF5 (2.7 GB), shards of both variants, weights and some checkpoints.
 MIN_FREE_IN_HOME = 20e9

@@ -43,8 +43,7 @@ class Counts:
         self, num_classes: int, device: torch.device | str = "cpu", *, subset_N: NDArray[np.bool_] | None = None
     ) -> None:
         self.num_classes = num_classes
-        # Apple's GPUs have no float64; their counts are summed on the CPU.
-        self._device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+        self._device = torch.device(device)
         # K*K cells by rows; of each bin of confidence the galaxies, those predicted rightly and the sum of the confidences; whole
         # nats of loss, fractions of a nat, number of galaxies with a non-finite loss. Fractions are in units of 2^-36.
         self._sums = torch.zeros(num_classes**2 + 3 * NUM_BINS + 3, dtype=torch.int64, device=self._device)

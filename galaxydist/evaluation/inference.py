@@ -44,8 +44,24 @@ MEASURED_WIDTH, LEAST_WIDTH = 128, 64
 TTA = Literal["none", "d4"]
 
 
+# Images of a rank that may wait for their photometry: as many as 1,300 of Galaxy10's.
+MAX_PENDING_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A batch without its images, its logits and classes on their way to the CPU, and its measurements of ``num_bytes``."""
+
+    batch: Batch
+    copied: HostCopy
+    measured: "Future[Measurements]"
+    num_bytes: int
+
+
 class PredictionWriter:
     """Writes one rank's predictions, and measures the images in threads while the model runs. Use as a context manager.
+
+    The images of later batches wait for a thread: at most one batch more than there are threads, and ``MAX_PENDING_BYTES``.
 
     Args:
         file: the rank's file.
@@ -56,7 +72,8 @@ class PredictionWriter:
     def __init__(self, file: RankFile, *, image_size: int, threads: int) -> None:
         self._file, self._image_size, self._max_pending = file, image_size, threads + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-measure")
-        self._pending: deque[tuple[Batch, HostCopy, Future[Measurements]]] = deque()
+        self._pending: deque[_Pending] = deque()
+        self._pending_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -80,8 +97,9 @@ class PredictionWriter:
         copied = HostCopy(torch.cat([logits_BK.float(), predicted_B[:, None].to(logits_BK.device, torch.float32)], dim=1))
         images_BHWC = batch.images_BHWC[batch.weights_B != 0].numpy()
         measured = self._executor.submit(measure, images_BHWC, self._image_size)
-        self._pending.append((replace(batch, images_BHWC=torch.empty(0)), copied, measured))
-        while len(self._pending) > self._max_pending:
+        self._pending.append(_Pending(replace(batch, images_BHWC=torch.empty(0)), copied, measured, images_BHWC.nbytes))
+        self._pending_bytes += images_BHWC.nbytes
+        while len(self._pending) > self._max_pending or (self._pending_bytes > MAX_PENDING_BYTES and len(self._pending) > 1):
             self._write()
 
     def finish(self) -> None:
@@ -95,8 +113,9 @@ class PredictionWriter:
         self._file.finish()
 
     def _write(self) -> None:
-        batch, copied, future = self._pending.popleft()
-        measured, packed = future.result(), copied.wait()
+        pending = self._pending.popleft()
+        batch, measured, packed = pending.batch, pending.measured.result(), pending.copied.wait()
+        self._pending_bytes -= pending.num_bytes
         columns = {
             "sample": batch.samples_B,
             "label": batch.labels_B,
@@ -195,12 +214,11 @@ def mean_log_probabilities(logits_VBK: Sequence[Tensor]) -> Tensor:
         logits_VBK: logits of each augmented image, any float type.
 
     Returns:
-        float64 B x K (on the CPU for Apple's GPUs, which have no float64).
+        float64 B x K.
     """
     if len(logits_VBK) == 1:
         return logits_VBK[0]
-    device = torch.device("cpu") if logits_VBK[0].device.type == "mps" else logits_VBK[0].device
-    log_VBK = torch.stack([functional.log_softmax(logits_BK.to(device).double(), dim=1) for logits_BK in logits_VBK])
+    log_VBK = torch.stack([functional.log_softmax(logits_BK.double(), dim=1) for logits_BK in logits_VBK])
     return log_VBK.logsumexp(0) - math.log(len(logits_VBK))
 
 
@@ -276,8 +294,8 @@ def evaluate_split(
     def count() -> None:
         with contextlib.ExitStack() as stack:
             loader = stack.enter_context(_eval_loader(world, manifest, split, recipe))
-            sources: deque[Batch] = deque()  # on the CPU: what the loader has read is not copied back
-            batches = stack.enter_context(DevicePrefetcher(_noted(loader, sources), world.device))
+            noted = NotedBatches(loader)
+            batches = stack.enter_context(DevicePrefetcher(noted, world.device))
             writer = None
             if rank_file is not None:
                 writer = PredictionWriter(rank_file, image_size=manifest.image_size, threads=world.cores)
@@ -285,7 +303,7 @@ def evaluate_split(
             for batch in batches:
                 logits_BK = forward(batch.images_BHWC)
                 predicted, *_ = [counter.add(logits_BK, batch.labels_B, batch.weights_B, batch.samples_B) for counter in counters]
-                source = sources.popleft()
+                source = noted.read.popleft()
                 if writer is not None:
                     writer.add(source, logits_BK, predicted.classes_B)
                 if table is not None:
@@ -310,10 +328,17 @@ def evaluate_split(
     return metrics | ({"without_validation": others[0]} if others else {})
 
 
-def _noted(batches: Iterator[Batch], notes: deque[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        notes.append(batch)
-        yield batch
+class NotedBatches(Iterator[Batch]):
+    """A loader's batches, which are also kept in ``read`` as they are on the CPU: none has to be copied back."""
+
+    def __init__(self, loader: EvalLoader) -> None:
+        self._loader = loader
+        self.read: deque[Batch] = deque()
+        self.is_ready = loader.is_ready
+
+    def __next__(self) -> Batch:
+        self.read.append(batch := next(self._loader))
+        return batch
 
 
 def _eval_loader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalLoader:

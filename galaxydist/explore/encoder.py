@@ -1,6 +1,7 @@
 """Frozen encoders: a recipe's model, the best checkpoint of a run, or principal components of the pixels; and their features.
 
-An encoder sees a galaxy as an evaluation does: the central crop, resized to the model's size and normalised.
+An encoder sees a galaxy as an evaluation does: the central crop, resized to the model's size and normalised. It computes as an
+evaluation does, too: in the recipe's ``train.precision`` (``auto``: bf16 or fp16 on a GPU, float32 on a CPU) and ``train.tf32``.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from galaxydist.checkpoints import store
+from galaxydist.devices import autocast
 from galaxydist.distributed import World
 from galaxydist.evaluation.evaluator import MODEL_GROUPS, find_checkpoint, load_model
 from galaxydist.evaluation.inference import TTA, tta_images
@@ -30,9 +32,10 @@ from galaxydist.loading.loader import DecodeOptions, EvalLoader
 from galaxydist.loading.training_data import TrainingData, has_split
 from galaxydist.models.build import build_model, describe_model
 from galaxydist.models.features import extract_features
-from galaxydist.models.performance import choose_memory_format, set_memory_format
+from galaxydist.models.performance import choose_memory_format, set_memory_format, set_tf32
 from galaxydist.models.registry import ARCHITECTURES, ModelRecord, architecture_of
 from galaxydist.models.weights import Statistics
+from galaxydist.prediction.trained_model import resolved_precision
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
@@ -56,7 +59,7 @@ class Encoder:
         extract: images B x 3 x T x T -> features B x D, on the device of the model.
         model: the module with the parameters, in evaluation mode.
         batch_size: images of one forward pass.
-        channels_last: as ``train.channels_last``.
+        channels_last, tf32: as in ``train``.
     """
 
     info: EncoderInfo
@@ -64,6 +67,7 @@ class Encoder:
     model: nn.Module
     batch_size: int
     channels_last: Literal["auto"] | bool = "auto"
+    tf32: bool = False
 
     def features(self, manifest: Manifest, world: World) -> Iterator[FeatureRows]:
         """Yield the features of all galaxies of a data set, split by split in the order of storage.
@@ -86,10 +90,12 @@ class Encoder:
 
     def batches(self, manifest: Manifest, split: str, world: World) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Yield the stored samples of each batch and their features, B x D, which are read when the next batch has begun."""
-        memory_format = choose_memory_format(self.channels_last, self.model, world.device, torch.float32)
-        set_memory_format(self.model.to(world.device), memory_format)
+        dtype = torch.float64 if self.info.precision == "fp64" else torch.float32
+        memory_format = choose_memory_format(self.channels_last, self.model, world.device, dtype)
+        set_memory_format(self.model.to(device=world.device, dtype=dtype), memory_format)
+        set_tf32(self.tf32, world.device)
         begun: deque[tuple[slice, HostCopy]] = deque()
-        for batch in self._begin_batches(manifest, split, world, memory_format):
+        for batch in self._begin_batches(manifest, split, world, dtype, memory_format):
             begun.append(batch)
             if len(begun) > 1:
                 yield _read(*begun.popleft())
@@ -97,7 +103,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _begin_batches(
-        self, manifest: Manifest, split: str, world: World, memory_format: torch.memory_format
+        self, manifest: Manifest, split: str, world: World, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> Iterator[tuple[slice, HostCopy]]:
         info = self.info
         normalise = Normalise(info.channel_mean, info.channel_std, info.image_size, info.crop, threads=world.cores)
@@ -107,8 +113,9 @@ class Encoder:
             DevicePrefetcher(loader, world.device) as batches,
         ):
             for batch in batches:
-                images_BCHW = normalise(batch.images_BHWC, memory_format=memory_format)
-                views = [self.extract(view_BCHW) for view_BCHW in tta_images(images_BCHW, info.tta)]
+                images_BCHW = normalise(batch.images_BHWC, memory_format=memory_format).to(dtype)
+                with autocast(world.device, info.precision):
+                    views = [self.extract(view_BCHW).to(dtype) for view_BCHW in tta_images(images_BCHW, info.tta)]
                 mean_BD = torch.stack(views).mean(0) if len(views) > 1 else views[0]
                 count = int((batch.samples_B >= 0).sum())  # the last batch is padded at its end
                 start = int(batch.samples_B[0])
@@ -119,14 +126,15 @@ def _read(rows: slice, copied: HostCopy) -> tuple[slice, NDArray[np.float32]]:
     return rows, copied.wait().numpy()
 
 
-def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) -> Encoder:
+def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA, device: torch.device) -> Encoder:
     """Return the encoder of a recipe's model, with its starting weights.
 
     Args:
-        recipe: its model and its image size, crop and seed.
+        recipe: its model, its image size, crop and seed, and its precision.
         manifest: of the data set, whose statistics normalise the images unless the weights have their own.
         weights_dir: folder of published weights.
         tta: ``d4``: average the features over the eight flips and quarter turns.
+        device: on which it will compute.
 
     Raises:
         UserError: settings that the model cannot use, or weights that are missing or do not fit.
@@ -142,7 +150,7 @@ def open_model(recipe: Recipe, manifest: Manifest, weights_dir: Path, tta: TTA) 
         kind = "shipped weights" if known is not None and known.is_shipped else "published weights"
         weights = kind if config.pretrained else f"random weights, seed {recipe.seed}"
     statistics = TrainingData.of(manifest, recipe, model).statistics
-    return _encoder(recipe, model, Origin(weights, describe_model(config, weights_dir), statistics), tta)
+    return _encoder(recipe, model, Origin(weights, describe_model(config, weights_dir), statistics), tta, device)
 
 
 def open_run(
@@ -150,6 +158,7 @@ def open_run(
     manifest: Manifest,
     find_training_shards: Callable[[Recipe, TrainingData], Manifest],
     tta: TTA,
+    device: torch.device,
     *,
     trust_code: bool = False,
 ) -> Encoder:
@@ -159,7 +168,7 @@ def open_run(
         run_dir: the run folder.
         manifest: of the data set to probe.
         find_training_shards: opens the shards of the run's training; called if they are others.
-        tta: as in ``open_model``.
+        tta, device: as in ``open_model``.
         trust_code: run the function of a module that the run's recipe names.
 
     Raises:
@@ -174,7 +183,7 @@ def open_run(
     model = load_model(recipe, checkpoint, trust_code=trust_code)
     weights = f"run {run_dir.resolve().name}, step {checkpoint.step}"
     record = ModelRecord.from_dict(checkpoint.state.get("model"))
-    return _encoder(recipe, model, Origin(weights, record, trained_on.statistics), tta)
+    return _encoder(recipe, model, Origin(weights, record, trained_on.statistics), tta, device)
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ class Origin:
     statistics: Statistics
 
 
-def _encoder(recipe: Recipe, model: nn.Module, origin: Origin, tta: TTA) -> Encoder:
+def _encoder(recipe: Recipe, model: nn.Module, origin: Origin, tta: TTA, device: torch.device) -> Encoder:
     size = recipe.data.image_size
     model.eval()
     with torch.inference_mode():
@@ -202,8 +211,10 @@ def _encoder(recipe: Recipe, model: nn.Module, origin: Origin, tta: TTA) -> Enco
         channel_std=origin.statistics[1],
         tta=tta,
         licence=origin.record.licence,
+        precision=resolved_precision(recipe, device),
     )
-    return Encoder(info, partial(extract_features, model), model, recipe.eval.batch_size, recipe.train.channels_last)
+    extract, config = partial(extract_features, model), recipe.train
+    return Encoder(info, extract, model, recipe.eval.batch_size, config.channels_last, config.tf32)
 
 
 def weights_sha256(model: nn.Module, head_names: Sequence[str] = ()) -> str:

@@ -24,6 +24,8 @@ from galaxydist.version import __version__
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from galaxydist.devices import Precision
+
 
 KIND = "features"
 FORMAT_VERSION = 1
@@ -44,6 +46,7 @@ class EncoderInfo:
         channel_mean, channel_std: normalisation of the input, R G B, full scale 1.
         tta: ``d4`` if features are the mean over the eight flips and quarter turns, else ``none``.
         licence: of the weights, if known.
+        precision: of the forward pass; float32 (``no``) for files that do not say.
     """
 
     model: str
@@ -56,6 +59,7 @@ class EncoderInfo:
     channel_std: tuple[float, float, float]
     tta: Literal["none", "d4"]
     licence: str | None = None
+    precision: "Precision" = "no"
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
@@ -69,8 +73,9 @@ class EncoderInfo:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Values that the numbers depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("weights", "licence")}
+        """Values that the numbers depend on; float32 is left out, so that files of earlier versions keep their names."""
+        left_out = ("weights", "licence", *(("precision",) if self.precision == "no" else ()))
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,9 @@ class FeaturesInfo:
     def differences(self, other: "FeaturesInfo") -> list[str]:
         """Return how another file's galaxies or numbers differ, in words; empty if they are the same."""
         mine, theirs = ({**info.encoder.identity, "manifest": info.manifest_hash[:12]} for info in (self, other))
-        return [f"{name} is {_short(theirs[name])}, not {_short(mine[name])}" for name in mine if mine[name] != theirs[name]]
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        pairs = [(name, theirs.get(name, "no"), mine.get(name, "no")) for name in names]
+        return [f"{name} is {_short(other)}, not {_short(own)}" for name, other, own in pairs if own != other]
 
 
 def _short(value: object) -> str:

@@ -171,10 +171,10 @@ class TorchBackend:
         return batch
 
     def _constants_on(self, device: torch.device) -> list[Tensor]:
-        """Return gain (in the widest type of the device), shift and noise table, which are copied to the device once."""
+        """Return gain (float64), shift and noise table, which are copied to the device once."""
         if device not in self._constants:
-            scaling, wide = self._scaling, np.float32 if device.type == "mps" else np.float64
-            arrays = [scaling.gain_C.astype(wide), scaling.shift_C[:, None, None], scaling.noise_table]
+            scaling = self._scaling
+            arrays = [scaling.gain_C.astype(np.float64), scaling.shift_C[:, None, None], scaling.noise_table]
             self._constants[device] = [torch.from_numpy(array).to(device) for array in arrays if array is not None]
         return self._constants[device]
 

@@ -46,7 +46,7 @@ from galaxydist.shards.shard_usage import (
 
 
 class BufferPool:
-    """Reuses the memory of arrays once nothing refers to them, tensors made from them included.
+    """Reuses the memory of arrays once nothing refers to them, tensors made from them included. Any thread may call it.
 
     Memory of fresh pages for each batch would take a fifth of the decoding time.
 
@@ -62,7 +62,10 @@ class BufferPool:
     def take(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """Return an array with arbitrary contents."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        memory = self._free.pop() if self._free else None
+        try:
+            memory = self._free.pop()
+        except IndexError:  # asking first would not do: another thread may take it meanwhile
+            memory = None
         if memory is None or memory.nbytes < num_bytes:
             memory = (
                 torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy() if self._pin else np.empty(num_bytes, np.uint8)

@@ -192,7 +192,7 @@ def deterministic_algorithms(enabled: bool, environ: MutableMapping[str, str]) -
         environ: the process's environment, in which the workspace of cuBLAS is set.
 
     Raises:
-        EveryRankError: the environment has another workspace.
+        EveryRankError: the environment has another workspace, or this process has used cuBLAS with another one before.
     """
     if not enabled:
         yield
@@ -209,10 +209,30 @@ def deterministic_algorithms(enabled: bool, environ: MutableMapping[str, str]) -
     torch.use_deterministic_algorithms(True)
     cudnn.deterministic, memory.fill_uninitialized_memory = True, False  # filling only shows faults, and takes time
     try:
-        yield
+        with explained_workspace():
+            yield
     finally:
         mode, cudnn.deterministic, memory.fill_uninitialized_memory = before
         torch.set_deterministic_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def explained_workspace() -> Iterator[None]:
+    """Explain torch's error about the workspace of cuBLAS: torch reads the variable once in a process, at the first product.
+
+    Raises:
+        EveryRankError: instead of torch's ``RuntimeError``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" not in str(error):
+            raise
+        raise EveryRankError(
+            "train.deterministic=true: this process has used cuBLAS before, with a workspace whose sums vary. Start a new "
+            "process (a notebook: restart its kernel), or set the variable before the first run: "
+            f"CUBLAS_WORKSPACE_CONFIG={_CUBLAS_WORKSPACES[0]}."
+        ) from error
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
@@ -227,7 +247,7 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
             blocks, which torch.compile does not support.
     """
     check_compilable(model)
-    _check_compiler(device)
+    check_compiler(device)
     model.compile()
 
 
@@ -291,8 +311,12 @@ def check_compilable(model: nn.Module) -> None:
         )
 
 
-def _check_compiler(device: torch.device) -> None:
-    """Raise ``EveryRankError`` if torch.compile lacks a compiler; torch itself would fail in the first step."""
+def check_compiler(device: torch.device) -> None:
+    """Refuse a machine without the compilers of torch.compile, which itself would fail in the first step.
+
+    Raises:
+        EveryRankError: the text names what is missing.
+    """
     if device.type == "cuda":
         if find_spec("triton") is None:
             raise _unavailable("the package triton, which torch for GPUs brings along on Linux")

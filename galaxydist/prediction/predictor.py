@@ -1,6 +1,7 @@
 """Predictions for images in memory or in files: ``load_predictor(RUN)(images)``."""
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from galaxydist.cpus import available_cores, bounded_map
-from galaxydist.devices import resolve_precision
+from galaxydist.devices import own_device
 from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import softmax
+from galaxydist.loading.device_prefetch import HostCopy
 from galaxydist.prediction.image_form import ImageForm
-from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, precision_on
+from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, resolved_precision
 from galaxydist.surveys.image_files import decode_opened, read_image
 from galaxydist.surveys.pixel_scaling import PixelScaling, to_eight_bits
 
@@ -101,16 +103,15 @@ class Predictor:
 
     Args:
         trained: the model.
-        device: device of the model; None: a GPU if there is one.
+        device: device of the model, a CPU or a GPU of CUDA.
     """
 
-    def __init__(self, trained: TrainedModel, device: str | torch.device | None = None) -> None:
-        self.trained, self.device = trained, _find_device(device)
+    def __init__(self, trained: TrainedModel, device: torch.device) -> None:
+        self.trained, self.device = trained, device
         self._batch_size = trained.recipe.eval.batch_size
         self._threads = available_cores()
-        capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
-        precision = resolve_precision(precision_on(trained.recipe, has_gpu=capability is not None), [capability])
-        self._forward = trained.forward_on(self.device, precision, threads=self._threads)
+        precision = resolved_precision(trained.recipe, device)
+        self._forward = trained.forward_on(device, precision, threads=self._threads)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -154,22 +155,30 @@ class Predictor:
         with ThreadPoolExecutor(self._threads, thread_name_prefix="galaxydist-decode") as pool:
             tasks = ((number,) for number in range(len(items)))
             prepared = bounded_map(pool, prepare, tasks, self._batch_size + self._threads)
+            begun: deque[HostCopy] = deque()
             while batch := [*islice(prepared, self._batch_size)]:
-                logits.append(self.predict_batch(np.stack(batch)))
+                begun.append(self._begin_batch(np.stack(batch)))
+                if len(begun) > 1:
+                    logits.append(begun.popleft().wait().numpy())
+            logits += [copied.wait().numpy() for copied in begun]
         return Predictions(np.concatenate(logits), self.class_names, self.trained.temperature)
 
     @torch.inference_mode()
-    def predict_batch(self, images_BHWC: Pixels) -> NDArray[np.float32]:
-        """Return the logits B x K of prepared images (``ImageForm.prepare``)."""
-        logits_BK = self._forward(torch.from_numpy(images_BHWC).to(self.device))
-        return np.asarray(logits_BK.float().cpu().numpy())
+    def _begin_batch(self, images_BHWC: Pixels) -> HostCopy:
+        """Begin the forward pass of prepared images; their logits B x K are read when the next batch has begun."""
+        images = torch.from_numpy(images_BHWC)
+        if self.device.type == "cuda":  # a copy from other memory would make the host wait
+            images = images.pin_memory()
+        return HostCopy(self._forward(images.to(self.device, non_blocking=True)).float())
 
 
-def _find_device(device: str | torch.device | None) -> torch.device:
+def _find_device(device: str | torch.device | None, environ: Mapping[str, str]) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_device(environ)
     try:
         found = torch.device(device)
+        if found.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device!r} is not supported: galaxydist computes on cpu or cuda")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -248,7 +257,7 @@ def load_predictor(
     Args:
         run: the run folder.
         environ: the process's environment.
-        device: device of the model; None: a GPU if there is one.
+        device: device of the model; None: the GPU of this process's local rank under a launcher, else the first GPU, or the CPU.
         choice: checkpoint and test-time augmentation; None: the recipe's.
 
     Raises:
@@ -257,4 +266,4 @@ def load_predictor(
     trained = open_trained_model(Path(run), environ, choice)
     for note in trained.notes:
         logger.warning("%s", note)
-    return Predictor(trained, device)
+    return Predictor(trained, _find_device(device, environ))

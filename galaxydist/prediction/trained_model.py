@@ -11,7 +11,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
-from galaxydist.devices import Precision, autocast
+from galaxydist.devices import Precision, autocast, resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.evaluation.calibration import fit_temperature
 from galaxydist.evaluation.evaluator import MODEL_GROUPS, find_checkpoint, load_model, read_run_recipe, stored_validation
@@ -137,6 +137,12 @@ class TrainedModel:
 def precision_on(recipe: Recipe, *, has_gpu: bool) -> Precision | Literal["auto"]:
     """Return the recipe's precision for predictions: float32 instead of fp16 without a GPU."""
     return "no" if recipe.train.precision == "fp16" and not has_gpu else recipe.train.precision
+
+
+def resolved_precision(recipe: Recipe, device: torch.device) -> Precision:
+    """Return the recipe's precision for predictions on a device, with ``auto`` resolved."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return resolve_precision(precision_on(recipe, has_gpu=capability is not None), [capability])
 
 
 def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoice | None = None) -> TrainedModel:

@@ -292,11 +292,11 @@ class EvalConfig(Section):
 class TrackerConfig(Section):
     """Experiment tracker, in addition to metrics.jsonl."""
 
-    name: Literal["none", "wandb"] = run_field("none", "experiment tracker")
+    name: Literal["none", "wandb", "trackio", "tensorboard"] = run_field("none", "experiment tracker")
     mode: Literal["auto", "online", "offline"] = run_field(
-        "auto", "auto: online if there is an API key and a network, else offline"
+        "auto", "of wandb; auto: online if there is an API key and a network, else offline"
     )
-    project: str = run_field("galaxydist", "wandb project", min_length=1)
+    project: str = run_field("galaxydist", "project of wandb and trackio", min_length=1)
     entity: str | None = run_field(None, "wandb team or user (default: wandb's own)")
     tags: tuple[str, ...] = run_field((), "wandb tags")
     webhook: SecretAddress | None = run_field(

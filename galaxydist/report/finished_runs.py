@@ -196,6 +196,8 @@ def _read_run(run_dir: Path) -> tuple[FinishedRun, list[str]]:
     folder = RunFolder(run_dir)
     stored = folder.read_recipe()
     recipe = dict(stored.recipe)
+    if folder.is_pruned:
+        raise UserError("left out: a search has pruned the run.")
     if folder.read_result() is None:
         raise UserError("left out: the run has not finished. Give the command that started it again: it continues.")
     tta = str(recipe.get("eval.tta", "none"))

@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 # Key of result.json: licence, citation and source of the training data, where they are known.
 ORIGIN_KEY = "data_origin"
 FailureKind = Literal["bad_input", "nonfinite", "crash"]
+TrackerName = Literal["wandb", "trackio", "tensorboard"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class RunFolder:
         self.path = path
         self.recipe_path = path / "recipe.json"
         self.metrics_path = path / "metrics.jsonl"
-        self.tracker_path = path / "tracker.json"
         self.result_path = path / "result.json"
+        self.pruned_path = path / "pruned.json"
         self.failure_path = path / "failure.json"
         self.events_path = path / "events.jsonl"
         self.facts_path = path / "run.json"
@@ -105,6 +106,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True once the run has finished and written its result."""
         return self.result_path.exists()
+
+    @property
+    def is_pruned(self) -> bool:
+        """True if a search has ended the run early. Another start of it would train on."""
+        return self.pruned_path.exists()
 
     def write_recipe(self, stored: StoredRecipe) -> None:
         """Write the resolved recipe with the origins of its values and the forced changes."""
@@ -175,19 +181,24 @@ class RunFolder:
         self.write_recipe(StoredRecipe(recipe, origins, [*stored.forced, *record]))
         return forced
 
-    def read_tracker(self) -> dict[str, Any]:
-        """Return the tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none yet."""
-        return _read_object(self.tracker_path) or {}
+    def tracker_file(self, name: TrackerName) -> Path:
+        """Return the path of a tracker's state."""
+        return self.path / ("tracker.json" if name == "wandb" else f"tracker-{name}.json")
 
-    def write_tracker(self, *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
-        """Write the tracker's state.
+    def read_tracker(self, name: TrackerName = "wandb") -> dict[str, Any]:
+        """Return a tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none yet."""
+        return _read_object(self.tracker_file(name)) or {}
+
+    def write_tracker(self, name: TrackerName = "wandb", *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
+        """Write a tracker's state.
 
         Args:
+            name: of the tracker.
             run_id: the tracker's id of the run, with which a requeued job continues the same curves.
             stored_step: the highest step that the tracker is known to have stored.
             is_complete: True if the run has ended and the tracker has all of it.
         """
-        write_json(self.tracker_path, {"run_id": run_id, "stored_step": stored_step, "is_complete": is_complete})
+        write_json(self.tracker_file(name), {"run_id": run_id, "stored_step": stored_step, "is_complete": is_complete})
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result of the run; None if it has not finished."""
@@ -196,6 +207,21 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
         write_json(self.result_path, plain(result))
+
+    def read_pruned(self) -> dict[str, Any] | None:
+        """Return when a search ended the run (``step``, ``epoch``, ``metric``, ``value``); None if none did."""
+        return _read_object(self.pruned_path)
+
+    def write_pruned(self, *, step: int, epoch: int, metric: str, value: float | None) -> None:
+        """Write that a search has ended the run, whose state is saved.
+
+        Args:
+            step: optimizer steps done.
+            epoch: epochs done.
+            metric: the validation metric that the search compares.
+            value: of the last validation; None if it was not finite.
+        """
+        write_json(self.pruned_path, {"step": step, "epoch": epoch, "metric": metric, "value": value})
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the record of the last start's failure; None if there is no valid one."""

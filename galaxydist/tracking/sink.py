@@ -136,6 +136,8 @@ class RunEnd:
         pages: name -> HTML page, such as ``gallery``.
         model: folder of the evaluated checkpoint; None if there is none.
         model_card: Markdown that describes the model; empty if there is no model.
+        events: all events of the run, oldest first.
+        facts: what is known of the run beside its recipe, such as parameters, world size, jobs and restarts.
     """
 
     exit_code: int
@@ -144,6 +146,8 @@ class RunEnd:
     pages: Mapping[str, Path] = field(default_factory=dict)
     model: Path | None = None
     model_card: str = ""
+    events: Sequence[Event] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sink(Protocol):
@@ -156,6 +160,10 @@ class Sink(Protocol):
     stored_step: int
 
     def send(self, row: Row) -> None: ...
+
+    def flush(self) -> None:
+        """Store the rows sent so far, so that they are seen; called when there is no further row for now."""
+        ...
 
     def alert(self, event: Event) -> None:
         """Tell a person of an event, if the program can do that."""

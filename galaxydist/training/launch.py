@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.cpus import set_up_process
@@ -26,7 +26,10 @@ from galaxydist.errors import (
 )
 from galaxydist.job_environment import LauncherRank, find_rank
 from galaxydist.log import set_up_logging
-from galaxydist.rank_store import LastWork, end_process
+from galaxydist.rank_store import LastWork, Leave, end_process
+
+if TYPE_CHECKING:
+    from galaxydist.training.resume import Prune
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +38,23 @@ LOGGING_S = 3.0
 # The launcher's report of an error may take this time; a log on a hung file system must not keep the process.
 REPORT_S = 10.0
 
-# Ends the process after an error, with last works; returns if the process is the only one, whose error is raised as usual.
-Leave = Callable[[BaseException, Iterable[LastWork]], None]
 # Work of one process: from its arguments, its environment and ``Leave`` to the number of the signal that stopped it, or 0.
 RankWork = Callable[[Any, MutableMapping[str, str], Leave], int]
 
 
-def train_recipe(arguments: Sequence[str], environ: MutableMapping[str, str], leave: Leave) -> int:
-    """Train the recipe of ``recipe=NAME`` and ``key=value`` overrides, and return the number of the signal that stopped it."""
+def train_recipe(arguments: Sequence[str], environ: MutableMapping[str, str], leave: Leave, prune: "Prune | None" = None) -> int:
+    """Train the recipe of ``recipe=NAME`` and ``key=value`` overrides, and return the number of the signal that stopped it.
+
+    Args:
+        arguments, environ, leave: as for ``RankWork``.
+        prune: as for ``trainer.train``.
+    """
     from galaxydist.recipe.resolve import load_recipe  # not above: `galaxydist --help` imports this module
 
     resolved = load_recipe(arguments)
     with _importing():
         from galaxydist.training.trainer import train
-    return train(resolved, environ, leave)
+    return train(resolved, environ, leave, prune)
 
 
 def launch(

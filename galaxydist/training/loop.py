@@ -14,6 +14,7 @@ from galaxydist.training.checkpointer import Checkpointer
 from galaxydist.training.health.anomalies import check_loss_scale
 from galaxydist.training.health.watchdog import SAVING, VALIDATION, Watchdog
 from galaxydist.training.metric_logger import MetricLogger, RunLength
+from galaxydist.training.resume import Pruning
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep
 from galaxydist.training.step_sync import RankFlags, StepResult, StepSync
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainLoop:
-    """Trains from the current step to the end of the run, early stopping or a signal.
+    """Trains from the current step to the end of the run, early stopping, pruning or a signal.
 
     Args:
         world: the processes.
@@ -37,6 +38,7 @@ class TrainLoop:
             None if there is no such split.
         validate_every: epochs between validations.
         watchdog: ends the run if it hangs.
+        pruning: asks after each validation whether to end the run.
         events: of the run.
         step_done: called after each step with the number of steps done.
         clock: returns monotonic seconds.
@@ -51,6 +53,7 @@ class TrainLoop:
     validate: Callable[[], tuple[dict[str, float | None], dict[str, Any]]] | None
     validate_every: int
     watchdog: Watchdog
+    pruning: Pruning
     events: EventLog
     step_done: Callable[[int], None]
     clock: Callable[[], float] = time.monotonic
@@ -62,7 +65,7 @@ class TrainLoop:
         self._last_step_s = math.inf  # unknown before the first step
 
     def run(self, batches: Iterator[Batch], stop: StopSignal) -> int:
-        """Train to the last step, to early stopping, or to a signal.
+        """Train to the last step, to early stopping or pruning, or to a signal.
 
         Ranks read the shared values of a step one step late, while the next step runs; before an epoch ends or the state is saved
         they read all of them. A step that takes seconds is abandoned on a signal, and repeated when the run continues.
@@ -101,7 +104,7 @@ class TrainLoop:
 
     @property
     def is_done(self) -> bool:
-        return self.state.step >= self.length.total_steps or self.state.stopping.should_stop
+        return self.state.step >= self.length.total_steps or self.state.stopping.should_stop or self.pruning.is_pruned
 
     def _step(self, batches: Iterator[Batch], stop: StopSignal) -> None:
         """Take one step, and send this rank's values of it to the others."""
@@ -165,10 +168,12 @@ class TrainLoop:
             self.watchdog.beat(self.state.step, VALIDATION)
             with self.step.timer.part("validation"):
                 validation, details = self.validate()
-            is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
+            value = validation[f"val/{self.state.stopping.metric}"]
+            is_best = self.state.stopping.update(value, self.state.step)
             self.metrics.record(self.state.step, validation, details=details)
+            self.pruning.update(epoch, value, is_last=is_last or self.state.stopping.should_stop)
         self.metrics.raise_failure()
-        is_needed = is_best or self.state.stopping.should_stop
+        is_needed = is_best or self.state.stopping.should_stop or self.pruning.is_pruned
         if is_needed or (is_save_due and not self.checkpointer.is_skipped(self.state.step)):
             self._save(is_best=is_best)
         self.metrics.epoch_done(self.state.step, validation)

@@ -1,7 +1,7 @@
-"""Metrics of a training run: metrics.jsonl, validation.jsonl, timing.jsonl, the tracker and the progress bar.
+"""Metrics of a training run: metrics.jsonl, validation.jsonl, timing.jsonl and the progress bar.
 
 metrics.jsonl and validation.jsonl hold what the recipe determines, so that a run that was stopped and continued has the same
-files; timing.jsonl holds what depends on the machine.
+files; timing.jsonl holds what depends on the machine. The tracker reads them all.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ class MetricLogger:
         *,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and both to the tracker.
+        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and wake the tracker.
 
         An error is kept for ``raise_failure``, since only rank 0 knows of it here.
 
@@ -161,7 +161,7 @@ class MetricLogger:
             self.folder.metrics.append(step, values)
             if timing:
                 self.folder.timing.append(step, {**timing, "time/unix": round(time.time(), 3)})
-            self.tracker.log({**values, **(timing or {})}, step)
+            self.tracker.wake()
         except (UserError, OSError) as error:
             self._error = error
 

@@ -16,7 +16,7 @@ from galaxydist.cpus import total_memory
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, OneRankFailedError, RunFailedError
 from galaxydist.models.build import set_train_mode
-from galaxydist.models.performance import choose_memory_format
+from galaxydist.models.performance import choose_memory_format, explained_workspace
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.throughput import activation_bytes, training_flops
 
@@ -307,12 +307,12 @@ def check_deterministic(world: World, recipe: Recipe, model: nn.Module) -> None:
         model: on its device, neither wrapped nor compiled.
 
     Raises:
-        EveryRankError: equally on all ranks; the text names the operation.
+        EveryRankError: equally on all ranks; the text names the operation, or what to do about the workspace of cuBLAS.
     """
     size = recipe.data.image_size
     images_BCHW = torch.zeros(2, 3, size, size, dtype=world.dtype, device=world.device)
     try:
-        with unchanged(model, world.device):
+        with explained_workspace(), unchanged(model, world.device):
             with world.mixed_precision.autocast():
                 logits_BK = model(images_BCHW)
             torch.autograd.backward(dummy_loss(logits_BK))

@@ -1,9 +1,9 @@
-"""Continuing a run: the locked run folder, checks that recipe and data are those of its start, and early stopping."""
+"""Continuing a run: the locked run folder, checks that recipe and data are those of its start, early stopping and pruning."""
 
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
+from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
@@ -62,6 +63,7 @@ def lock_run_folder(
         is_finished = _is_finished(folder, recipe, manifest, state)
         if not is_finished:
             folder.result_path.unlink(missing_ok=True)
+            folder.pruned_path.unlink(missing_ok=True)
         return lock, state["progress"] if state is not None else {}, is_finished
     except BaseException:
         lock.release()
@@ -192,3 +194,58 @@ class EarlyStopping:
         if state.get("metric", self.metric) != self.metric:
             return
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+
+
+# Called on rank 0 after a validation with the epochs done and the metric's value (None: not finite); True ends the run early.
+Prune = Callable[[int, float | None], bool]
+
+
+@dataclass
+class Pruning:
+    """Ends a run early if its caller, such as a search, says so after a validation.
+
+    Args:
+        world: the processes.
+        folder: the run folder.
+        metric: ``train.metric``.
+        prune: the caller's decision, which all processes have and rank 0 calls; None: the run is never pruned.
+
+    Attributes:
+        is_pruned: the run is to end with the step that was validated last.
+    """
+
+    world: "World"
+    folder: RunFolder
+    metric: str
+    prune: Prune | None = None
+    is_pruned: bool = False
+
+    def update(self, epoch: int, value: float | None, *, is_last: bool) -> None:
+        """Ask after a validation. All processes call it.
+
+        Args:
+            epoch: epochs done.
+            value: of the metric.
+            is_last: the run ends anyway, so the caller is told only.
+        """
+        prune = self.prune
+        if prune is not None:
+            self._epoch, self._value = epoch, value
+            self.is_pruned = self.world.run_on_main(lambda: prune(epoch, value)) and not is_last
+
+    def finish(self, step: int, events: EventLog) -> str:
+        """Write that the run was pruned, once its state is saved, and return a line about it. All processes call it.
+
+        Args:
+            step: optimizer steps done.
+            events: of the run.
+        """
+        epoch, value = self._epoch, self._value
+        text = f"pruned after epoch {epoch}: {self.metric} {'not finite' if value is None else f'{value:.4f}'} (val)"
+
+        def write() -> None:
+            events.write("pruned", text, step)
+            self.folder.write_pruned(step=step, epoch=epoch, metric=self.metric, value=value)
+
+        self.world.run_on_main(write)
+        return text

@@ -48,7 +48,7 @@ from galaxydist.models.performance import (
     set_tf32,
 )
 from galaxydist.paths import data_root, weights_dir
-from galaxydist.rank_store import SEEN_S, LastWork, run_within
+from galaxydist.rank_store import Leave
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
@@ -58,15 +58,15 @@ from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
-from galaxydist.tracking.webhook import CLOSING_S, Webhook, find_webhook
+from galaxydist.tracking.webhook import Webhook, find_webhook
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.health.rank_exit import LastWorks, leaving_alone
 from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
-from galaxydist.training.launch import Leave
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
@@ -74,7 +74,7 @@ from galaxydist.training.micro_batch import check_deterministic, choose_micro_ba
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import EarlyStopping, lock_run_folder
+from galaxydist.training.resume import EarlyStopping, Prune, Pruning, lock_run_folder
 from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
@@ -86,20 +86,21 @@ logger = logging.getLogger(__name__)
 
 # Largest number of tensors of a parameter's size that an optimizer keeps, reserved while the micro-batch is searched.
 OPTIMIZER_TENSORS = 2
-# Seconds for the last works of a rank that leaves after a failure. Launchers kill a process 30 s after they have asked it to end.
-LAST_WRITE_S, FINISH_S, RELEASE_S, NOTE_S = 15.0, 8.0, 3.0, 5.0
 
 
-def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None) -> int:
+def train(
+    resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Leave = lambda *_: None, prune: Prune | None = None
+) -> int:
     """Train a recipe, continue its run, or show its result if it has one. Every process of the run calls it.
 
     Args:
         resolved: the recipe, with the origins of its values.
         environ: the process's environment.
         leave: ends a process of several after an error of its rank alone; by default the error is raised.
+        prune: decides after each validation whether to end the run without an evaluation; given on all ranks or on none.
 
     Returns:
-        0 after the evaluation, else the number of the signal that stopped the run (its state is saved).
+        0 after the evaluation or if the run was pruned, else the number of the signal that stopped the run (its state is saved).
 
     Raises:
         UserError: the recipe, its data or the run folder cannot be used; nothing was written.
@@ -110,7 +111,7 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str], leave: Le
         deterministic_algorithms(config.deterministic, environ),
         open_world(config.precision, environ, timeout=timeout, threads=config.threads) as world,
     ):
-        stop_signal = Trainer(resolved, world, environ, leave).run()
+        stop_signal = Trainer(resolved, world, environ, leave).run(prune)
         world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
     return stop_signal
 
@@ -149,11 +150,11 @@ class Trainer:
         self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
-        self._summary: dict[str, float] | None = None
+        self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
-        self.last_works: list[LastWork] = []
+        self.last_works = LastWorks()
 
-    def run(self) -> int:
+    def run(self, prune: Prune | None = None) -> int:
         """Train to the result, as ``train`` does, and return its result."""
         self.check_inputs()
         with self.open_run_folder():
@@ -164,8 +165,14 @@ class Trainer:
                 return 0
             self.build()
             self.restore()
+            self.pruning = Pruning(self.world, self.run_folder, self.recipe.train.metric, prune)
             with self.open_tracker(), open_system_metrics(self.world, self.run_folder, lambda: self.state.step):
-                if stop_signal := self.train():
+                stop_signal = self.train()
+                if self.pruning.is_pruned:
+                    self._has_result = True
+                    results.info("%s", self.pruning.finish(self.state.step, self.events))
+                    return 0
+                if stop_signal:
                     return stop_signal
                 self.finish(self.evaluate())
         return 0
@@ -229,7 +236,7 @@ class Trainer:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
-                self.last_works.append((self._lock.release, RELEASE_S))
+                self.last_works.lock = self._lock.release
                 folder.clear_failure()
                 return folder.path, progress, is_finished, began()
 
@@ -243,8 +250,8 @@ class Trainer:
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
             self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works, self.events)
             stack.enter_context(self.watchdog)
-            self.last_works += [(self.watchdog.close_stacks, RELEASE_S), (webhook.close, CLOSING_S + 1)]
-            with self._leaving_alone():
+            self.last_works.stacks, self.last_works.webhook = self.watchdog.close_stacks, webhook.close
+            with leaving_alone(self.world, self._leave, self.last_works, self._note_failure):
                 yield
 
     def build(self) -> None:
@@ -279,7 +286,7 @@ class Trainer:
                 "recipe": to_dict(recipe),
             },
         )
-        self.last_works.insert(0, (self.checkpointer.writer.wait, LAST_WRITE_S))
+        self.last_works.checkpoint = self.checkpointer.writer.wait
 
     def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
         """Move the model to its device, choose the micro-batch, and synchronise or compile the model if the recipe says so.
@@ -392,7 +399,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
-        """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
+        """Start the tracker; at the end finish it. An error is noted in the run folder."""
 
         def start() -> None:
             self.tracker = start_tracker(
@@ -407,38 +414,19 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        finish = partial(self.tracker.finish, {}, 1)
-        self.last_works.insert(1, (finish, FINISH_S))
+        self.last_works.tracker = partial(self.tracker.finish, 1)
         try:
             yield
         except BaseException as error:
             if isinstance(error, Exception):
                 self._note_failure(error)
-            run_within(FINISH_S, finish)
+            self.last_works.end_tracker()
             raise
-        _log_result(self.world.run_on_main(lambda: self.tracker.finish(self._summary or {}, int(self._summary is None))))
+        self.last_works.tracker = None
+        _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
-
-    @contextlib.contextmanager
-    def _leaving_alone(self) -> Iterator[None]:
-        """After an error of this rank alone, tell the other ranks, and leave the process if the launcher allows it.
-
-        The contexts around this one are not closed then: that might wait for the other ranks, or for work on a GPU that does.
-        """
-        try:
-            yield
-        except BaseException as error:
-            store, first = self.world.store, self.world.announce_failure(error)
-            if store is not None and first is not None:
-                works = [*self.last_works, (store.wait_until_seen, SEEN_S)]
-                if isinstance(error, Exception) and first.rank != self.world.rank:  # whose end has broken the connections
-                    self._leave(first.to_error(), works)
-                if isinstance(error, Exception):
-                    run_within(NOTE_S, partial(self._note_failure, error))
-                self._leave(error, works)
-            raise
 
     def _note_failure(self, error: Exception) -> None:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
@@ -465,11 +453,14 @@ class Trainer:
             batches = stack.enter_context(DevicePrefetcher(loader, self.world.device))
             stack.enter_context(self.checkpointer.writer)
             loop = self._build_loop(stack)
-            with self._leaving_alone(), explained_out_of_memory(self.recipe, self.world, self.step.micro_batch):
+            with (
+                leaving_alone(self.world, self._leave, self.last_works, self._note_failure),
+                explained_out_of_memory(self.recipe, self.world, self.step.micro_batch),
+            ):
                 stop_signal = loop.run(batches, self.stop)
                 self.checkpointer.wait()
         stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
-        if stop_signal:
+        if stop_signal and not self.pruning.is_pruned:
             saved = "which is saved" if self.state.step else "with nothing to save yet"
             text = f"stopped by {signal_name(stop_signal)} at step {self.state.step}, {saved}"
             logger.info("%s; the same command continues it", text)
@@ -523,6 +514,7 @@ class Trainer:
             validate=self._validate if has_split(self.manifest, "val") else None,
             validate_every=self.recipe.eval.every,
             watchdog=self.watchdog,
+            pruning=self.pruning,
             events=self.events,
             step_done=profiler.step_done,
         )
@@ -581,7 +573,7 @@ class Trainer:
         self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary, **origin}))
         if self.world.is_main:
             self.events.write("finish", describe_result(summary), state.step, **summary)
-        self._summary = summary
+        self._has_result = True
         results.info("%s", describe_end(self.run_folder))
 
 

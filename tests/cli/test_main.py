@@ -128,7 +128,7 @@ def test_options_are_accepted_between_positional_arguments(words: str, name: str
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("galaxydist da", "data"),
+        ("galaxydist dat", "data"),
         ("galaxydist submit recipe=demo --dr", "--dry-run"),
         ("galaxydist train recipe=vit_s", "vit_scratch"),
         ("galaxydist train vit train.prec", "train.precision="),

@@ -23,13 +23,13 @@ from galaxydist.cluster.status import (
     Progress,
     RunStatus,
     count_restarts,
-    find_runs,
     read_overview,
     read_progress,
     read_status,
 )
 from galaxydist.cluster.status_table import duration_text, render_overview, summary_text
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.listing import find_runs
 from galaxydist.runs.lock import RunLock
 from tests.helpers.runs import quick_settings, read_metrics, run_here
 from tests.helpers.status_runs import JOB, add_job, add_validations, copy_run

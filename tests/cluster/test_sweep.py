@@ -210,7 +210,7 @@ def test_all_problems_of_a_sweep_file_come_in_one_message(tmp_path: Path) -> Non
 root: 3
 parallel: 0
 set: {optim.lr: 1, seed: 3, run.dir: x}
-seed.x: 3
+optim.x: 3
 grid:
   recipe: vit
   seed: []
@@ -221,7 +221,7 @@ list:
 evaluate: original
 """,
     )
-    keys = "cluster, root, parallel, set, grid, list, evaluate"
+    keys = "cluster, root, parallel, set, grid, list, evaluate, search, method, trials, prune, seed"
     hides = "whose values would replace this one; keep one of them"
     assert found == [
         ("1", f"clustr: a sweep has no such key; did you mean cluster? (it has {keys})"),
@@ -229,7 +229,7 @@ evaluate: original
         ("3", "parallel=0: must be a whole number of at least 1"),
         ("4", "run.dir: each run's folder is named after its recipe; root: DIR sets their parent folder"),
         ("4", f"optim.lr: is in the grid too ({tmp_path}/tried.yaml:9), {hides}"),
-        ("5", f"seed.x: a sweep has no such key; write recipe keys under set, grid or list: seed (it has {keys})"),
+        ("5", f"optim.x: a sweep has no such key; write recipe keys under set, grid or list: optim (it has {keys})"),
         ("7", "recipe=vit: a key of the grid has a list of values, like [vit]"),
         ("8", "seed: has no values; give some, like [0, 1], or remove the key"),
         ("9", "optim.lr: 1 is given twice; keep one"),
@@ -242,7 +242,7 @@ evaluate: original
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "a sweep needs grid: or list:, in which its runs differ"),
+        ("", "a sweep needs grid:, list: or search:, in which its runs differ"),
         ("grid:\n", "grid: has no keys; write one like seed: [0, 1, 2], or remove it"),
         ("grid: {optim: {}}\n", "grid: has no keys; write one like seed: [0, 1, 2], or remove it"),
         ("grid: 3\n", "grid=3: must be a mapping of keys to values"),

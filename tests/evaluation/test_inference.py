@@ -17,13 +17,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from galaxydist.cli.main import main
+from galaxydist.evaluation import inference
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.galaxy_table import GalaxyTable
-from galaxydist.evaluation.inference import MEASURED_WIDTH, ForwardPass, PredictionWriter, measure, merge_predictions
+from galaxydist.evaluation.inference import (
+    MEASURED_WIDTH,
+    ForwardPass,
+    NotedBatches,
+    PredictionWriter,
+    measure,
+    merge_predictions,
+)
 from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, rank_file_path, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.loading.augment import Normalise
-from galaxydist.loading.loader import Batch
+from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -128,6 +136,40 @@ def test_predictions_are_read_from_the_device_only_after_later_batches_have_begu
         writer.add(batch, logits_BK, logits_BK.argmax(1))
         with pytest.raises(NotImplementedError):
             writer.finish()
+
+
+def test_images_that_wait_for_their_photometry_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of many cores, where a batch for each would be nearly a GB."""
+    images_BHWC = torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
+    monkeypatch.setattr(inference, "MAX_PENDING_BYTES", 2 * images_BHWC.nbytes)
+    left = []
+    with RankFile(tmp_path / "part", 3) as part, PredictionWriter(part, image_size=64, threads=16) as writer:
+        written, append = 0, part.append
+
+        def count(columns: dict[str, Any]) -> None:
+            nonlocal written
+            written += 1
+            append(columns)
+
+        monkeypatch.setattr(part, "append", count)
+        for step in range(6):
+            ids_B = torch.arange(4) + 4 * step
+            batch = Batch(images_BHWC, ids_B % 3, torch.ones(4), ids_B, ids_B, epoch=0, step=step)
+            writer.add(batch, torch.zeros(4, 3), ids_B % 3)
+            left.append(step + 1 - written)
+        writer.finish()
+        (rows,) = merge_rank_files([part.path], 3, batch_size=4, num_samples=24)
+    assert left == [1, 2, 2, 2, 2, 2] and rows["sample"].tolist() == [*range(24)]
+
+
+def test_noted_batches_are_ready_when_the_loader_is(run_of_known: tuple[Path, Path]) -> None:
+    """So that evaluation, too, copies the next batch ahead only if it does not have to wait for it."""
+    with EvalLoader(read_manifest(run_of_known[1]), "test", batch_size=8, decode=DecodeOptions(prefetch=2)) as loader:
+        noted = NotedBatches(loader)
+        assert not noted.is_ready()
+        first = next(noted)
+        loader.close()
+        assert not noted.is_ready() and [*noted.read] == [first]
 
 
 @pytest.mark.gpu

@@ -118,6 +118,25 @@ def test_features_are_those_of_the_model_for_each_image_alone_whatever_the_batch
             np.testing.assert_allclose(features_D, wanted_D, rtol=1e-5, atol=1e-5)
 
 
+def test_features_are_computed_in_the_precision_of_the_recipe(blobs: Path, tmp_path: Path) -> None:
+    """As in an evaluation; a file says which, and is not taken for one of another precision."""
+    found = {}
+    for name in ("auto", "bf16", "fp64", "fp16"):
+        path = tmp_path / f"{name}.parquet"
+        assert probe("recipe=custom_cnn", blobs, *TINY, f"train.precision={name}", "--out", path) == 0
+        found[name] = read_features(path)
+    values = {name: file.split("test").features_BD for name, file in found.items()}
+    assert {name: file.info.encoder.precision for name, file in found.items()} == {
+        **{"auto": "no", "bf16": "bf16", "fp64": "fp64", "fp16": "no"}
+    }
+    assert np.array_equal(values["fp16"], values["auto"])
+    for name, least, most in (("bf16", 1e-4, 2e-2), ("fp64", 0, 1e-5)):
+        assert least <= np.abs(values[name] - values["auto"]).max() / np.abs(values["auto"]).max() <= most
+    assert found["auto"].info.differences(found["bf16"].info) == ["precision is bf16, not no"]
+    assert found["bf16"].info.differences(found["auto"].info) == ["precision is no, not bf16"]
+    assert probe("recipe=custom_cnn", blobs, *TINY, "--out", tmp_path / "bf16.parquet") == 2
+
+
 def test_features_are_read_from_the_device_when_the_next_batch_has_begun(blobs: Path) -> None:
     """The meta device has no values: reading one is an error."""
     seen: list[Tensor] = []

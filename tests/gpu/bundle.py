@@ -1,23 +1,22 @@
 """A folder with all that the GPU checks need on a machine without a network: ``python -m tests.gpu.bundle FOLDER``.
 
 The machine must have Python and the libraries of ``PROVIDED``; the wheels of all others are in the folder, and only those that
-are missing there are used.
+are missing there, or too old, are used (``missing.py``).
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
-import zipfile
-from collections.abc import Iterator, Sequence
-from email.parser import HeaderParser
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.gpu.missing import LEFT_OUT, requirements_of
 
 ROOT = Path(__file__).parents[2]
 # Largest size of the folder in bytes.
@@ -28,8 +27,6 @@ PROVIDED = (
     *("psutil", "pyarrow", "pyyaml", "rich", "safetensors", "scipy", "timm", "torch", "torchvision"),
     *("tqdm", "typing-extensions"),
 )
-# Not needed with tracker.name=none.
-LEFT_OUT = ("wandb",)
 # What the tests need beside the package.
 TEST_LIBRARIES = ("hypothesis", "pytest", "pytest-timeout")
 # pip matches the platform exactly, so older ones are named too.
@@ -41,7 +38,7 @@ set -eu
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 if ! [ -d site ]; then
-    wheels=$("$python" missing.py wheels)
+    wheels=$("$python" tests/gpu/missing.py wheels)
     rm -rf site.part
     mkdir site.part
     # shellcheck disable=SC2086
@@ -51,18 +48,6 @@ fi
 export PYTHONPATH="$PWD/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m tests.gpu.check --data-dir "$PWD/data" "$@"
 """
-MISSING = '''"""Prints the wheels of a folder whose libraries this interpreter does not have."""
-
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-for wheel in sorted(Path(sys.argv[1]).glob("*.whl")):
-    try:
-        version(wheel.name.split("-")[0])
-    except PackageNotFoundError:
-        print(wheel)
-'''
 
 
 def build_bundle(folder: Path, python: str, num_galaxies: int) -> None:
@@ -89,7 +74,6 @@ def build_bundle(folder: Path, python: str, num_galaxies: int) -> None:
         else:
             shutil.copy(ROOT / name, folder / name)
     write_data(folder / "data", num_galaxies)
-    (folder / "missing.py").write_text(MISSING)
     (folder / "run").write_text(RUN)
     (folder / "run").chmod(0o755)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -120,14 +104,6 @@ def download(wanted: Sequence[Requirement], folder: Path, python: str) -> None:
         if needed:
             pip("download", *options, "--dest", str(folder), *needed.values())
         level = [requirement for wheel in set(folder.iterdir()) - before for requirement in requirements_of(wheel)]
-
-
-def requirements_of(wheel: Path) -> Iterator[Requirement]:
-    """Yield what a wheel needs."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
-        headers = HeaderParser().parsestr(archive.read(name).decode())
-    yield from (Requirement(text) for text in headers.get_all("Requires-Dist", []))
 
 
 def write_data(folder: Path, num_galaxies: int) -> None:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tests.helpers.blobs import BlobSurvey
 from tests.helpers.forked_runs import Ranks, forked, wait_for_exits
 
 Device = Literal["cuda", "cpu"]
-Verdict = Literal["pass", "fail", "measured", "needs CUDA"]
+Verdict = Literal["pass", "fail", "measured", "needs CUDA", "not possible here"]
 
 # Number of simulated galaxies for the checks of speed; a bundle brings them along.
 NUM_SIMULATED = {"cuda": 400, "cpu": 40}
@@ -37,7 +38,8 @@ class Row:
         name: of the result.
         value: number or text that was found.
         wanted: the pass mark in words; empty: there is none.
-        verdict: ``measured`` if there is no pass mark, ``needs CUDA`` if a CPU cannot show it.
+        verdict: ``measured`` if there is no pass mark, ``needs CUDA`` if a CPU cannot show it, ``not possible here`` if this
+            machine lacks something.
     """
 
     name: str
@@ -59,6 +61,17 @@ def at_least(name: str, value: float, limit: float) -> Row:
 def equal(name: str, value: Any, wanted: Any) -> Row:
     """Return a row that passes if both are equal."""
     return Row(name, value, str(wanted), "pass" if value == wanted else "fail")
+
+
+def one_of(name: str, value: Any, wanted: Mapping[Any, str]) -> Row:
+    """Return a row that passes for some values, each of which has its meaning."""
+    text = ", ".join(f"{one} ({meaning})" for one, meaning in wanted.items())
+    return Row(name, value, f"one of {text}", "pass" if value in wanted else "fail")
+
+
+def not_possible(name: str, reason: str) -> Row:
+    """Return the row of something that this machine lacks the means for."""
+    return Row(name, None, reason, "not possible here")
 
 
 def needs_cuda(name: str, reason: str) -> Row:
@@ -119,6 +132,12 @@ class Rig:
             self.call(write_galaxies, str(self.data_dir), count)
             found = sorted(self.data_dir.glob(f"simulated-*-{count}/manifest.json"))
         return found[0]
+
+    @cached_property
+    def card_bytes(self) -> int:
+        """Memory of the card in bytes."""
+        found: int = self.call(read_card_bytes)
+        return found
 
     def left(self) -> float:
         """Return the seconds that are left to the check.
@@ -188,6 +207,12 @@ def write_answer(path: Path, function: tuple[str, str], arguments: Sequence[Any]
     sys.stdout.flush()
     sys.stderr.flush()
     return 0
+
+
+def read_card_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 class TrainBlobs(BlobSurvey):

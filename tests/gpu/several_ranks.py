@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from galaxydist.cli.train import main
-from galaxydist.errors import EXIT_HUNG, EXIT_STOPPED
+from galaxydist.errors import EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED
 from tests.gpu.correctness import EXACT, largest_gap
-from tests.gpu.rig import Rig, Row, TimeUpError, at_most, equal, needs_cuda
+from tests.gpu.rig import Rig, Row, TimeUpError, at_most, equal, needs_cuda, one_of
 from tests.helpers.forked_runs import Ranks
 from tests.helpers.runs import count_errors, quick_settings, read_evaluation, read_losses
 
@@ -27,6 +27,8 @@ STEADY = {**EXACT, "optim__schedule": "constant", "optim__warmup": 0.0}
 FAULTY_STEP = 4
 # Seconds without a heartbeat after which a run counts as hung, and the most that the other ranks may take to leave after it.
 HANG_S, LEAVE_S = 5.0, 60.0
+# Exit codes of a rank whose peer was killed.
+LOST_CODES = {EXIT_FAILED: "the connection broke", EXIT_HUNG: "no progress", -signal.SIGABRT: "torch's watchdog of NCCL"}
 
 
 def nccl_variables(rank: int) -> dict[str, str]:
@@ -157,7 +159,7 @@ def out_of_memory(rig: Rig, ranks: Ranks, run_dir: Path) -> Iterator[Row]:
     since = time.monotonic()
     codes = leave_within(rig, ranks)
     yield at_most("out of memory on rank 1: seconds until rank 0 has left", round(time.monotonic() - since, 1), LEAVE_S)
-    yield equal("out of memory on rank 1: both have failed", [bool(code) for code in codes], [True, True])
+    yield equal("out of memory on rank 1: exit codes", codes, [EXIT_FAILED] * 2)
     said = ranks.said(1, "err")
     yield equal("out of memory on rank 1: it says so, once", (said.count("Out of memory on rank 1"), count_errors(said)), (1, 1))
     failure = json.loads((run_dir / "failure.json").read_text()) if (run_dir / "failure.json").exists() else {}
@@ -177,7 +179,8 @@ def lost_rank(rig: Rig, ranks: Ranks, fault: Fault) -> Iterator[Row]:
         yield equal(f"{name}: exit code of rank 0", code, EXIT_HUNG)
         yield equal(f"{name}: rank 0 names it", "behind: rank 1 (" in ranks.said(0, "err"), True)
     else:
-        yield equal(f"{name}: rank 0 has failed", bool(code), True)
+        lost = LOST_CODES if rig.is_cuda else {code: LOST_CODES[code] for code in (EXIT_FAILED, EXIT_HUNG)}
+        yield one_of(f"{name}: exit code of rank 0", code, lost)
 
 
 def leave_within(rig: Rig, ranks: Ranks, *but: int) -> list[int | None]:

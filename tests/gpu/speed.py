@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from tests.gpu.rig import Rig, Row, at_least, at_most, equal, needs_cuda
+from tests.gpu.rig import Rig, Row, at_least, at_most, equal, needs_cuda, not_possible
 from tests.helpers.runs import quick_settings, run_here
 
 # Least speed from memory relative to the bare loop, whose augmentation is timed apart, and of the loader relative to memory.
@@ -27,8 +27,15 @@ MEASURED: tuple[tuple[str, int, Mapping[str, object]], ...] = (
 REHEARSED = (("custom_cnn", 8, {}),)
 REHEARSED_KEYS: Mapping[str, object] = {"train__batch_size": 12, "train__threads": 1}
 PROFILED = range(10, 20)
-# Bytes that a ballast leaves free, beside the margin of the search for a micro-batch.
+# Bytes that a ballast leaves free, beside the margin of the search for a micro-batch; a quarter of a smaller card.
 BALLAST_LEAVES = 4 << 30
+# Bytes of a card that takes the batches of this module; on a smaller one they are smaller.
+SPEED_CARD, MEMORY_CARD = 32 << 30, 16 << 30
+
+
+def fitting(num_images: int, card_bytes: int, whole: int) -> int:
+    """Return the images of a batch on a card: ``num_images`` from ``whole`` bytes on, else in proportion, a multiple of eight."""
+    return num_images if card_bytes >= whole else max(8, num_images * card_bytes // whole // 8 * 8)
 
 
 # ---- the training loop ----
@@ -37,13 +44,17 @@ BALLAST_LEAVES = 4 << 30
 def check_throughput(rig: Rig) -> Iterator[Row]:
     """Images per second of the trainer against a bare loop over images that are on the device."""
     if rig.is_cuda:
-        idle = rig.call(idle_share, str(rig.galaxies), str(rig.new_folder()))
+        idle = rig.call(idle_share, str(rig.galaxies), str(rig.new_folder()), fitting(96, rig.card_bytes, MEMORY_CARD))
         yield at_most("resnet50 with its loader: share of the time that the GPU is idle", idle, MAX_IDLE)
     else:
         yield needs_cuda("share of the time that the GPU is idle", "there is no GPU")
-    for model, batch_size, keys in MEASURED if rig.is_cuda else REHEARSED:
-        found = rig.call(measure, rig.device, model, batch_size, {**keys, "tracker.name": "none"})
+    for model, whole_batch, keys in MEASURED if rig.is_cuda else REHEARSED:
+        batch_size = fitting(whole_batch, rig.card_bytes, SPEED_CARD) if rig.is_cuda else whole_batch
         name = ", ".join([model, f"{batch_size} images a step", *(f"{key}={value}" for key, value in keys.items())])
+        if "train.compile" in keys and (reason := rig.call(why_not_compiled, rig.device)):
+            yield not_possible(name, reason)
+            continue
+        found = rig.call(measure, rig.device, model, batch_size, {**keys, "tracker.name": "none"})
         yield Row(f"{name}: bare loop, img/s", found["bare"])
         yield Row(f"{name}: augmentation, ms a step", 1000 * found["augment_s"])
         for key, label, limit in (
@@ -51,6 +62,20 @@ def check_throughput(rig: Rig) -> Iterator[Row]:
             ("ratio_loader", "trainer with its loader / from memory", OF_MEMORY),
         ):
             yield at_least(f"{name}: {label}", found[key], limit) if rig.is_cuda else Row(f"{name}: {label}", found[key])
+
+
+def why_not_compiled(device: str) -> str:
+    """Return the reason why nothing can be compiled on this machine, such as no C compiler; empty: there is none."""
+    import torch
+
+    from galaxydist.errors import EveryRankError
+    from galaxydist.models.performance import check_compiler
+
+    try:
+        check_compiler(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    except EveryRankError as error:
+        return str(error)
+    return ""
 
 
 def measure(device: str, model: str, batch_size: int, keys: dict[str, object]) -> dict[str, Any]:
@@ -72,7 +97,7 @@ def measure(device: str, model: str, batch_size: int, keys: dict[str, object]) -
     return found
 
 
-def idle_share(manifest: str, folder: str) -> float:
+def idle_share(manifest: str, folder: str, batch_size: int) -> float:
     """Train a ResNet-50 with the real loader, and return the share of ten steps in which no kernel runs."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -89,8 +114,9 @@ def idle_share(manifest: str, folder: str) -> float:
         take_step(self, *given)
 
     TrainLoop._step = profiled  # type: ignore[method-assign]
-    changes = {"data__image_size": 224, "train__batch_size": 96, "train__epochs": 1}
-    assert run_here(settings_of(long_epoch(manifest, folder, 96 * (PROFILED.stop + 5)), folder, "resnet50", changes)) == 0
+    changes = {"data__image_size": 224, "train__batch_size": batch_size, "train__epochs": 1}
+    epoch = long_epoch(manifest, folder, batch_size * (PROFILED.stop + 5))
+    assert run_here(settings_of(epoch, folder, "resnet50", changes)) == 0
     events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     kernels = [event.time_range for event in events if not event.is_user_annotation]
     return 1 - busy_time([(kernel.start, kernel.end) for kernel in kernels]) / (
@@ -204,23 +230,27 @@ def measure_launch(manifest: str, threads: int) -> dict[str, float]:
 
 def check_memory(rig: Rig) -> Iterator[Row]:
     """The planned memory against a run's, and ``train.micro_batch=auto`` on a GPU that is nearly full."""
+    card = rig.card_bytes if rig.is_cuda else 0
     model, changes = (
-        ("resnet50", {"data__image_size": 224, "train__batch_size": 128}) if rig.is_cuda else ("custom_cnn", REHEARSED_KEYS)
+        ("resnet50", {"data__image_size": 224, "train__batch_size": fitting(128, card, MEMORY_CARD)})
+        if rig.is_cuda
+        else ("custom_cnn", REHEARSED_KEYS)
     )
     manifest = str(rig.galaxies)
     found = rig.call(planned_memory, manifest, str(rig.new_folder()), model, {**changes, "train__epochs": 1 + rig.is_cuda})
-    yield Row(f"{model}: planned memory, GB", found["planned"])
+    yield Row(f"{model}, {changes['train__batch_size']} images: planned memory, GB", found["planned"])
     if rig.is_cuda:
         yield at_most(f"{model}: memory of a run / planned", found["used"] / found["planned"], 1.0)
         yield at_least(f"{model}: memory of a run / planned", found["used"] / found["planned"], 0.5)
     else:
         yield needs_cuda(f"{model}: memory of a run / planned", "the plan is of a GPU's memory")
-    large = {**changes, "train__batch_size": 192, "train__epochs": 3} if rig.is_cuda else {**changes, "train__epochs": 1}
-    found = rig.call(train_under_ballast, manifest, str(rig.new_folder()), model, {**large, "train__micro_batch": "auto"})
+    batch_size, left = fitting(192, card, MEMORY_CARD), min(BALLAST_LEAVES, card // 4)
+    larger = {"train__batch_size": batch_size, "train__epochs": 3} if rig.is_cuda else {"train__epochs": 1}
+    larger = {**changes, **larger, "train__micro_batch": "auto"}
+    found = rig.call(train_under_ballast, manifest, str(rig.new_folder()), model, larger, left)
     if rig.is_cuda:
-        yield at_most(
-            f"micro_batch=auto with {BALLAST_LEAVES >> 30} GiB beside its margin: galaxies in a pass", found["micro_batch"], 191
-        )
+        name = f"micro_batch=auto with {left / 2**30:.1f} GiB beside its margin: galaxies of {batch_size} in a pass"
+        yield at_most(name, found["micro_batch"], batch_size - 1)
     yield equal("micro_batch=auto: the run is finished", found["steps"] > 0, True)
 
 
@@ -251,8 +281,8 @@ def planned_memory(manifest: str, folder: str, model: str, changes: dict[str, ob
     return {"planned": planned.total / 1e9, "used": used + context}
 
 
-def train_under_ballast(manifest: str, folder: str, model: str, changes: dict[str, object]) -> dict[str, float]:
-    """Train with most of the GPU's memory taken; return the steps done and the micro-batch."""
+def train_under_ballast(manifest: str, folder: str, model: str, changes: dict[str, object], left: int) -> dict[str, float]:
+    """Train with all of the GPU's memory taken but ``left`` bytes and a margin; return the steps done and the micro-batch."""
     import torch
 
     from galaxydist.checkpoints import store
@@ -261,7 +291,7 @@ def train_under_ballast(manifest: str, folder: str, model: str, changes: dict[st
     ballast = None
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        ballast = torch.empty(free - BALLAST_LEAVES - round(MARGIN * total), dtype=torch.uint8, device="cuda")
+        ballast = torch.empty(free - left - round(MARGIN * total), dtype=torch.uint8, device="cuda")
     assert run_here(settings_of(manifest, folder, model, changes)) == 0
     del ballast
     found = store.load(Path(folder) / "run" / "checkpoints")

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from tests.gpu.bundle import MAX_BYTES, MISSING, PROVIDED, build_bundle
-
-pytestmark = pytest.mark.nightly
+from tests.gpu import missing
+from tests.gpu.bundle import MAX_BYTES, PROVIDED, build_bundle
 
 
 def is_online() -> bool:
@@ -19,6 +20,7 @@ def is_online() -> bool:
     return subprocess.run(command, capture_output=True, timeout=100, check=False).returncode == 0
 
 
+@pytest.mark.nightly
 def test_bundle_runs_in_an_environment_that_has_only_the_provided_libraries(tmp_path: Path) -> None:
     """The environment sees the libraries of this one one by one, as a machine has them that knows nothing of galaxydist."""
     if not is_online():
@@ -49,8 +51,31 @@ def bare_environment(folder: Path, hidden: set[str]) -> Path:
     return python
 
 
-def test_only_wheels_of_missing_libraries_are_named(tmp_path: Path) -> None:
-    for name in ("packaging-99.0-py3-none-any.whl", "no_such_library-1.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    done = subprocess.run([sys.executable, "-c", MISSING, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(tmp_path / "no_such_library-1.0-py3-none-any.whl")]
+def write_wheel(folder: Path, name: str, *needs: str) -> Path:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {text}" for text in needs)]
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", "\n".join(lines) + "\n")
+    return path
+
+
+def needed_wheels(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, missing.__file__, str(folder)], capture_output=True, text=True, check=False)
+
+
+def test_wheels_of_missing_and_of_unsuitable_libraries_are_needed(tmp_path: Path) -> None:
+    """Filelock is too old for the project, psutil for a wheel that is needed; pluggy would be for one that is not."""
+    needs = ("filelock>=999", "numpy>=2", "wandb>=999", "no_such_library", 'pluggy>9; extra=="x"')
+    needed = [write_wheel(tmp_path, name) for name in ("filelock", "psutil")]
+    needed += [write_wheel(tmp_path, "galaxydist", *needs), write_wheel(tmp_path, "no_such_library", "psutil==0.1")]
+    write_wheel(tmp_path, "pluggy")
+    write_wheel(tmp_path, "iniconfig", "pluggy>=999")
+    done = needed_wheels(tmp_path)
+    assert done.stdout.splitlines() == sorted(map(str, needed)), done.stderr
+
+
+def test_libraries_without_a_wheel_that_are_too_old_are_named(tmp_path: Path) -> None:
+    write_wheel(tmp_path, "galaxydist", "torch>=999", "no_such_library>=2", "numpy")
+    done = needed_wheels(tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"torch {version('torch')}, needed: >=999" in done.stderr and "no-such-library is missing, needed: >=2" in done.stderr

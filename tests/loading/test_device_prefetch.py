@@ -251,7 +251,7 @@ def test_prefetched_gpu_batches_equal_plain_copies(blobs: Path, pin: bool) -> No
     expected = read_plainly(blobs, 200)
     sums = []
     with (
-        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=1, pin=pin)) as reader,
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=1, pin=pin), draw=draw) as reader,
         DevicePrefetcher(reader, device) as feed,
     ):
         for batch in islice(feed, 200):
@@ -260,10 +260,11 @@ def test_prefetched_gpu_batches_equal_plain_copies(blobs: Path, pin: bool) -> No
             assert batch.positions_B.device.type == "cpu"
             # Work that is still queued when the batch is let go of, and memory for its results.
             weighted = batch.images_BHWC.double() * batch.weights_B[:, None, None, None]
-            sums.append((weighted.sum(), (weighted**2).sum(), batch.labels_B.sum()))
-    for found, batch in zip(sums, expected, strict=True):
+            sums.append((weighted.sum(), (weighted**2).sum(), batch.labels_B.sum(), batch.draws.clone()))
+    for (*found, draws_BN), batch in zip(sums, expected, strict=True):
         images = batch.images_BHWC.double()
         assert [value.item() for value in found] == [images.sum(), (images**2).sum(), batch.labels_B.sum()]
+        assert draws_BN.device.type == "cuda" and torch.equal(draws_BN.cpu(), batch.draws)
 
 
 @pytest.mark.gpu

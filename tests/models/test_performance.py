@@ -1,6 +1,7 @@
 """TensorFloat-32, channels last and torch.compile: switched as asked, the same numbers, the same names."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -236,3 +237,41 @@ def test_deterministic_algorithms_are_restored_and_set_the_workspace_of_cublas()
         deterministic_algorithms(True, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}),
     ):
         pass
+
+
+CUBLAS = (
+    "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or ..., but this operation is not "
+    "deterministic because it uses CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set "
+    "an environment variable before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8"
+)
+
+
+@pytest.mark.parametrize("text", [CUBLAS, "another error"])
+def test_workspace_that_was_chosen_before_is_told_with_a_remedy(text: str) -> None:
+    kind, match = (EveryRankError, "restart its kernel") if text == CUBLAS else (RuntimeError, text)
+    with pytest.raises(kind, match=match), deterministic_algorithms(True, {}):
+        raise RuntimeError(text)
+
+
+TWO_RUNS = """
+import os, torch
+from galaxydist.errors import EveryRankError
+from galaxydist.models.performance import deterministic_algorithms
+a = torch.ones(64, 64, device="cuda")
+a @ a
+try:
+    with deterministic_algorithms(True, os.environ):
+        a @ a
+except EveryRankError as error:
+    print(error)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_run_after_another_one_in_a_process_is_refused_or_exact() -> None:
+    """torch may also read the variable each time."""
+    environ = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run([sys.executable, "-c", TWO_RUNS], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" or "restart its kernel" in done.stdout

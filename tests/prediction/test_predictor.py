@@ -157,8 +157,8 @@ def test_inputs_that_are_no_images_are_refused(predictor: Any, tmp_path: Path, b
     for choice, message in (({"checkpoint": "first"}, "'first' is not one of best, last"), ({"tta": "d5"}, "one of none, d4")):
         with pytest.raises(UserError, match=message):
             galaxydist.load_predictor(blob_run.run_dir, **choice)
-    for device in ("gpu", "cuda:99"):
-        with pytest.raises(UserError, match="cannot be used"):
+    for device, message in (("gpu", "cannot be used"), ("cuda:99", "cannot be used"), ("mps", "computes on cpu or cuda")):
+        with pytest.raises(UserError, match=message):
             galaxydist.load_predictor(blob_run.run_dir, device=device)
     with pytest.raises(UserError, match="is not a run folder"):
         galaxydist.load_predictor(tmp_path)

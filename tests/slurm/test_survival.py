@@ -17,7 +17,7 @@ import torch
 from mini_cluster import MiniCluster
 
 from galaxydist.paths import PACKAGE_DIR
-from galaxydist.tracking.run_tracker import read_history
+from galaxydist.tracking.wandb_files import read_history
 from tests.helpers.alert_server import alert_server
 from tests.helpers.cluster_runs import ClusterRun, assert_equal_tensors, decisions, go_on, is_told
 from tests.helpers.mini_cluster import num_restarts, processes_left, submit, wait_for, wait_state

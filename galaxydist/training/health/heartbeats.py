@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from galaxydist.errors import first_line
+from galaxydist.errors import OneRankFailedError, first_line
 from galaxydist.rank_store import FAILURE_POLL_S, RankFailure, RankStore
 
 # Ranks, or groups of ranks, that a message describes one by one.
@@ -20,6 +20,8 @@ MAX_NAMED = 8
 # A rank that runs but sends nothing for this number of intervals, and at least this time, counts as silent.
 MIN_READINGS = 4
 MIN_OBSERVATION_S = 3.0
+# Seconds from the loss of the store to the end of the process: what has broken its connection may end it with a better message.
+LOST_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +194,14 @@ class HeartbeatStore:
         heartbeat: returns this rank's heartbeat for a serial number.
         interval_s: seconds between two heartbeats.
         peer_failed: called in the thread when another rank has failed.
+        store_lost: called in the thread when the store has been lost for ``LOST_S`` seconds, with the error.
     """
 
     ranks: RankStore
     heartbeat: Callable[[int], Heartbeat]
     interval_s: float
     peer_failed: Callable[[RankFailure], None]
+    store_lost: Callable[[OneRankFailedError], None]
 
     def __post_init__(self) -> None:
         # The main thread's command may be the one that hangs.
@@ -207,7 +211,7 @@ class HeartbeatStore:
         self._serial = 0
         self._requested = threading.Event()
         self._wake = threading.Event()
-        self._closing = False
+        self._closing = threading.Event()
         self._verdict: Verdict | None = None
         self._lost: Verdict | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
@@ -245,13 +249,13 @@ class HeartbeatStore:
 
     def close(self) -> None:
         """Send a last heartbeat and stop the thread."""
-        self._closing = True
+        self._closing.set()
         self._wake.set()
         self._thread.join(2.0)
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while not self._closing.is_set():
                 self._send()
                 if self._requested.is_set():
                     self._requested.clear()
@@ -260,6 +264,8 @@ class HeartbeatStore:
             self._send()
         except Exception as error:  # the store is gone; the type of the error depends on the backend
             self._lost = Verdict("lost", error=first_line(error))
+            if not self._closing.wait(LOST_S):
+                self.store_lost(self._ranks.lost(error))
 
     def _send(self) -> None:
         self._serial += 1
@@ -292,7 +298,7 @@ class HeartbeatStore:
     def _await_verdict(self, key: str) -> Verdict | None:
         """Return the verdict of the rank that requested first, or None if it does not finish."""
         for _ in range(2 * self._num_readings):
-            if self._closing:
+            if self._closing.is_set():
                 break
             if self._store.check([key]):
                 kind, _, num_living = self._store.get(key).decode().partition(" ")
@@ -311,7 +317,7 @@ class HeartbeatStore:
             self._wait()
             self._send()
             after = self._read()
-            if self._closing or not silent_ranks(before, after, self.world_size):
+            if self._closing.is_set() or not silent_ranks(before, after, self.world_size):
                 break
         return find_hang(before, after, self.world_size)
 

@@ -19,15 +19,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from galaxydist.distributed import World, write_flight_record
-from galaxydist.errors import EXIT_HUNG
-from galaxydist.rank_store import LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
+from galaxydist.errors import EXIT_FAILED, EXIT_HUNG, OneRankFailedError
+from galaxydist.rank_store import END_S, LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder
@@ -121,8 +121,8 @@ class HangGuard:
 START, VALIDATION, SAVING, EVALUATION = "start", "validation", "saving", "evaluation"
 # The time that a phase may take without a beat, in timeouts of a step, and the least of it in seconds.
 PHASES = {START: (3, 1800.0), VALIDATION: (3, 1800.0), SAVING: (3, 1800.0), EVALUATION: (6, 3600.0)}
-# The process exits after this time even if a hung file system or pipe blocks its report.
-REPORT_S = 20.0
+# A hung file system or pipe blocks the report for at most this time; most of it would be the wait for the stacks of others.
+REPORT_S = 12.0
 EXIT_WAIT_S = 5.0
 # Seconds for the event of a hang.
 TELL_S = 3.0
@@ -150,7 +150,7 @@ def collective_timeout(timeout_s: float) -> timedelta:
 
 
 def build_watchdog(
-    world: World, config: TrainConfig, folder: RunFolder, last_works: Sequence[LastWork], events: EventLog
+    world: World, config: TrainConfig, folder: RunFolder, last_works: Iterable[LastWork], events: EventLog
 ) -> "Watchdog":
     """Build the watchdog of a run."""
     return Watchdog(
@@ -174,7 +174,7 @@ class Watchdog:
         timeout_s: seconds without a beat in a step, on any rank, after which the run is ended; 0: only a failure ends it.
         store: messages to the other ranks; None for a single process.
         stacks_dir: folder of the stack dumps, such as ``rank-0003.txt``.
-        last_works: done before the process ends; they may be added to while it runs.
+        last_works: done before the process ends; they may change while it runs.
         allowances: seconds by phase; None: ``phase_allowances``.
         tell: called with the report of a hang and the steps done, on the rank that reports it.
     """
@@ -184,7 +184,7 @@ class Watchdog:
     timeout_s: float
     store: RankStore | None
     stacks_dir: Path
-    last_works: Sequence[LastWork] = ()
+    last_works: Iterable[LastWork] = ()
     allowances: Mapping[str, float] | None = None
     tell: Callable[[str, int | None], None] = lambda _text, _step: None
 
@@ -218,7 +218,9 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.store is not None:
             interval_s = min(max(self.timeout_s / 60, 0.1), 10.0) if self.timeout_s > 0 else 10.0
-            self._others = HeartbeatStore(self.store, self._heartbeat, interval_s, peer_failed=self._follow)
+            self._others = HeartbeatStore(
+                self.store, self._heartbeat, interval_s, peer_failed=self._follow, store_lost=self._end_alone
+            )
         if self.timeout_s > 0:
             self._stacks = StacksFile(self.stacks_dir, self.rank)
             self._guard = HangGuard(
@@ -248,9 +250,12 @@ class Watchdog:
 
     @property
     def _allowed_s(self) -> float:
-        """Seconds that the phase may take without a beat; the first step is a part of the start."""
-        allowed_s = self._allowances.get(self._beat.phase, self.timeout_s)
-        return max(allowed_s, self._allowances[START]) if self._beat.step == self._first_step else allowed_s
+        return self._allowance_of(self._beat)
+
+    def _allowance_of(self, beat: Beat | Heartbeat) -> float:
+        """Return the seconds that a phase may take without a beat; all ranks have the same first step, a part of the start."""
+        allowed_s = self._allowances.get(beat.phase, self.timeout_s)
+        return max(allowed_s, self._allowances[START]) if beat.step == self._first_step else allowed_s
 
     def _heartbeat(self, serial: int) -> Heartbeat:
         beat = self._beat
@@ -332,16 +337,22 @@ class Watchdog:
         report: list[LastWork] = [(lambda: _write(str(failure)), REPORT_S)] if self.rank == 0 else []
         self._leave(failure.code, [*report, *self.last_works, (self.store.wait_until_seen, SEEN_S)])
 
-    def _leave(self, code: int, works: Sequence[LastWork]) -> NoReturn:
+    def _end_alone(self, error: OneRankFailedError) -> NoReturn:
+        """Leave because no other rank can be asked any more."""
+        self._leave(EXIT_FAILED, [(lambda: _write(f"rank {self.rank} ends: {error}"), REPORT_S), *self.last_works])
+
+    def _leave(self, code: int, works: Iterable[LastWork]) -> NoReturn:
         if self.timeout_s > 0:
-            self._guard.feed(sum(seconds for _, seconds in works) + REPORT_S)
+            self._guard.feed(2 * END_S)
         end_process(code, works)
 
     def _message(self, verdict: Verdict) -> str | None:
-        setting = f"train.hang_timeout={self.timeout_s:g}"
-        if self._allowed_s != self.timeout_s:
-            phase = "the first step" if self._beat.step == self._first_step else self._beat.phase
-            setting += f", which allows {phase} {self._allowed_s:g} s"
+        behind = verdict.hang.heartbeats.get(verdict.hang.behind[0]) if verdict.hang is not None else None
+        longest = behind or self._beat  # the rank that reports may itself wait in a shorter phase
+        setting, allowed_s = f"train.hang_timeout={self.timeout_s:g}", self._allowance_of(longest)
+        if allowed_s != self.timeout_s:
+            phase = "the first step" if longest.step == self._first_step else longest.phase
+            setting += f", which allows {phase} {allowed_s:g} s"
         if verdict.hang is not None:
             return verdict.hang.message(setting=setting, stacks=str(self.stacks_dir / "rank-*.txt"), now=time.time())
         if verdict.kind == "lost":

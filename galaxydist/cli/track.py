@@ -1,0 +1,110 @@
+"""``galaxydist track``: send run folders to wandb, trackio or TensorBoard, at any time and from any machine."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from galaxydist.cli.options import Commands, add_command, add_group, local_path
+from galaxydist.errors import EXIT_FAILED, UserError
+
+EPILOG = """examples:
+  galaxydist track push runs/vit-0123abcd             one run to wandb; without a key or a network as offline files
+  galaxydist track push runs/galaxy10 --watch         a sweep, followed until its last run ends: on a login node
+  galaxydist track push runs --to tensorboard         event files in each run's folder
+"""
+# Seconds between two questions to SLURM.
+SLURM_S = 60.0
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``track`` with its subcommands."""
+    _add_push(add_group(commands, "track", "send runs to wandb, trackio or TensorBoard"))
+
+
+def _add_push(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "push",
+        run_push,
+        "send run folders to a tracker",
+        description="Send what run folders hold to a tracker: runs that run, were stopped, crashed or are finished. What the "
+        "tracker has already is not sent again, so that the command may be repeated. A run that sends itself is left out until "
+        "it ends.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN|SWEEP", help="run folders, and folders of run folders")
+    parser.add_argument(
+        "--to",
+        choices=("wandb", "trackio", "tensorboard"),
+        default="wandb",
+        metavar="TRACKER",
+        help="wandb, trackio or tensorboard (default: %(default)s)",
+    )
+    parser.add_argument("--watch", action="store_true", help="follow runs that are going on, until the last one ends or Ctrl-C")
+    parser.add_argument("--project", metavar="NAME", help="project (default: each run's tracker.project)")
+    parser.add_argument("--entity", metavar="NAME", help="team or user of wandb (default: each run's tracker.entity)")
+    parser.add_argument(
+        "--mode", choices=("auto", "online", "offline"), help="of wandb; auto: online if there is an API key and a network"
+    )
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    from galaxydist.tracking.push import PushOptions, push_runs, watch_runs
+
+    options = PushOptions(arguments.to, os.environ, arguments.project, arguments.entity, arguments.mode)
+    find_targets(arguments.runs)
+    if arguments.watch:
+        report = watch_runs(lambda: find_targets(arguments.runs), _going_by_slurm(arguments.runs), options, print_line)
+    else:
+        report = push_runs(find_targets(arguments.runs), options, print_line)
+    for line in report.skipped.values():
+        print_line(line)
+    for line in report.failed.values():
+        print(f"galaxydist: not sent: {line}", file=sys.stderr, flush=True)
+    return EXIT_FAILED if report.failed else 0
+
+
+def print_line(text: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def find_targets(folders: list[Path]) -> list[Path]:
+    """Return the run folders at and below folders.
+
+    Raises:
+        UserError: a folder does not exist, or holds no run.
+    """
+    from galaxydist.runs.listing import find_runs
+
+    runs: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}. Give a run folder, or a folder of runs such as runs.")
+        found = find_runs(folder)
+        if not found:
+            raise UserError(f"{folder} contains no run, down to two levels. Give a run folder or a folder of runs.")
+        runs |= dict.fromkeys(found)
+    return list(runs)
+
+
+def _going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
+    """Return a function that tells if a run runs here or waits or runs as a job; SLURM is asked once in a while."""
+    from galaxydist.cluster.status import read_overview
+    from galaxydist.runs.folder import RunFolder
+    from galaxydist.tracking.push import has_end, is_running
+
+    asked_at, active = -SLURM_S, set[Path]()
+
+    def is_going(run: Path) -> bool:
+        nonlocal asked_at, active
+        if time.monotonic() - asked_at > SLURM_S:
+            statuses = read_overview(folders).runs
+            active = {status.run for status in statuses if status.group in ("running", "pending", "unknown")}
+            asked_at = time.monotonic()
+        return not has_end(RunFolder(run)) and (run in active or is_running(RunFolder(run)))
+
+    return is_going

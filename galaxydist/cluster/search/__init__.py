@@ -1,0 +1,1 @@
+"""Searches: sweeps whose runs, the trials, get their values when they start."""

@@ -1,0 +1,243 @@
+"""Sends run folders to a tracker from elsewhere: crashed, finished and old runs, and those that run without internet."""
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Collection, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from galaxydist.errors import UserError, first_line
+from galaxydist.recipe.schema import TrackerConfig
+from galaxydist.runs.folder import RunFolder, TrackerName
+from galaxydist.runs.lock import STALE_SECONDS, is_alive, pid_space, read_owner
+from galaxydist.tracking.follower import Destination, Follower, last_contact, tracker_run_id
+from galaxydist.tracking.run_tracker import exclusive
+
+LOG = logging.getLogger(__name__)
+
+# Seconds between two looks at the run folders of a watch.
+INTERVAL_S = 3.0
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Tracker and settings of a push.
+
+    Args:
+        name: of the tracker.
+        environ: the process's environment.
+        project, entity, mode: of the tracker, instead of each run's own; None: the run's.
+    """
+
+    name: TrackerName
+    environ: MutableMapping[str, str]
+    project: str | None = None
+    entity: str | None = None
+    mode: str | None = None
+
+    def destination(self, folder: RunFolder) -> Destination:
+        """Return the tracker of one run, with the settings of its recipe where the options say nothing.
+
+        Raises:
+            UserError: recipe.json is missing or damaged.
+        """
+        recipe = folder.read_recipe().recipe
+        given = {"project": self.project, "entity": self.entity, "mode": self.mode}
+        stored = {name: recipe.get(f"tracker.{name}") for name in given} | {"tags": tuple(recipe.get("tracker.tags") or ())}
+        values = stored | {name: value for name, value in given.items() if value is not None}
+        values = {name: value for name, value in values.items() if value is not None}
+        return Destination(self.name, TrackerConfig(**values), self.environ)
+
+
+@dataclass
+class PushReport:
+    """Outcome of a push: a line for each run.
+
+    Args:
+        sent: that was sent.
+        skipped: that its own tracker sends, or that has nothing yet.
+        failed: that could not be sent.
+    """
+
+    sent: dict[Path, str] = field(default_factory=dict)
+    skipped: dict[Path, str] = field(default_factory=dict)
+    failed: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> set[Path]:
+        return {*self.sent, *self.failed}
+
+
+class SelfSendingError(UserError):
+    """A run that is going on and sends itself to the tracker."""
+
+
+def has_end(folder: RunFolder) -> bool:
+    """Return True if nothing more comes: the run has its result, or a search has ended it."""
+    return folder.is_finished or folder.is_pruned
+
+
+def is_running(folder: RunFolder) -> bool:
+    """Return True if a process holds the run folder: by its process on this machine, else by its heartbeat."""
+    owner = read_owner(folder.lock_path)
+    if owner is None:
+        return False
+    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
+        return is_alive(owner)
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - folder.lock_path.stat().st_mtime < STALE_SECONDS
+    return False
+
+
+class Pusher:
+    """Sends one run, once or for as long as it goes on. A context manager, which closes the tracker's program.
+
+    Args:
+        folder: the run folder.
+        options: how it is sent.
+        with_alerts: alert of new events.
+
+    Raises:
+        UserError: the run cannot be sent: it has no recipe, or its own tracker or another push is at work.
+    """
+
+    def __init__(self, folder: RunFolder, options: PushOptions, *, with_alerts: bool = False) -> None:
+        from filelock import Timeout
+
+        destination = options.destination(folder)
+        self.folder = folder
+        self.name = options.name
+        self._stack = contextlib.ExitStack()
+        try:
+            self._stack.enter_context(exclusive(folder, options.name, waits=False))
+        except Timeout:
+            raise UserError(f"{folder} is being sent to {options.name} by another process: try again when it is done") from None
+        try:
+            self.check()
+            run_id, since = tracker_run_id(folder), last_contact(folder, options.name)
+            self._follower = Follower(folder, destination, run_id, alerts_since=since if with_alerts else None)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def check(self) -> None:
+        """Raise SelfSendingError if the run is going on and sends itself: two writers of one id would collide."""
+        if is_running(self.folder) and self.folder.read_recipe().recipe.get("tracker.name") == self.name:
+            raise SelfSendingError(f"{self.folder} is running and sends itself (tracker.name={self.name}): left out")
+
+    def send(self) -> None:
+        """Send what is new."""
+        self.check()
+        self._follower.send()
+
+    def close(self) -> str:
+        """Send the rest and return a line that says where the run is."""
+        with self._stack:
+            location = self._follower.close(is_finished=has_end(self.folder))
+        rows = self._follower.num_rows
+        return f"{self.folder}: {rows} {'row' if rows == 1 else 'rows'} sent; {location}"
+
+    def abandon(self) -> None:
+        """Close the tracker's program after an error."""
+        with self._stack, contextlib.suppress(Exception):
+            self._follower.sink.abandon()
+
+
+class Push:
+    """Sends several runs; one that cannot be sent does not keep the others from it.
+
+    Args:
+        options: how they are sent.
+        with_alerts: alert of new events.
+        log: is called with a line for each run that was sent.
+    """
+
+    def __init__(self, options: PushOptions, *, with_alerts: bool = False, log: Callable[[str], None] = LOG.info) -> None:
+        self.report = PushReport()
+        self._options, self._with_alerts, self._log = options, with_alerts, log
+        self._open: dict[Path, Pusher] = {}
+
+    def update(self, runs: Sequence[Path], going: Collection[Path]) -> None:
+        """Send what is new of each run, and close those that are not going on."""
+        for run in runs:
+            if run not in going and run in self.report.done:
+                continue
+            try:
+                if (pusher := self._pusher(run)) is not None:
+                    pusher.send()
+                    if run not in going:
+                        self._close(run)
+            except SelfSendingError as error:
+                self._abandon(run)
+                self.report.skipped[run] = str(error)
+            except Exception as error:  # of any tracker's program
+                self._abandon(run)
+                self.report.failed[run] = f"{run}: {first_line(error)}"
+
+    def close(self) -> None:
+        """Close all runs that are still open."""
+        for run in list(self._open):
+            try:
+                self._close(run)
+            except Exception as error:  # as above
+                self._abandon(run)
+                self.report.failed[run] = f"{run}: {first_line(error)}"
+
+    def _pusher(self, run: Path) -> Pusher | None:
+        if run not in self._open:
+            folder = RunFolder(run)
+            if not folder.metrics_path.exists():
+                self.report.skipped[run] = f"{run}: there is nothing to send yet"
+                return None
+            self._open[run] = Pusher(folder, self._options, with_alerts=self._with_alerts)
+            self.report.skipped.pop(run, None)
+        return self._open[run]
+
+    def _close(self, run: Path) -> None:
+        line = self._open[run].close()
+        del self._open[run]
+        self.report.sent[run] = line
+        self._log(line)
+
+    def _abandon(self, run: Path) -> None:
+        if (pusher := self._open.pop(run, None)) is not None:
+            pusher.abandon()
+
+
+def push_runs(runs: Sequence[Path], options: PushOptions, log: Callable[[str], None] = LOG.info) -> PushReport:
+    """Send each run once."""
+    push = Push(options, log=log)
+    push.update(runs, ())
+    return push.report
+
+
+def watch_runs(
+    find_runs: Callable[[], Sequence[Path]],
+    is_going: Callable[[Path], bool],
+    options: PushOptions,
+    log: Callable[[str], None] = LOG.info,
+) -> PushReport:
+    """Send runs, and follow those that are going on until the last one ends or Ctrl-C.
+
+    Args:
+        find_runs: returns the runs; it is asked again and again, since a sweep may get more.
+        is_going: returns True for a run that runs or waits for its start.
+        options: how they are sent.
+        log: is called with a line for each run whose end was sent.
+    """
+    push = Push(options, with_alerts=True, log=log)
+    try:
+        while True:
+            runs = find_runs()
+            going = {run for run in runs if is_going(run)}
+            push.update(runs, going)
+            if not going:
+                break
+            time.sleep(INTERVAL_S)
+    except KeyboardInterrupt:
+        log("The watch ends here; the same command goes on.")
+    finally:
+        push.close()
+    return push.report

@@ -1,0 +1,204 @@
+"""Facts of a run for trackers, beside its rows: name, group, recipe, data set; at its end results, figures and the model."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from galaxydist.atomic_files import read_json
+from galaxydist.errors import UserError
+from galaxydist.recipe.schema import TrackerConfig
+from galaxydist.runs.events import Event
+from galaxydist.runs.folder import BEST, LATEST, ORIGIN_KEY, RunFolder, read_newest_state
+from galaxydist.runs.listing import JOBS_FILE, label_of, sweep_of
+from galaxydist.runs.metrics_file import read_tail_records
+from galaxydist.shards.manifest import Manifest
+from galaxydist.tracking.sink import RunEnd, RunInfo
+
+_URL = re.compile(r"([a-z][a-z0-9+]*://)(?:[^/@\s]*@)?([^?#\s]*)[^\s]*", re.IGNORECASE)
+# What a start says of itself, of which the last one counts.
+_START_FACTS = ("world_size", "device", "devices", "cores", "hosts", "precision")
+# Key of the recipe's plain values that holds what is known of the run itself.
+FACTS_KEY = "run"
+
+
+def build_info(folder: RunFolder, config: TrackerConfig, run_id: str, dataset: Mapping[str, Any] | None = None) -> RunInfo:
+    """Return what a tracker is told when it is opened.
+
+    Args:
+        folder: a run folder with a recipe.
+        config: the tracker's settings.
+        run_id: the tracker's id of the run.
+        dataset: from ``describe_dataset``; None: what the run folder says.
+
+    Raises:
+        UserError: recipe.json is damaged.
+    """
+    recipe = folder.read_recipe().recipe
+    values = nested(recipe)
+    values[FACTS_KEY] = {**values.get(FACTS_KEY, {}), **read_facts(folder, [])}
+    sweep = sweep_of(folder.path)
+    return RunInfo(
+        run_id=run_id,
+        name=(label_of(folder.path) if sweep else "") or folder.path.absolute().name,
+        group=sweep,
+        job_type=str(recipe.get("name", "")),
+        project=config.project,
+        entity=config.entity,
+        tags=tuple(config.tags),
+        config=values,
+        dataset=dict(dataset) if dataset else stored_dataset(folder),
+        folder=folder.path,
+    )
+
+
+def nested(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of dotted keys as nested ones, without the secrets that a URL may hold."""
+    values: dict[str, Any] = {}
+    for key, value in recipe.items():
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = without_secrets(value)
+    values.get("tracker", {}).pop("webhook", None)
+    return values
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a value in which URLs have neither a password nor a query, which may hold a token."""
+    return _URL.sub(r"\1\2", value) if isinstance(value, str) else value
+
+
+def describe_dataset(manifest: Manifest) -> dict[str, Any]:
+    """Return what a tracker is told of a data set: its hash, sizes, licence and citation, and no image."""
+    return {
+        "name": manifest.dataset,
+        "variant": manifest.variant,
+        "manifest_hash": manifest.hash,
+        "manifest": without_secrets(manifest.location),
+        "class_names": list(manifest.class_names),
+        "encoding": manifest.encoding,
+        "image_size": manifest.image_size,
+        "splits": {
+            name: {"galaxies": split.num_samples, "shards": split.num_shards, "bytes": split.num_bytes}
+            for name, split in manifest.splits.items()
+        },
+        **(manifest.origin.to_dict() if manifest.origin is not None else {}),
+    }
+
+
+def stored_dataset(folder: RunFolder) -> dict[str, Any]:
+    """Return what a run folder says of its data set, without the shards, which may be gone."""
+    recipe = folder.read_recipe().recipe
+    trained_on = (read_newest_state(folder.checkpoints_dir) or {}).get("data", {})
+    known = {
+        "name": recipe.get("data.dataset"),
+        "variant": recipe.get("data.variant"),
+        "manifest_hash": trained_on.get("manifest_hash"),
+        "class_names": trained_on.get("class_names"),
+        **_evaluated_data(folder),
+        **((folder.read_result() or {}).get(ORIGIN_KEY) or {}),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _evaluated_data(folder: RunFolder) -> dict[str, Any]:
+    """Return name and variant of the shards as the evaluation knows them: the recipe may name others than data.manifest."""
+    content = _read_object(folder.evaluation_dir / "test.json")
+    return {
+        key: content[name] for key, name in (("name", "dataset"), ("variant", "variant")) if isinstance(content.get(name), str)
+    }
+
+
+def read_facts(folder: RunFolder, events: Sequence[Event]) -> dict[str, Any]:
+    """Return facts of a run that its recipe does not hold: parameters, world size, devices, jobs, restarts, commit.
+
+    Args:
+        folder: the run folder.
+        events: of the run, oldest first.
+    """
+    starts = [event for event in events if event.kind == "start"]
+    details = starts[-1].details if starts else {}
+    facts = {**_read_object(folder.facts_path), **{name: details[name] for name in _START_FACTS if details.get(name) is not None}}
+    jobs = [str(job["job_id"]) for job in read_tail_records(folder.path / JOBS_FILE) if "job_id" in job]
+    if jobs:
+        facts["jobs"] = list(dict.fromkeys(jobs))
+    if starts:
+        facts["restarts"] = len(starts) - 1
+    return facts
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path) if path.exists() else {}
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def build_end(folder: RunFolder, info: RunInfo, exit_code: int, events: Sequence[Event]) -> RunEnd:
+    """Return what a tracker is told at the end of a run, or of a start of it.
+
+    Args:
+        folder: the run folder.
+        info: that the tracker was opened with.
+        exit_code: 0 if nothing more comes: the run has its result, or a search has ended it; else 1.
+        events: of the run, oldest first.
+    """
+    facts = read_facts(folder, events)
+    result = folder.read_result() or {}
+    if exit_code != 0 or not result:  # a run that a search has ended has no result either
+        return RunEnd(exit_code, {}, events=events, facts=facts)
+    summary = {name: value for name, value in result.items() if name != "step" and isinstance(value, int | float)}
+    model = _evaluated_checkpoint(folder)
+    return RunEnd(
+        exit_code,
+        summary,
+        figures={_name_of(path): path for path in sorted(folder.evaluation_dir.rglob("*.png"))},
+        pages={_name_of(path): path for path in sorted(folder.evaluation_dir.rglob("*-gallery.html"))},
+        model=model,
+        model_card=describe_model(info, summary, facts) if model is not None else "",
+        events=events,
+        facts=facts,
+    )
+
+
+def _name_of(path: Path) -> str:
+    """Return a name such as ``test/confusion`` for ``test-confusion.png``."""
+    return path.stem.replace("-", "/", 1)
+
+
+def _evaluated_checkpoint(folder: RunFolder) -> Path | None:
+    for pointer in (BEST, LATEST):
+        try:
+            path = folder.checkpoints_dir / (folder.checkpoints_dir / pointer).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if path.is_dir():
+            return path
+    return None
+
+
+def describe_model(info: RunInfo, summary: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+    """Return a card of the trained model in Markdown: architecture, data set with licence and citation, results."""
+    model, data = info.config.get("model", {}), info.dataset
+    rows = {
+        "architecture": model.get("name"),
+        "parameters": f"{facts['parameters']:,}" if isinstance(facts.get("parameters"), int) else None,
+        "recipe": info.job_type,
+        "seed": info.config.get("seed"),
+        "data set": f"{data.get('name', 'unknown')} ({data.get('variant', 'unknown')})",
+        "manifest (SHA-256)": data.get("manifest_hash"),
+        "licence of the data": data.get("licence", "not stated"),
+        "citation of the data": " ".join(str(data["citation"]).split()) if data.get("citation") else None,
+        "source of the data": without_secrets(data.get("url")),
+        "commit": facts.get("commit"),
+    }
+    lines = [f"# {info.name}", "", "Galaxy morphology classifier, trained with galaxydist.", ""]
+    lines += [f"- {name}: {value}" for name, value in rows.items() if value is not None]
+    if summary:
+        lines += ["", "| metric | value |", "|---|---|", *(f"| {name} | {value:.6g} |" for name, value in summary.items())]
+    if class_names := data.get("class_names"):
+        lines += ["", "Classes, in the order of the model's outputs: " + ", ".join(class_names) + "."]
+    return "\n".join(lines) + "\n"
