@@ -225,21 +225,23 @@ def read_run_hours(
     told = [start for start in starts if start.events]
     first_step = min((start.first.step or 0 for start in told if start.first is not None), default=math.inf)
     begins = [start.began for start in told if start.began is not None]
-    is_old = [not start.events and (not begins or (start.ended or start.began or 0.0) <= min(begins)) for start in starts]
-    found: list[StartHours] = []
-    old = [start for start, before in zip(starts, is_old, strict=True) if before]
-    if old or (log.points(0, first_step) or log.parts(0, first_step)):
-        found += _old_hours(old, log, first_step, notes)
-    new = [start for start, before in zip(starts, is_old, strict=True) if not before]
+    has_old = bool(log.parts(0, first_step))  # steps of a version that wrote no events
+    old = [
+        start
+        for start in starts
+        if has_old and not start.events and (not begins or (start.ended or start.began or 0.0) <= min(begins))
+    ]
+    found = _old_hours(old, log, first_step, notes) if has_old else []
+    new = [start for start in starts if start not in old]
     devices = next((start.devices() for start in new if start.devices()), log.devices())
     for number, (start, later) in enumerate(zip(new, _later_facts(folder, new), strict=True)):
         times = [at for _, at in _points_of(start, log, later)]
-        end = _end_of(start, times, folder, now if number == len(new) - 1 else None)
-        hours = _hours_of(start, log, later, end)
-        if hours is None:
-            notes.append(f"start {start.start or number + 1}: neither its begin nor its end is known; it is not counted")
-            continue
-        found.append(replace(hours, devices=hours.devices or devices))
+        hours = _hours_of(start, log, later, _end_of(start, times, folder, now if number == len(new) - 1 else None))
+        if hours is None or not (hours.devices or devices):
+            lacking = "its begin or its end is" if hours is None else "its devices are"
+            notes.append(f"start {start.start or number + 1} is not counted: {lacking} unknown")
+        else:
+            found.append(replace(hours, devices=hours.devices or devices))
     return RunHours(run, name, tuple(found), tuple(notes))
 
 
