@@ -360,7 +360,7 @@ def _fit(parts: Mapping[str, float], total: float) -> dict[str, float]:
 def _end_of(start: _Start, times: Sequence[float], folder: RunFolder, now: float | None) -> float | None:
     """Return the end of a start: as it was recorded, else this moment if it still runs, else its last sign of life."""
     if start.ended is not None:
-        return start.ended
+        return max(start.ended, *times) if times else start.ended  # accounting leaves out fractions of a second
     if now is not None and (_is_running(folder) or start.allocation is not None):
         return now
     signs = [*times, *(event.time for event in start.events)]
