@@ -47,7 +47,10 @@ def _add_push(commands: Commands) -> None:
     parser.add_argument("--project", metavar="NAME", help="project (default: each run's tracker.project)")
     parser.add_argument("--entity", metavar="NAME", help="team or user of wandb (default: each run's tracker.entity)")
     parser.add_argument(
-        "--mode", choices=("auto", "online", "offline"), help="of wandb; auto: online if there is an API key and a network"
+        "--mode",
+        choices=("auto", "online", "offline"),
+        default="auto",
+        help="of wandb (default: auto, which is online if there is an API key and a network)",
     )
 
 

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
@@ -14,6 +14,7 @@ from galaxydist.tracking.run_info import build_end, build_info
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.sink import RunInfo, Sink
 
+WandbMode = Literal["online", "offline"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 
 
@@ -31,6 +32,13 @@ class Destination:
     config: TrackerConfig
     environ: MutableMapping[str, str]
 
+    @property
+    def wandb_mode(self) -> WandbMode:
+        """Mode in which wandb would be opened now."""
+        from galaxydist.tracking.wandb_sink import choose_wandb_mode
+
+        return self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
+
     def open(self, info: RunInfo) -> Sink:
         """Open the tracker's program for a run.
 
@@ -39,10 +47,9 @@ class Destination:
         """
         try:
             if self.name == "wandb":
-                from galaxydist.tracking.wandb_sink import WandbSink, choose_wandb_mode
+                from galaxydist.tracking.wandb_sink import WandbSink
 
-                mode = self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
-                return WandbSink(info, mode, self.environ)
+                return WandbSink(info, self.wandb_mode, self.environ)
             raise UserError(f"there is no tracker {self.name} yet; use wandb")
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("galaxydist"):

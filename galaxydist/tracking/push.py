@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from galaxydist.errors import UserError, first_line
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder, TrackerName
 from galaxydist.runs.lock import STALE_SECONDS, is_alive, pid_space, read_owner
 from galaxydist.tracking.follower import Destination, Follower, last_contact, tracker_run_id
+from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.run_tracker import exclusive
+from galaxydist.tracking.wandb_files import has_ended, offline_files, stored_step
 
 LOG = logging.getLogger(__name__)
 
@@ -28,14 +31,15 @@ class PushOptions:
     Args:
         name: of the tracker.
         environ: the process's environment.
-        project, entity, mode: of the tracker, instead of each run's own; None: the run's.
+        project, entity: of the tracker, instead of each run's own; None: the run's.
+        mode: of wandb; the runs' own is that of the nodes on which they ran.
     """
 
     name: TrackerName
     environ: MutableMapping[str, str]
     project: str | None = None
     entity: str | None = None
-    mode: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
 
     def destination(self, folder: RunFolder) -> Destination:
         """Return the tracker of one run, with the settings of its recipe where the options say nothing.
@@ -44,11 +48,11 @@ class PushOptions:
             UserError: recipe.json is missing or damaged.
         """
         recipe = folder.read_recipe().recipe
-        given = {"project": self.project, "entity": self.entity, "mode": self.mode}
+        given = {"project": self.project, "entity": self.entity}
         stored = {name: recipe.get(f"tracker.{name}") for name in given} | {"tags": tuple(recipe.get("tracker.tags") or ())}
         values = stored | {name: value for name, value in given.items() if value is not None}
         values = {name: value for name, value in values.items() if value is not None}
-        return Destination(self.name, TrackerConfig(**values), self.environ)
+        return Destination(self.name, TrackerConfig(**values, mode=self.mode), self.environ)
 
 
 @dataclass
@@ -91,6 +95,21 @@ def is_running(folder: RunFolder) -> bool:
     return False
 
 
+def is_stored_offline(folder: RunFolder) -> bool:
+    """Return True if wandb's offline files, or what was sent of them, hold all that a run has now."""
+    state = folder.read_tracker()
+    run_id, has_ended_now = state.get("run_id"), has_end(folder)
+    if run_id is None or state.get("is_complete") != has_ended_now:
+        return False
+    if folder.is_finished and folder.result_path.stat().st_mtime > folder.tracker_file("wandb").stat().st_mtime:
+        return False
+    files = offline_files(folder.path, run_id)
+    if files and not has_ended(files[-1]):
+        return False
+    step = max(state.get("stored_step", 0), stored_step(folder.path, run_id))
+    return not any(row.step > step for row in RunReader(folder).read(has_ended=has_ended_now))
+
+
 class Pusher:
     """Sends one run, once or for as long as it goes on. A context manager, which closes the tracker's program.
 
@@ -109,6 +128,7 @@ class Pusher:
         destination = options.destination(folder)
         self.folder = folder
         self.name = options.name
+        self._follower: Follower | None = None
         self._stack = contextlib.ExitStack()
         try:
             self._stack.enter_context(exclusive(folder, options.name, waits=False))
@@ -116,8 +136,10 @@ class Pusher:
             raise UserError(f"{folder} is being sent to {options.name} by another process: try again when it is done") from None
         try:
             self.check()
-            run_id, since = tracker_run_id(folder), last_contact(folder, options.name)
-            self._follower = Follower(folder, destination, run_id, alerts_since=since if with_alerts else None)
+            is_offline = options.name == "wandb" and destination.wandb_mode == "offline"
+            if not (is_offline and not with_alerts and is_stored_offline(folder)):
+                run_id, since = tracker_run_id(folder), last_contact(folder, options.name)
+                self._follower = Follower(folder, destination, run_id, alerts_since=since if with_alerts else None)
         except BaseException:
             self._stack.close()
             raise
@@ -130,10 +152,14 @@ class Pusher:
     def send(self) -> None:
         """Send what is new."""
         self.check()
-        self._follower.send()
+        if self._follower is not None:
+            self._follower.send()
 
     def close(self) -> str:
         """Send the rest and return a line that says where the run is."""
+        if self._follower is None:
+            self._stack.close()
+            return f"{self.folder}: nothing new; wandb: offline, in {self.folder.path / 'wandb'}"
         with self._stack:
             location = self._follower.close(is_finished=has_end(self.folder))
         rows = self._follower.num_rows
@@ -142,7 +168,8 @@ class Pusher:
     def abandon(self) -> None:
         """Close the tracker's program after an error."""
         with self._stack, contextlib.suppress(Exception):
-            self._follower.sink.abandon()
+            if self._follower is not None:
+                self._follower.sink.abandon()
 
 
 class Push:

@@ -6,9 +6,8 @@ import logging
 import netrc
 import shlex
 import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -70,29 +69,30 @@ class WandbSink:
         known_step = known.get("stored_step", 0) if known.get("run_id") == info.run_id else 0
         self.stored_step = max(known_step, stored_step(info.folder, info.run_id))
         logging.getLogger("asyncio").addFilter(_is_no_lost_connection)
-        with _without_webhook():
-            self._run = wandb.init(
-                project=info.project,
-                entity=info.entity,
-                tags=list(info.tags) or None,
-                group=info.group,
-                job_type=info.job_type or None,
-                mode=mode,
-                dir=str(info.folder),
-                id=info.run_id,
-                name=info.name,
-                resume="allow",
-                reinit="create_new",
-                config=dict(info.config),
-                settings=wandb.Settings(
-                    silent=True,
-                    init_timeout=INIT_S,
-                    console="off",
-                    disable_git=True,  # of the current folder, which need not be the code's
-                    x_disable_stats=True,  # they see this node only; system/NODE/... has all
-                    x_save_requirements=False,
-                ),
-            )
+        self._run = wandb.init(
+            project=info.project,
+            entity=info.entity,
+            tags=list(info.tags) or None,
+            group=info.group,
+            job_type=info.job_type or None,
+            mode=mode,
+            dir=str(info.folder),
+            id=info.run_id,
+            name=info.name,
+            resume="allow",
+            reinit="create_new",
+            config=dict(info.config),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=INIT_S,
+                console="off",
+                disable_git=True,  # of the current folder, which need not be the code's
+                x_disable_meta=True,  # the command line may hold secrets
+                x_disable_machine_info=True,
+                x_disable_stats=True,  # they see this node only; system/NODE/... has all
+                x_save_requirements=False,
+            ),
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if mode == "online":
@@ -270,17 +270,6 @@ def _image_of(galaxy: TrackedGalaxy, left: int) -> tuple[Any, int]:
 
 def _artifact_name(text: str) -> str:
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in text)[:128]
-
-
-@contextlib.contextmanager
-def _without_webhook() -> Iterator[None]:
-    """Hide the webhook's address, a secret, while wandb reads the command line, which it sends."""
-    arguments = sys.argv
-    sys.argv = [argument for argument in arguments if not argument.startswith("tracker.webhook=")]
-    try:
-        yield
-    finally:
-        sys.argv = arguments
 
 
 def _is_no_lost_connection(record: logging.LogRecord) -> bool:
