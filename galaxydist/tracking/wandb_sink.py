@@ -204,6 +204,7 @@ class WandbSink:
 
     def _send_model(self, end: RunEnd) -> None:
         import wandb
+
         from galaxydist.evaluation.evaluator import save_weights
 
         folder = self._data_dir.parent / "model"
@@ -289,7 +290,6 @@ def _is_no_lost_connection(record: logging.LogRecord) -> bool:
 def end_service() -> None:
     """Kill wandb's process, if this one started it: at exit, wandb would wait for it without a limit."""
     import psutil
-
     import wandb
 
     for child in psutil.Process().children():

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError, first_line
-from galaxydist.tracking.wandb_sink import has_wandb_key, is_reachable, wandb_address
+from galaxydist.tracking.run_info import FACTS_KEY
+from galaxydist.tracking.wandb_sink import end_service, has_wandb_key, is_reachable, wandb_address
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
-FACTS_KEY = "run"
 FILE = "wandb-workspace.json"
 NAME = "galaxydist"
 # Final results that become columns of the table of runs.
@@ -63,18 +63,18 @@ def save_workspace(
     with _wandb_errors():
         entity = entity or _own_entity()
         _check_project(entity, project)
-    url = known.get(f"{entity}/{project}")
-    is_new = make_new or url is None
-    workspace = _new_workspace(entity, project) if is_new or url is None else _load_workspace(url, file)
-    changed = _update_sections(workspace)
-    if is_new or changed:
-        with _wandb_errors():
+        url = None if make_new else known.get(f"{entity}/{project}")
+        if url is None:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            _write_addresses(file, known)  # if that is impossible, nothing is made
+        workspace = _new_workspace(entity, project) if url is None else _load_workspace(url, file)
+        changed = _update_sections(workspace)
+        if changed:
             workspace.save()
-    if is_new:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        addresses = {**known, f"{entity}/{project}": workspace.url}
-        replace_bytes(file, (json.dumps(addresses, indent=1) + "\n").encode())
-    return SavedWorkspace(workspace.url, is_new, tuple(changed))
+        address = str(workspace.url)
+    if url is None:
+        _write_addresses(file, {**known, f"{entity}/{project}": address})
+    return SavedWorkspace(address, url is None, tuple(changed))
 
 
 def _read_addresses(file: Path) -> dict[str, str]:
@@ -90,6 +90,10 @@ def _read_addresses(file: Path) -> dict[str, str]:
     except ValueError:
         pass
     raise UserError(f"{file} does not hold addresses of workspaces; remove it, and the next call makes a new workspace")
+
+
+def _write_addresses(file: Path, known: Mapping[str, str]) -> None:
+    replace_bytes(file, (json.dumps(known, indent=1) + "\n").encode())
 
 
 def _check_access(environ: Mapping[str, str]) -> None:
@@ -109,18 +113,22 @@ def _check_access(environ: Mapping[str, str]) -> None:
 
 @contextmanager
 def _wandb_errors() -> Iterator[None]:
-    """Explain an error of wandb's packages, which have no common base class."""
+    """Keep wandb from printing, and explain an error of its packages, which have no common base class."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        end_service()
+        if isinstance(error, UserError | OSError) or not isinstance(error, Exception):
+            raise
         text = first_line(error)
         if "401" in text or "403" in text or "api_key" in text.lower():
             raise UserError(
                 f"wandb's server refuses the key ({text}); set WANDB_API_KEY, or run `wandb login --relogin`"
             ) from None
-        raise UserError(f"wandb could not do it: {text}") from error
+        raise UserError(f"wandb's server did not do it; try again later ({text})") from error
 
 
 def _own_entity() -> str:
@@ -158,16 +166,15 @@ def _new_workspace(entity: str, project: str) -> "Workspace":
 def _load_workspace(url: str, file: Path) -> "Workspace":
     import wandb_workspaces.workspaces as ws
 
-    with _wandb_errors():
-        try:
-            return ws.Workspace.from_url(url)
-        except ValueError as error:
-            if "not found" not in str(error):
-                raise
-            raise UserError(
-                f"the workspace {url}, named in {file}, is not there: it was deleted, or your key does not see it. To make "
-                "another one: --new"
-            ) from None
+    try:
+        return ws.Workspace.from_url(url)
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        raise UserError(
+            f"the workspace {url}, named in {file}, is not there: it was deleted, or your key does not see it. To make another "
+            "one: --new"
+        ) from None
 
 
 def _update_sections(workspace: "Workspace") -> list[str]:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,12 @@ class ClusterRun:
         return "\n".join(f"{path.name}: {path.read_text()[-600:]}" for path in logs)
 
     def result(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
-        """Tensors and state of the last checkpoint, and metrics.jsonl."""
+        """Tensors and state of the last checkpoint, and metrics.jsonl with validation.jsonl."""
         found = store.load(self.run_dir / "checkpoints")
         assert found is not None
         state = {key: value for key, value in found.state.items() if key not in ("recipe", "versions")}
-        return dict(found.tensors), state, (self.run_dir / "metrics.jsonl").read_text()
+        logs = [(self.run_dir / name).read_text() for name in ("metrics.jsonl", "validation.jsonl")]
+        return dict(found.tensors), state, "\n".join(logs)
 
     def log(self, rank: int) -> str:
         """Return the text that a rank has printed."""
@@ -153,6 +154,39 @@ def hold(pids: Sequence[int]) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: all(read_process(pid).get("State", "T").startswith(("T", "Z")) for pid in pids), "stopped processes")
+
+
+def is_training(run_dir: Path) -> bool:
+    """It trains, and has not come to its end."""
+    ends = ("result.json", "pruned.json")
+    return (run_dir / "metrics.jsonl").exists() and not any((run_dir / name).exists() for name in ends)
+
+
+def hold_trial(slurm: MiniCluster, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
+    """A trial of these nodes that trains, and its process, which is stopped: so it can be disturbed before its end.
+
+    Args:
+        slurm: the mini cluster.
+        jobs: run folders by the job's number.
+        nodes: to look at.
+        others: which it shall not be.
+    """
+
+    def look() -> tuple[str, list[int]] | None:
+        for node in nodes:
+            ids = slurm.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", node, "-o", "%i").split()
+            for job in [job for job in ids if job in jobs and job not in others and is_training(jobs[job])]:
+                pids = find_ranks(slurm, node, jobs[job].parent)
+                hold(pids)
+                if pids and is_training(jobs[job]):
+                    return job, pids
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+        return None
+
+    found = wait_for(look, "a trial that trains", longest_pause_s=0.1)
+    assert found is not None
+    return found
 
 
 def go_on(pids: Sequence[int]) -> None:

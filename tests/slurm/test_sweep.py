@@ -1,16 +1,13 @@
 """A sweep as a job array on a real SLURM: what was killed is sent again, what was preempted goes on by itself."""
 
 import json
-import os
-import signal
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from mini_cluster import MiniCluster
 
 from galaxydist.cluster.records import JobFiles
-from tests.helpers.cluster_runs import ClusterRun, decisions, find_ranks, go_on, hold
+from tests.helpers.cluster_runs import ClusterRun, decisions, go_on, hold_trial
 from tests.helpers.mini_cluster import job_state, num_restarts, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -30,38 +27,6 @@ def statuses(run: ClusterRun) -> dict[Path, tuple[str, int]]:
     answer = run.galaxydist("status", "runs/sw", "--json")
     assert answer.returncode == 0, answer.stderr
     return {run.folder / item["run"]: (item["state"], item["restarts"]) for item in json.loads(answer.stdout)}
-
-
-def is_training(run_dir: Path) -> bool:
-    """It trains, and has not come to its end."""
-    return (run_dir / "metrics.jsonl").exists() and not (run_dir / "result.json").exists()
-
-
-def hold_trial(slurm: MiniCluster, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
-    """A trial of these nodes that trains, and its process, which is stopped: so it can be disturbed before its end.
-
-    Args:
-        slurm: the mini cluster.
-        jobs: run folders by the job's number.
-        nodes: to look at.
-        others: which it shall not be.
-    """
-
-    def look() -> tuple[str, list[int]] | None:
-        for node in nodes:
-            ids = slurm.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", node, "-o", "%i").split()
-            for job in [job for job in ids if job in jobs and job not in others and is_training(jobs[job])]:
-                pids = find_ranks(slurm, node, jobs[job].parent)
-                hold(pids)
-                if pids and is_training(jobs[job]):
-                    return job, pids
-                for pid in pids:
-                    os.kill(pid, signal.SIGCONT)
-        return None
-
-    found = wait_for(look, "a trial that trains", longest_pause_s=0.1)
-    assert found is not None
-    return found
 
 
 def test_sweep_of_2_arrays_requeues_the_preempted_run_and_resubmits_only_cancelled_ones(

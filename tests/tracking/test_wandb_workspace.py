@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.tracking.wandb_workspace import FILE
+from galaxydist.training.system_metrics import NodeSampler
+from tests.helpers.runs import quick_settings, run_here
 from tests.helpers.wandb_server import RIGHT_KEY, USER, WRONG_KEY, WandbServer
+
+PACKAGE = Path(__file__).parents[2] / "galaxydist"
+# A run on one CPU logs none of these; the package's sources hold the names.
+ELSEWHERE = {"gpu/mfu", "gpu/memory_gb", "gpu/memory_reserved_gb", "train/loss_scale", "train/skipped"}
 
 
 @pytest.fixture
@@ -95,6 +102,8 @@ def test_what_is_wrong_has_a_message_and_changes_nothing(
     file = Path("runs") / FILE
     assert "wandb has no project galaxyteam/other" in refused("--project", "other")
     assert "wandb has no project other/galaxydist" in refused("--entity", "other")
+    Path("full").write_text("")
+    assert "is in the way" in refused("--runs", "full") and not server.views
     monkeypatch.setenv("WANDB_API_KEY", WRONG_KEY)
     assert "refuses the key" in refused()
     monkeypatch.setenv("WANDB_API_KEY", "short")
@@ -116,3 +125,24 @@ def test_what_is_wrong_has_a_message_and_changes_nothing(
     file.write_text("[]")
     assert "does not hold addresses" in refused()
     assert not server.views
+
+
+@pytest.mark.slow
+def test_panels_show_only_what_a_run_logs(server: WandbServer, blobs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=2, train__on_nonfinite="skip")) == 0
+    assert galaxydist(["track", "push", str(run_dir), "--mode", "online"]) == 0
+    assert galaxydist(["dashboard", "wandb"]) == 0
+    sent = server.run
+    logged = {name for row in sent.history for name in row} | set(sent.summary)
+    text = json.dumps(read_spec(server))
+    names = set(re.findall(r"(?:train|val|test|time|gpu|memory)/[a-z_]+", text)) | {"events"}
+    assert len(names) > 20 and names - logged == ELSEWHERE
+    facts = set(re.findall(r"config[.:]run\.value\.([a-z_]+)", text))
+    assert facts and facts <= set(sent.config["run"])
+    sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "wandb_workspace.py")
+    assert all(f'"{name}"' in sources for name in ELSEWHERE)
+    gpu = [f"system/node/gpu0_{name}" for name in re.findall(r'yield "(\w+)"', sources)]
+    measured = [*NodeSampler("node", [os.getpid()]).sample(), *gpu]
+    for pattern in re.findall(r'"metricRegex": "([^"]+)"', text):
+        assert any(re.fullmatch(pattern, name) for name in measured), pattern
