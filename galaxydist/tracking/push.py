@@ -33,6 +33,7 @@ class PushOptions:
         environ: the process's environment.
         project, entity: of the tracker, instead of each run's own; None: the run's.
         mode: of wandb; the runs' own is that of the nodes on which they ran.
+        trackio_dir: trackio's folder; None: ``trackio`` beside each run folder.
     """
 
     name: TrackerName
@@ -40,6 +41,7 @@ class PushOptions:
     project: str | None = None
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
+    trackio_dir: Path | None = None
 
     def destination(self, folder: RunFolder) -> Destination:
         """Return the tracker of one run, with the settings of its recipe where the options say nothing.
@@ -52,7 +54,7 @@ class PushOptions:
         stored = {name: recipe.get(f"tracker.{name}") for name in given} | {"tags": tuple(recipe.get("tracker.tags") or ())}
         values = stored | {name: value for name, value in given.items() if value is not None}
         values = {name: value for name, value in values.items() if value is not None}
-        return Destination(self.name, TrackerConfig(**values, mode=self.mode), self.environ)
+        return Destination(self.name, TrackerConfig(**values, mode=self.mode), self.environ, self.trackio_dir)
 
 
 @dataclass
