@@ -71,8 +71,17 @@ def lock_run_folder(
 
 
 # Keys that may have a value for each node or process: places, threads, and what rank 0 alone uses.
-OF_ONE_RANK = ("data.dir", "data.manifest", "data.cache_dir", "data.cache_size", "data.prefetch", "tracker.webhook")
-OF_ONE_RANK += ("data.threads", "data.fetch_threads", "train.threads")
+OF_ONE_RANK = (
+    "data.dir",
+    "data.manifest",
+    "data.cache_dir",
+    "data.cache_size",
+    "data.prefetch",
+    "data.threads",
+    "data.fetch_threads",
+    "train.threads",
+    "tracker.webhook",
+)
 
 
 def check_same_recipe(world: "World", recipe: Recipe, manifest: Manifest) -> None:
