@@ -21,7 +21,6 @@ SHORT = {
     "bench/peers/mosaic.py": "runs in an environment of its own",
     "bench/peers/transforms.py": "runs in environments of its own",
     "bench/peers/webdataset.py": "runs in an environment of its own",
-    "cli/dashboard.py": "a command of its own",
     "cli/train.py": "what launch.py imports",
     "cluster/snapshot.py": "the code that a job runs",
     "cluster/task.py": "entry point of a rank",

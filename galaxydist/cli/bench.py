@@ -44,6 +44,7 @@ def add_parser(commands: Commands) -> None:
         _add_trainer,
         _add_scaling,
         _add_startup,
+        _add_tracking,
         _add_folds,
         _add_predict,
     ):
@@ -352,6 +353,37 @@ def run_predict(arguments: argparse.Namespace) -> None:
         arguments.recipe, arguments.images, arguments.rounds, arguments.image_size, arguments.data, arguments.real
     )
     measure_prediction(bench_root(arguments, "predict"), os.environ, conditions)
+
+
+def _add_tracking(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "tracking",
+        run_tracking,
+        "steps with and without a tracker",
+        description="Train on images in memory with wandb in offline mode, and in turn without it, in one run. Prints the ratio "
+        "of the times of a step with its interval and, at the end, a line of JSON.",
+    )
+    parser.add_argument("--model", default="custom_cnn", metavar="NAME", help="architecture (default: %(default)s)")
+    add_int(parser, "--image-size", 64, "PIXELS", "image width in pixels")
+    add_int(parser, "--batch-size", 48, "B", "batch size")
+    add_int(parser, "--steps", 60, "N", "steps of each measurement")
+    add_int(parser, "--rounds", 15, "N", "measurements with, and without")
+    add_int(parser, "--log-every", 20, "N", "steps between two rows for the tracker")
+
+
+def run_tracking(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.tracking_speed import TrackingConditions, measure_tracking
+
+    conditions = TrackingConditions(
+        known_model(arguments.model),
+        arguments.image_size,
+        arguments.batch_size,
+        arguments.steps,
+        arguments.rounds,
+        arguments.log_every,
+    )
+    measure_tracking(os.environ, conditions)
 
 
 def _add_startup(commands: Commands) -> None:

@@ -4,7 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_command, add_group, local_path
+from galaxydist.cli.options import Commands, add_command, add_group, local_path, whole_number
+from galaxydist.cli.track import find_targets, going_by_slurm, print_line
+from galaxydist.errors import EXIT_FAILED
 
 WANDB_EPILOG = """examples:
   galaxydist dashboard wandb                          the workspace of the project galaxydist
@@ -14,10 +16,19 @@ Its address is kept in runs/wandb-workspace.json. The next call updates the same
 stays. It needs WANDB_API_KEY (or `wandb login`) and internet access, and no run on this machine.
 """
 
+LOCAL_EPILOG = """examples:
+  galaxydist dashboard local                            the runs in runs/, also those that are still going
+  galaxydist dashboard local runs/sweep-a runs/sweep-b
+  galaxydist dashboard local /scratch/runs --port 8000
+
+It needs no account, key or network. Ctrl-C ends it; trackio's folder stays, and the next call adds what it lacks.
+"""
+
 
 def add_dashboard(commands: Commands) -> None:
-    """Add ``dashboard wandb``."""
+    """Add ``dashboard local`` and ``dashboard wandb``."""
     inner = add_group(commands, "dashboard", "show runs on a page while they train")
+    _add_local(inner)
     _add_wandb(inner)
 
 
@@ -60,3 +71,38 @@ def run_wandb(arguments: argparse.Namespace) -> None:
         print(f"Updated ({', '.join(saved.changed)}): {saved.url}")
     else:
         print(f"Nothing has changed: {saved.url}")
+
+
+def _add_local(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "local",
+        run_local,
+        "show runs on trackio's page, on this machine",
+        description="Store the runs of folders for trackio, follow those that are still going, and serve trackio's page on this "
+        "machine's loopback address until Ctrl-C.",
+        epilog=LOCAL_EPILOG,
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=local_path, metavar="RUNS", help="run folders, and folders of run folders (default: runs)"
+    )
+    parser.add_argument("--port", type=_port, metavar="N", help="port of the page (default: 7860, or the next free one)")
+    parser.add_argument("--dir", type=local_path, metavar="DIR", help="trackio's folder (default: trackio in the first of RUNS)")
+    parser.add_argument("--no-follow", action="store_true", help="show the runs as they are now")
+
+
+def _port(text: str) -> int:
+    return whole_number(text, least=1, most=65_535)
+
+
+def run_local(arguments: argparse.Namespace) -> int:
+    """Store runs, and show them until Ctrl-C."""
+    from galaxydist.tracking.local_dashboard import PageOptions, show_runs
+    from galaxydist.tracking.trackio_sink import trackio_folder
+
+    folders = arguments.runs or [Path("runs")]
+    find_targets(folders)
+    folder = arguments.dir or trackio_folder(folders[0])
+    options = PageOptions(folder, os.environ, arguments.port, not arguments.no_follow)
+    report = show_runs(lambda: find_targets(folders), going_by_slurm(folders), options, print_line)
+    return EXIT_FAILED if report.failed else 0

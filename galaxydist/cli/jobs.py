@@ -356,8 +356,6 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     check_partition(cluster.config)
     decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_run_states(runs, read_states)]
     due = [run for run, decision in zip(runs, decisions, strict=True) if decision.is_due]
-    if search is not None and not arguments.dry_run:
-        search.settle(read_states)  # before others start that learn from it
     if arguments.dry_run or search is not None:
         print(f"{render_runs(runs, decisions, search.values() if search is not None else None)}\n")
     print(f"{sweep.path}: {summarise(decisions)}")

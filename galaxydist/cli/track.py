@@ -52,15 +52,22 @@ def _add_push(commands: Commands) -> None:
         default="auto",
         help="of wandb (default: auto, which is online if there is an API key and a network)",
     )
+    parser.add_argument(
+        "--dir", type=local_path, metavar="DIR", help="trackio's folder (default: trackio in the folder of the runs)"
+    )
 
 
 def run_push(arguments: argparse.Namespace) -> int:
     from galaxydist.tracking.push import PushOptions, push_runs, watch_runs
+    from galaxydist.tracking.trackio_sink import trackio_folder
 
-    options = PushOptions(arguments.to, os.environ, arguments.project, arguments.entity, arguments.mode)
+    if arguments.dir is not None and arguments.to != "trackio":
+        raise UserError(f"--dir is trackio's folder, and these runs go to {arguments.to}: leave it out, or give --to trackio")
     find_targets(arguments.runs)
+    trackio_dir = arguments.dir or trackio_folder(arguments.runs[0])
+    options = PushOptions(arguments.to, os.environ, arguments.project, arguments.entity, arguments.mode, trackio_dir)
     if arguments.watch:
-        report = watch_runs(lambda: find_targets(arguments.runs), _going_by_slurm(arguments.runs), options, print_line)
+        report = watch_runs(lambda: find_targets(arguments.runs), going_by_slurm(arguments.runs), options, print_line)
     else:
         report = push_runs(find_targets(arguments.runs), options, print_line)
     for line in report.skipped.values():
@@ -94,7 +101,7 @@ def find_targets(folders: list[Path]) -> list[Path]:
     return list(runs)
 
 
-def _going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
+def going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
     """Return a function that tells if a run runs here or waits or runs as a job; SLURM is asked once in a while."""
     from galaxydist.cluster.status import read_overview
     from galaxydist.runs.folder import RunFolder

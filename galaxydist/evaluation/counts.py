@@ -47,6 +47,7 @@ class Counts:
         # K*K cells by rows; of each bin of confidence the galaxies, those predicted rightly and the sum of the confidences; whole
         # nats of loss, fractions of a nat, number of galaxies with a non-finite loss. Fractions are in units of 2^-36.
         self._sums = torch.zeros(num_classes**2 + 3 * NUM_BINS + 3, dtype=torch.int64, device=self._device)
+        self._first_31 = num_classes**2 + NUM_BINS * torch.arange(3, device=self._device)[:, None]
         edges = torch.from_numpy(BIN_EDGES)
         # A copy from other memory would make the host wait.
         edges = edges.pin_memory() if self._device.type == "cuda" else edges
@@ -91,9 +92,7 @@ class Counts:
         largest_B = torch.where(largest_B.isfinite(), largest_B, 0.0)
         confidence_B, bin_B = _fixed_point(largest_B), torch.bucketize(largest_B, self._edges, right=True)
         counted_3B = torch.stack([torch.ones_like(confidence_B), is_correct_B.long(), confidence_B]) * is_counted_B
-        first = self.num_classes**2
-        for number, counted_B in enumerate(counted_3B):
-            self._sums.index_add_(0, first + number * NUM_BINS + bin_B, counted_B)
+        self._sums.index_add_(0, (self._first_31 + bin_B).view(-1), counted_3B.view(-1))
         return confidence_B
 
     @property

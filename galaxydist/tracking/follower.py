@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from galaxydist.errors import UserError
@@ -26,11 +27,13 @@ class Destination:
         name: of the tracker.
         config: its settings: project, entity, tags, mode.
         environ: the process's environment, with wandb's key if there is one; wandb's folder for its own copies is set there.
+        trackio_dir: trackio's folder; None: ``trackio`` beside the run folder.
     """
 
     name: TrackerName
     config: TrackerConfig
     environ: MutableMapping[str, str]
+    trackio_dir: Path | None = None
 
     @property
     def wandb_mode(self) -> WandbMode:
@@ -50,7 +53,13 @@ class Destination:
                 from galaxydist.tracking.wandb_sink import WandbSink
 
                 return WandbSink(info, self.wandb_mode, self.environ)
-            raise UserError(f"there is no tracker {self.name} yet; use wandb")
+            if self.name == "trackio":
+                from galaxydist.tracking.trackio_sink import TrackioSink, trackio_folder
+
+                return TrackioSink(info, self.trackio_dir or trackio_folder(info.folder), self.environ)
+            from galaxydist.tracking.tensorboard_sink import TensorboardSink
+
+            return TensorboardSink(info)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("galaxydist"):
                 raise

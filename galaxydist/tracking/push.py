@@ -16,7 +16,7 @@ from galaxydist.runs.lock import STALE_SECONDS, is_alive, pid_space, read_owner
 from galaxydist.tracking.follower import Destination, Follower, last_contact, tracker_run_id
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.run_tracker import exclusive
-from galaxydist.tracking.wandb_files import has_ended, offline_files, stored_step
+from galaxydist.tracking.wandb_files import has_ended, offline_files, read_project, stored_step
 
 LOG = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class PushOptions:
         environ: the process's environment.
         project, entity: of the tracker, instead of each run's own; None: the run's.
         mode: of wandb; the runs' own is that of the nodes on which they ran.
+        trackio_dir: trackio's folder; None: ``trackio`` beside each run folder.
     """
 
     name: TrackerName
@@ -40,6 +41,7 @@ class PushOptions:
     project: str | None = None
     entity: str | None = None
     mode: Literal["auto", "online", "offline"] = "auto"
+    trackio_dir: Path | None = None
 
     def destination(self, folder: RunFolder) -> Destination:
         """Return the tracker of one run, with the settings of its recipe where the options say nothing.
@@ -52,7 +54,7 @@ class PushOptions:
         stored = {name: recipe.get(f"tracker.{name}") for name in given} | {"tags": tuple(recipe.get("tracker.tags") or ())}
         values = stored | {name: value for name, value in given.items() if value is not None}
         values = {name: value for name, value in values.items() if value is not None}
-        return Destination(self.name, TrackerConfig(**values, mode=self.mode), self.environ)
+        return Destination(self.name, TrackerConfig(**values, mode=self.mode), self.environ, self.trackio_dir)
 
 
 @dataclass
@@ -95,8 +97,8 @@ def is_running(folder: RunFolder) -> bool:
     return False
 
 
-def is_stored_offline(folder: RunFolder) -> bool:
-    """Return True if wandb's offline files, or what was sent of them, hold all that a run has now."""
+def is_stored_offline(folder: RunFolder, project: str) -> bool:
+    """Return True if wandb's offline files of a project, or what was sent of them, hold all that a run has now."""
     state = folder.read_tracker()
     run_id, has_ended_now = state.get("run_id"), has_end(folder)
     if run_id is None or state.get("is_complete") != has_ended_now:
@@ -104,7 +106,7 @@ def is_stored_offline(folder: RunFolder) -> bool:
     if folder.is_finished and folder.result_path.stat().st_mtime > folder.tracker_file("wandb").stat().st_mtime:
         return False
     files = offline_files(folder.path, run_id)
-    if files and not has_ended(files[-1]):
+    if files and not (has_ended(files[-1]) and read_project(files[-1]) == project):
         return False
     step = max(state.get("stored_step", 0), stored_step(folder.path, run_id))
     return not any(row.step > step for row in RunReader(folder).read(has_ended=has_ended_now))
@@ -137,7 +139,7 @@ class Pusher:
         try:
             self.check()
             is_offline = options.name == "wandb" and destination.wandb_mode == "offline"
-            if not (is_offline and not with_alerts and is_stored_offline(folder)):
+            if not (is_offline and not with_alerts and is_stored_offline(folder, destination.config.project)):
                 run_id, since = tracker_run_id(folder), last_contact(folder, options.name)
                 self._follower = Follower(folder, destination, run_id, alerts_since=since if with_alerts else None)
         except BaseException:

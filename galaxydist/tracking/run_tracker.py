@@ -58,6 +58,7 @@ class RunTracker(Tracker):
 
     def __init__(self, open_follower: Callable[[], Follower], folder: RunFolder, name: TrackerName, run_id: str) -> None:
         self.run_id = run_id
+        self.interval_s = INTERVAL_S
         self._open, self._folder, self._name = open_follower, folder, name
         self._news, self._is_ending, self._is_over = threading.Event(), threading.Event(), threading.Event()
         self._exit_code = 1
@@ -96,7 +97,7 @@ class RunTracker(Tracker):
                     follower.send()
                     self._news.wait()
                     self._news.clear()
-                    self._is_ending.wait(INTERVAL_S)
+                    self._is_ending.wait(self.interval_s)
                 self._location = follower.close(is_finished=self._exit_code == 0)
         except Exception as error:  # no error of a tracker stops the run
             self._fail(first_line(error))

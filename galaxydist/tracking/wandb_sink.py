@@ -17,7 +17,7 @@ from galaxydist.rank_store import run_within
 from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_info import FACTS_KEY
-from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation
+from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation, validation_of
 from galaxydist.tracking.wandb_files import has_ended, mend_files, offline_files, read_project, stored_step
 
 WandbMode = Literal["online", "offline"]
@@ -34,6 +34,7 @@ TEARDOWN_S = 5.0
 TABLE_BYTES = 500_000
 # Largest gallery page that is sent, in bytes.
 PAGE_BYTES = 20_000_000
+GALAXIES = "val/galaxies"
 DATA_DIR = "WANDB_DATA_DIR"
 # Kinds of events that wandb shows as errors; the others are warnings or, at the end, information.
 _LEVELS = {"finish": "INFO", "failure": "ERROR", "hang": "ERROR", "nonfinite": "ERROR"}
@@ -106,6 +107,8 @@ class WandbSink:
             values["_timestamp"] = row.time
         if row.validation is not None:
             values |= draw_validation(row.validation)
+            if has_galaxies(row):
+                values[GALAXIES] = draw_galaxies(row.validation)
         self._run.log(values, step=row.step, commit=True)
 
     def flush(self) -> None:
@@ -180,6 +183,8 @@ class WandbSink:
         media |= {
             name: wandb.Html(str(path), inject=False) for name, path in end.pages.items() if path.stat().st_size < PAGE_BYTES
         }
+        if validations := RunFolder(self.info.folder).validations.read():
+            media[GALAXIES] = draw_galaxies(validation_of(validations[-1], RunFolder(self.info.folder)))
         self._run.summary.update(media)
 
     def _send_dataset(self) -> None:
@@ -199,6 +204,7 @@ class WandbSink:
 
     def _send_model(self, end: RunEnd) -> None:
         import wandb
+
         from galaxydist.evaluation.evaluator import save_weights
 
         folder = self._data_dir.parent / "model"
@@ -217,7 +223,7 @@ class WandbSink:
 
 
 def draw_validation(validation: Validation) -> dict[str, Any]:
-    """Return wandb's own plots of a validation: confusion matrix, recall of each class, calibration, and a table of galaxies."""
+    """Return wandb's own plots of a validation: confusion matrix, recall of each class and calibration."""
     import wandb
 
     names = list(validation.class_names)
@@ -244,14 +250,20 @@ def draw_validation(validation: Validation) -> dict[str, Any]:
         drawn["val/calibration"] = wandb.plot.line(
             wandb.Table(columns=["confidence", "accuracy"], data=bins), "confidence", "accuracy", title="Calibration (validation)"
         )
-    if validation.galaxies:
-        drawn["val/galaxies"] = _galaxy_table(validation, names)
     return drawn
 
 
-def _galaxy_table(validation: Validation, names: list[str]) -> Any:
+def has_galaxies(row: Row) -> bool:
+    """Return True for the epochs 1, 4, 16, ..., whose validations show galaxies: each picture is a file of its own in wandb."""
+    epoch = round(row.values.get("epoch", 0))
+    return bool(epoch) and 4 ** (epoch.bit_length() // 2) == epoch
+
+
+def draw_galaxies(validation: Validation) -> Any:
+    """Return wandb's table of a validation's galaxies: picture, label, prediction and probability, limited in bytes."""
     import wandb
 
+    names = list(validation.class_names)
     table, left = wandb.Table(columns=["galaxy", "image", "label", "predicted", "probability"]), TABLE_BYTES
     for galaxy in validation.galaxies:
         image, left = _image_of(galaxy, left)
@@ -278,7 +290,6 @@ def _is_no_lost_connection(record: logging.LogRecord) -> bool:
 def end_service() -> None:
     """Kill wandb's process, if this one started it: at exit, wandb would wait for it without a limit."""
     import psutil
-
     import wandb
 
     for child in psutil.Process().children():

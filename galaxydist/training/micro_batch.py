@@ -57,6 +57,25 @@ def explained_out_of_memory(recipe: Recipe, world: World, micro_batch: int) -> I
         raise OneRankFailedError(explain_out_of_memory(error, recipe, world, micro_batch)) from error
 
 
+@contextmanager
+def explained_validation_memory(recipe: Recipe, world: World) -> Iterator[None]:
+    """Turn an out-of-memory error of a validation into an error that tells the user what to do.
+
+    Raises:
+        OneRankFailedError: with the settings to lower.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        config = recipe.eval
+        raise OneRankFailedError(
+            f"No memory left on rank {world.rank} in a validation of eval.batch_size={config.batch_size}, eval.tta={config.tta}: "
+            "lower eval.batch_size (with resume.force=[eval.batch_size])."
+        ) from error
+
+
 def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World, micro_batch: int) -> str:
     """Return the message for a training step that ran out of memory: the device, the sizes, and the settings to lower.
 

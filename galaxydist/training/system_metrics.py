@@ -81,6 +81,7 @@ class SystemMetrics:
     def _run(self) -> None:
         try:
             self._file.path.parent.mkdir(exist_ok=True)
+            self._sampler.start()
             while not self._is_over.wait(self._interval_s):
                 self._write()
             if self._sampler.age_s >= SHORTEST_S:
@@ -107,7 +108,12 @@ class NodeSampler:
         for pid in pids:
             with suppress(psutil.Error):  # in a container of its own
                 self._processes.append(psutil.Process(pid))
-        psutil.cpu_percent()  # the first call only starts the measurement
+        self._totals: dict[str, int] = {}
+        self._since = time.monotonic()
+
+    def start(self) -> None:
+        """Begin the time of the first sample; to be called in the thread that takes the samples."""
+        psutil.cpu_percent()  # measures from the last call of the same thread on
         self._totals, self._since = _read_totals(), time.monotonic()
 
     @property

@@ -14,7 +14,7 @@ from torch import nn
 from galaxydist.atomic_files import write_json
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
-from galaxydist.errors import OneRankFailedError, is_known_to_all
+from galaxydist.errors import is_known_to_all
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.galaxy_table import GalaxyTable, logged_metrics
 from galaxydist.evaluation.inference import evaluate_split
@@ -70,7 +70,12 @@ from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_wa
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
-from galaxydist.training.micro_batch import check_deterministic, choose_micro_batch, explained_out_of_memory, is_out_of_memory
+from galaxydist.training.micro_batch import (
+    check_deterministic,
+    choose_micro_batch,
+    explained_out_of_memory,
+    explained_validation_memory,
+)
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
@@ -524,26 +529,17 @@ class Trainer:
         average_statistics(self.world, *self.state.modules().values())
         if self._galaxies is None:
             self._galaxies = GalaxyTable(self.world, self.run_folder, self.manifest, "val")
-        try:
-            with self.strategy.eval_model() as model:
-                found = evaluate_split(
-                    self.world,
-                    model,
-                    self.manifest,
-                    "val",
-                    augment=self.augment,
-                    recipe=self.recipe,
-                    beat=lambda: self.watchdog.beat(self.state.step, VALIDATION),
-                    table=self._galaxies,
-                )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            config = self.recipe.eval
-            raise OneRankFailedError(
-                f"No memory left on rank {self.world.rank} in a validation of eval.batch_size={config.batch_size}, eval.tta="
-                f"{config.tta}: lower eval.batch_size (with resume.force=[eval.batch_size])."
-            ) from error
+        with explained_validation_memory(self.recipe, self.world), self.strategy.eval_model() as model:
+            found = evaluate_split(
+                self.world,
+                model,
+                self.manifest,
+                "val",
+                augment=self.augment,
+                recipe=self.recipe,
+                beat=lambda: self.watchdog.beat(self.state.step, VALIDATION),
+                table=self._galaxies,
+            )
         return logged_metrics(found), self._galaxies.details(found) if self.world.is_main else {}
 
     def evaluate(self) -> dict[str, Any] | None:

@@ -131,3 +131,13 @@ def test_startup_measures_fresh_and_continued_runs(capsys: pytest.CaptureFixture
     assert result["fresh_s"] > 0 and result["resume_s"] > 0
     assert result["difference_s"] == pytest.approx(result["resume_s"] - result["fresh_s"], abs=2e-2)
     assert not (tmp_path / "bench" / "startup" / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_world")
+def test_bench_tracking_compares_steps_with_and_without_wandb(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--image-size", "32", "--batch-size", "4", "--log-every", "1"]
+    (result,) = run(capsys, "tracking", "--rounds", "2", "--steps", "3", *small)
+    assert (result["task"], result["rounds"], result["steps"]) == ("tracking", 2, 3)
+    assert result["ratio_low"] <= result["ratio"] <= result["ratio_high"] and result["step_s"] > 0
+    assert result["rows"] > 0, "wandb has stored rows of the turns in which it is on"

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from galaxydist.cluster.search.search_study import JOURNAL_NAME, JournalLock, Se
 from galaxydist.cluster.search.trial import settle
 from galaxydist.cluster.search.trial_runs import plan_search
 from galaxydist.cluster.sweep import SweepError, SweepFile, expand, read_sweep, resolve
+from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
 
 SPACE = {
@@ -131,6 +134,24 @@ def test_random_values_lie_in_the_space_and_depend_on_seed_and_number_alone(seed
     assert draw({"optim.lr": SPACE["optim.lr"]}, seed, number) == {"optim.lr": values["optim.lr"]}
 
 
+def test_search_of_an_earlier_version_lacks_keys_that_were_added_later(tmp_path: Path) -> None:
+    sweep = read(tmp_path, SEARCH.format(folder=tmp_path))
+    search = plan_search(sweep, resolve(sweep))
+    base = {key: value for key, value in search.record.base.items() if key != "train.deterministic"}
+    replace(search.record, base=base).write(search.root)
+    assert len(plan_search(sweep, resolve(sweep)).runs) == 3
+
+
+def test_search_without_optuna_is_refused_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = read(tmp_path, SEARCH.format(folder=tmp_path))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'galaxydist\[track\]'"):
+        plan_search(sweep, resolve(sweep))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_searched_key_on_the_command_line_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"command line: optim\.lr=0\.1: optim\.lr is searched"):
         resolve(read(tmp_path, SEARCH.format(folder=tmp_path)), ["optim.lr=0.1"])
@@ -160,6 +181,17 @@ def test_trial_keeps_its_values_and_reports_an_epoch_once(tmp_path: Path) -> Non
     assert SearchStudy(tmp_path, record, 8).should_prune(8, 2, 0.9)  # it was killed before it could end
 
 
+def test_trial_that_was_taken_for_failed_is_compared_as_before(tmp_path: Path) -> None:
+    record = make_record()
+    study = SearchStudy(tmp_path, record)
+    values = [study.start(number, None) for number in range(2)]
+    assert not any(study.should_prune(number, 1, 0.5) for number in range(2))
+    study.end(1, "failed")
+    assert study.start(1, None) == values[1]
+    assert not study.should_prune(1, 2, 0.1)  # it has passed the first comparison, and the next is after 4 epochs
+    assert not study.should_prune(0, 4, 0.5) and study.should_prune(1, 4, 0.1)
+
+
 def test_best_trial_is_the_smallest_loss_and_a_trial_taken_for_failed_still_counts(tmp_path: Path) -> None:
     study = SearchStudy(tmp_path, make_record("random", None, "loss"))
     values = [study.start(number, None) for number in range(3)]
@@ -167,7 +199,7 @@ def test_best_trial_is_the_smallest_loss_and_a_trial_taken_for_failed_still_coun
     study.end(0, "complete", 0.5)
     study.end(1, "failed")
     assert study.best() == (0, 0.5, values[0]) and study.running() == [2]
-    study.end(1, "complete", 0.25)
+    study.end(1, "complete", 0.25)  # its job was requeued
     study.end(1, "failed")
     assert study.best() == (1, 0.25, values[1])
 

@@ -1,6 +1,7 @@
 """Prints the wheels of a folder that this interpreter needs: ``python missing.py FOLDER``, with the library ``packaging``.
 
-A wheel is needed if its library is not installed, or in a version that galaxydist or another needed wheel does not take.
+A wheel is needed if its library is not installed, or in a version that galaxydist or another needed wheel does not take. Such a
+library without a wheel is named in a warning: it may be there under another name, as OpenCV is.
 """
 
 import re
@@ -46,7 +47,7 @@ def find_needed(wheels: Mapping[str, Path]) -> tuple[list[Path], list[str]]:
     problems: dict[str, str] = {}
     while todo := needed - checked:
         checked |= todo
-        for requirement in [found for name in sorted(todo) for found in requirements_of(wheels[name])]:
+        for user, requirement in [(name, found) for name in sorted(todo) for found in requirements_of(wheels[name])]:
             name = canonicalize_name(requirement.name)
             if name in LEFT_OUT or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
                 continue
@@ -56,7 +57,7 @@ def find_needed(wheels: Mapping[str, Path]) -> tuple[list[Path], list[str]]:
             if name in wheels:
                 needed.add(name)
             else:
-                problems[name] = f"{name} {there or 'is missing'}, needed: {requirement.specifier or 'any version'}"
+                problems[name] = f"{name} {there or 'is missing'}, {user} needs {requirement.specifier or 'any version'}"
     return [wheels[name] for name in sorted(needed)], sorted(problems.values())
 
 
@@ -64,10 +65,10 @@ def main(arguments: Sequence[str]) -> None:
     (folder,) = arguments
     wheels = {canonicalize_name(path.name.split("-")[0]): path for path in Path(folder).glob("*.whl")}
     needed, problems = find_needed(wheels)
-    if problems:
-        sys.exit(f"{sys.executable} lacks libraries that the folder does not have: {'; '.join(problems)}")
     for path in needed:
         print(path)
+    for text in problems:
+        print(f"warning: {text}; the folder does not have it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,11 @@ class Browser:
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
         """Show a file in a window of that width (CSS pixels), in light or dark, and wait until it is there."""
+        self.visit(path.resolve().as_uri(), width=width, height=height, dark=dark, media=media)
+        self.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(() => done(1), 100)))")
+
+    def visit(self, address: str, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
+        """Show the page of an address, and wait until it is loaded; what its scripts draw may come later."""
         phone = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone
@@ -109,12 +114,18 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=address)
         deadline = time.monotonic() + _TIMEOUT_S
         while not self._loaded:
-            assert time.monotonic() < deadline, f"{path} did not load"
+            assert time.monotonic() < deadline, f"{address} did not load"
             self._next()
-        self.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(() => done(1), 100)))")
+
+    def wait_for(self, expression: str) -> None:
+        """Wait until a JavaScript expression on the page is true."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < deadline, f"never true on the page: {expression}"
+            time.sleep(0.1)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page; a promise is waited for."""

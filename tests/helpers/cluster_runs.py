@@ -118,11 +118,12 @@ class ClusterRun:
         return "\n".join(f"{path.name}: {path.read_text()[-600:]}" for path in logs)
 
     def result(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
-        """Tensors and state of the last checkpoint, and metrics.jsonl."""
+        """Tensors and state of the last checkpoint, and metrics.jsonl with validation.jsonl."""
         found = store.load(self.run_dir / "checkpoints")
         assert found is not None
         state = {key: value for key, value in found.state.items() if key not in ("recipe", "versions")}
-        return dict(found.tensors), state, (self.run_dir / "metrics.jsonl").read_text()
+        logs = [(self.run_dir / name).read_text() for name in ("metrics.jsonl", "validation.jsonl")]
+        return dict(found.tensors), state, "\n".join(logs)
 
     def log(self, rank: int) -> str:
         """Return the text that a rank has printed."""

@@ -199,6 +199,30 @@ def predict(arguments: Sequence[str], kill_at: int | None = None, one_core: bool
     return main(["predict", *arguments])
 
 
+def command(arguments: Sequence[str], event: str = "", kill_at: int | None = None) -> int:
+    """Give a command of ``galaxydist``.
+
+    Args:
+        arguments: its words.
+        event: name of an event of ``sys.addaudithook``.
+        kill_at: it kills itself with SIGKILL right before the N-th of these events; None: never.
+    """
+    from galaxydist.cli.main import main
+
+    seen = 0
+
+    def hook(name: str, _: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name == event:
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at is not None:
+        sys.addaudithook(hook)
+    return main(arguments)
+
+
 def _call(function: tuple[str, str], arguments: tuple[Any, ...], environ: dict[str, str], output: Path) -> None:
     """In the new process. The function comes by name, so that its module is imported with the right environment."""
     assert "galaxydist.training.trainer" in sys.modules, "the server could not import what a run needs"

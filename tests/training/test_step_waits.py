@@ -170,7 +170,7 @@ def test_training_step_copies_nothing_from_the_host_and_asks_for_no_value(
 
 @pytest.mark.parametrize("name", ["lamb", "lion", "muon", "adan"])
 def test_updates_without_fused_kernels_wait_for_nothing_but_the_gradient_being_finite(name: str) -> None:
-    """They count steps on the host, which so has to know whether a step is taken."""
+    """Their updates have no mask on the device, and most count steps on the host: it has to know whether a step is taken."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).to(META)
     optimizer = build_optimizer([{"params": list(model.parameters())}], OptimConfig(name=name), META)
     for parameter in model.parameters():

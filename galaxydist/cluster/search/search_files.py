@@ -8,7 +8,7 @@ from typing import Any, Literal
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cluster.search.search_space import Choices, Dimension, Interval, Search
 from galaxydist.errors import UserError
-from galaxydist.recipe.identity import result_fields
+from galaxydist.recipe.identity import later_defaults, result_fields
 from galaxydist.recipe.scalars import to_text
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import plain
@@ -99,7 +99,7 @@ class SearchRecord:
         names = [field.name for field in fields(self) if field.name not in ("space", "base", "metric")]
         found = [name for name in names if getattr(self, name) != getattr(other, name)]
         space = plain(asdict(self)["space"]), plain(asdict(other)["space"])
-        base = self.base, other.base
+        base = tuple(plain(later_defaults()) | dict(record.base) for record in (self, other))
         for old, new in (space, base):
             found += [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
         return list(dict.fromkeys(found))

@@ -34,6 +34,8 @@ STUDY_NAME = "search"
 LOCK_GRACE_S = 15
 # User attributes of Optuna's trials: the run's number, and the epoch after which it was to be pruned.
 NUMBER, PRUNED_AT = "trial", "pruned_at"
+# Prefix of the system attributes of optuna.pruners.SuccessiveHalvingPruner.
+RUNG = "completed_rung_"
 # Trials that end before the median of others prunes any.
 MEDIAN_STARTUP = 5
 # Successive halving compares trials for the first time after this share of their epochs.
@@ -144,9 +146,11 @@ class SearchStudy:
         space = self.record.space
         newest = self._newest(number)
         if newest is None or newest.state.is_finished():
-            if values is None and self.record.method == "random":
-                values = draw(space, self.record.seed, number)
-            self._add(number, values or {}, newest)
+            if values is None and newest is not None:
+                values = self._values_of(newest)
+            elif values is None:
+                values = draw(space, self.record.seed, number) if self.record.method == "random" else {}
+            self._add(number, values, newest)
         trial = self._trial(number)
         return {key: _suggest(trial, key, dimension) for key, dimension in space.items()}
 
@@ -246,12 +250,18 @@ class SearchStudy:
                 distributions={key: _distribution(dimension) for key, dimension in space.items()},
                 user_attrs={NUMBER: number},
                 intermediate_values=dict(earlier.intermediate_values) if earlier is not None else {},
+                system_attrs=_rungs(earlier) if earlier is not None else {},
             )
         )
 
     def _values_of(self, trial: "FrozenTrial") -> dict[str, Any]:
         space = self.record.space
         return {key: _from_optuna(space[key], trial.params[key]) for key in space if key in trial.params}
+
+
+def _rungs(trial: "FrozenTrial") -> dict[str, Any]:
+    """Return the values with which a trial has passed the comparisons of successive halving."""
+    return {key: value for key, value in trial.system_attrs.items() if key.startswith(RUNG)}
 
 
 def _build_sampler(record: SearchRecord, number: int) -> "BaseSampler":

@@ -76,7 +76,10 @@ def _start(run_dir: Path, record: SearchRecord) -> SearchStudy:
     number = trial_number(run_dir)
     study = SearchStudy(run_dir.parent, record, number)
     if record.method == "tpe":  # which learns from the ends of the others
-        settle(study, run_dir.parent, read_states, leave_out=number)
+        try:
+            settle(study, run_dir.parent, read_states, leave_out=number)
+        except UserError as error:
+            logger.warning("the ends of other trials are not known: %s", error)
     stored = read_trial(run_dir)
     values = study.start(number, stored)
     if stored is None:
@@ -98,7 +101,7 @@ def _should_prune(study: SearchStudy | None, number: int, epoch: int, value: flo
     assert study is not None, "rank 0 has the study"
     try:
         return study.should_prune(number, epoch, value)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of Optuna or the file system
         logger.warning("the search could not be asked whether to prune the trial, which continues: %s", error)
         return False
 
@@ -110,7 +113,7 @@ def _tell_end(study: SearchStudy, run_dir: Path) -> None:
         return
     try:
         study.end(trial_number(run_dir), *end)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of Optuna or the file system
         logger.warning("the search could not be told the end of the trial: %s", error)
 
 
