@@ -81,6 +81,7 @@ def write_flight_record(folder: Path, rank: int) -> Path | None:
 
 # Torch's own, for each of two waits: hours, which a collective may take, would hide that a rank never started.
 MEETING_TIMEOUT = timedelta(minutes=30)
+MEETING_WARNING_S = 60.0
 
 T = TypeVar("T")
 
@@ -373,10 +374,15 @@ def _meet(own: RankDevice, size: int) -> tuple[Store, list[RankDevice]]:
             answers.put(error)
 
     threading.Thread(target=meet, name="meeting", daemon=True).start()
-    try:
-        answer = answers.get(timeout=2 * MEETING_TIMEOUT.total_seconds())
-    except Empty:
-        raise RuntimeError("no answer") from None
+    answer = None
+    with contextlib.suppress(Empty):
+        answer = answers.get(timeout=MEETING_WARNING_S)
+    if answer is None:
+        logger.warning("rank %d of %d has waited for the others for %g s; were all started?", own.rank, size, MEETING_WARNING_S)
+        try:
+            answer = answers.get(timeout=2 * MEETING_TIMEOUT.total_seconds())
+        except Empty:
+            raise RuntimeError("no answer") from None
     if isinstance(answer, Exception):
         raise answer
     return answer

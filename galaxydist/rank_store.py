@@ -45,6 +45,9 @@ END_S = 22.0
 # A last work that begins later still has this time.
 LEAST_S = 0.5
 
+# Parts of the messages of gloo and NCCL about a connection to a rank that has ended.
+BROKEN = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+
 # Worlds that this process has opened; all processes of a run open the same, so that their keys never meet.
 _OPENED = itertools.count()
 _ENDING = threading.Lock()
@@ -171,16 +174,25 @@ class RankStore:
         """Tell the other ranks of an error, and return the error to report here.
 
         That is the error itself if all ranks know of it, or if this rank has failed first. Otherwise it is that of the rank which
-        has, or the loss of rank 0; a broken connection is a consequence of either.
+        has, or the loss of rank 0; a broken connection is a consequence of either, or of the death of a rank that could not tell.
         """
         if is_known_to_all(error):
             return error
+        is_torch_error = isinstance(error, RuntimeError) and not isinstance(error, RunFailedError)
+        if is_torch_error and any(text in str(error) for text in BROKEN):
+            cause: BaseException = OneRankFailedError(
+                "the connection to another rank has broken: that process was killed (for lack of memory?) or crashed, or its "
+                f"machine is down; see what the launcher or the scheduler says ({first_line(error)})"
+            )
+        else:
+            cause = error
         try:
-            first = self.announce(RankFailure.of(self.rank, error))
+            first = self.announce(RankFailure.of(self.rank, cause))
         except RuntimeError as lost:
-            is_broken = isinstance(error, RuntimeError) and not isinstance(error, RunFailedError)
-            return self.lost(lost) if is_broken else error
-        return first.to_error() if first.rank != self.rank and isinstance(error, Exception) else error
+            return self.lost(lost) if is_torch_error else error
+        if first.rank == self.rank:
+            return cause
+        return first.to_error() if isinstance(error, Exception) else error
 
     def lost(self, error: Exception) -> OneRankFailedError:
         """Return the error of a rank that has lost the store, for the error of a command."""

@@ -78,7 +78,7 @@ def test_a_failure_wakes_a_rank_that_waits_and_the_first_failure_counts(server: 
 
 def test_rank_0_keeps_its_store_until_the_others_have_read_of_the_failure(server: TCPStore) -> None:
     main, *others = ranks_of(server, 3)
-    assert main.announce(RankFailure.of(0, KeyError("a bug"))).rank == 0
+    assert main.announce_error(bug := KeyError("a bug")) is bug
     with ThreadPoolExecutor(1) as thread:
         waits = thread.submit(main.wait_until_seen)
         for other in others:
@@ -266,3 +266,11 @@ def test_an_explained_failure_in_work_of_all_ranks_is_logged_once(tmp_path: Path
         wait_for_exits(run.processes, 100)
         assert run.exit_codes == [1, 1, 1]
         assert run.text("err") == "galaxydist: error: rank 1 failed: no memory left\n"
+
+
+def test_a_connection_that_breaks_without_a_message_is_explained(server: TCPStore) -> None:
+    ranks = ranks_of(server, 2)[1]
+    explained = ranks.announce_error(RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer. GLHF!"))
+    assert isinstance(explained, OneRankFailedError) and "that process was killed" in str(explained)
+    failure = ranks.failure()
+    assert failure is not None and failure.text.startswith("the connection to another rank has broken")

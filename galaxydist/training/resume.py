@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from galaxydist.errors import UserError
+from galaxydist.errors import EveryRankError, UserError, name_some
 from galaxydist.models.own_function import find_source, source_hash
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.events import EventLog
-from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
+from galaxydist.runs.folder import RunFolder, compare_recipes, plain, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
 
@@ -68,6 +68,37 @@ def lock_run_folder(
     except BaseException:
         lock.release()
         raise
+
+
+# Keys that may have a value for each node or process: places, threads, and what rank 0 alone uses.
+OF_ONE_RANK = (
+    "data.dir",
+    "data.manifest",
+    "data.cache_dir",
+    "data.cache_size",
+    "data.prefetch",
+    "data.threads",
+    "data.fetch_threads",
+    "train.threads",
+    "tracker.webhook",
+)
+
+
+def check_same_recipe(world: "World", recipe: Recipe, manifest: Manifest) -> None:
+    """Check that all processes were started with the recipe and the shards of rank 0; all call it.
+
+    Raises:
+        EveryRankError: they were not; the text names the keys and values of the first process that differs.
+    """
+    own = {key: value for key, value in plain(flatten(recipe)).items() if key not in OF_ONE_RANK} | {"shards": manifest.hash[:16]}
+    main = world.run_on_main(lambda: own)
+    changes = [f"{key}={own[key]} (on rank 0 {main[key]})" for key in own if own[key] != main[key]]
+    for rank, found in enumerate(world.all_gather(changes)):
+        if found:
+            raise EveryRankError(
+                f"Rank {rank} was started with other settings than rank 0: {name_some(found)}. Give all processes of a run the "
+                "same arguments and shards; if these are two runs, give each its own MASTER_PORT."
+            )
 
 
 def check_would_continue(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> bool:

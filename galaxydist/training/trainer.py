@@ -79,7 +79,7 @@ from galaxydist.training.micro_batch import (
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import EarlyStopping, Prune, Pruning, lock_run_folder
+from galaxydist.training.resume import EarlyStopping, Prune, Pruning, check_same_recipe, lock_run_folder
 from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
@@ -194,6 +194,7 @@ class Trainer:
         self.other_manifests = world.run_on_all(
             lambda: [open_shards(find_variant(recipe.data, self.root, variant), cache) for variant in variants]
         )
+        check_same_recipe(world, recipe, self.manifest)
         world.run_on_main(self._check_data)
         if warning := mirror_warning(self.manifest, recipe):
             logger.warning("%s", warning)

@@ -77,6 +77,22 @@ def test_a_rank_that_fails_alone_ends_the_run_at_once_with_its_message(
     assert newest is not None and newest.step == 4
 
 
+def train_otherwise(settings: list[str]) -> int:
+    """Rank 1 gets another weight decay, and a cache of its own."""
+    return train([*settings, "optim.weight_decay=0.5", "data.cache_dir=elsewhere"] if os.environ["RANK"] == "1" else settings)
+
+
+@pytest.mark.multiprocess
+def test_ranks_with_different_recipes_are_refused_with_one_message(blobs: Path, tmp_path: Path) -> None:
+    settings = quick_settings(blobs, tmp_path / "run")
+    with forked(train_otherwise, settings, folder=tmp_path / "out", size=2) as run:
+        assert exit_codes(run) == [2, 2], run.text("err")
+        assert count_errors(run.text("err")) == 1
+        assert "Rank 1 was started with other settings than rank 0: optim.weight_decay=0.5 (on rank 0 " in run.said(0, "err")
+        assert "cache_dir" not in run.text("err")
+    assert not (tmp_path / "run").exists()
+
+
 def train_in_a_program(settings: list[str]) -> int:
     """A program that calls the Python API, and goes on after an error."""
     try:
