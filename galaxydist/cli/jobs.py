@@ -1,4 +1,4 @@
-"""``galaxydist submit``, ``sweep``, ``status``, ``logs`` and ``cancel``: jobs of runs on a cluster."""
+"""``galaxydist submit``, ``sweep``, ``status``, ``cost``, ``logs`` and ``cancel``: jobs of runs on a cluster."""
 
 import argparse
 import json
@@ -72,6 +72,50 @@ def add_status(commands: Commands) -> None:
     cancel = add_command(commands, "cancel", run_cancel, "cancel the jobs of runs", description=description)
     cancel.add_argument("targets", nargs="+", metavar="RUN|FOLDER|JOBID", help="run folders, folders of runs, or SLURM job ids")
     cancel.add_argument("--yes", action="store_true", help="cancel several jobs without asking")
+
+
+COST_EPILOG = """examples:
+  galaxydist cost                      all runs in ./runs and its subfolders, down to two levels
+  galaxydist cost runs/sweep           a sweep, with its sum
+  galaxydist cost runs/sweep --json    the same for a program, with every start of every run
+
+Device hours count every start of a run, from the begin of its job or process to its end, times its GPUs; without a GPU times its
+CPU cores. "lost" are steps that a restart had to take again, "unknown" is what neither the run folder nor SLURM tells.
+"""
+
+
+def add_cost(commands: Commands) -> None:
+    """Add the command."""
+    cost = add_command(
+        commands,
+        "cost",
+        run_cost,
+        "show the device hours of runs",
+        description="Show the GPU hours (else CPU core hours) of runs, and how many were lost to restarts, start-up and waiting.",
+        epilog=COST_EPILOG,
+    )
+    cost.add_argument("folders", nargs="*", metavar="RUN|FOLDER", help="run folders, or folders of runs (default: ./runs)")
+    cost.add_argument("--json", action="store_true", help="print a JSON object instead of the table")
+
+
+def run_cost(arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    from galaxydist.cluster.status import name_runs
+    from galaxydist.report.cost import read_all_hours, render_hours, total_hours
+
+    folders = [find_folder(text) for text in arguments.folders] or [RUNS] * RUNS.is_dir()
+    names = name_runs(folders)
+    if not names:
+        places = ", ".join(map(str, folders)) or f"./{RUNS}"
+        raise UserError(f"There is no run in {places}: give a run folder, or a folder that contains some.")
+    runs, notes = read_all_hours(names)
+    if arguments.json:
+        content = {"total": total_hours(runs), "runs": [run.to_dict() for run in runs], "notes": notes}
+        print(json.dumps(content, indent=2))
+        return
+    print(render_hours(runs))
+    for note in notes:
+        print(f"galaxydist: {note}", file=sys.stderr)
 
 
 def find_folder(text: str) -> Path:

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         jobs.add_submit,
         jobs.add_sweep,
         jobs.add_status,
+        jobs.add_cost,
         track.add_parser,
         dashboard.add_dashboard,
         cluster.add_cluster,

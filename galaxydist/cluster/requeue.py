@@ -6,6 +6,7 @@
 It imports no torch: a preempted job has only seconds left.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -24,10 +25,10 @@ from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXI
 from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.log import set_up_logging
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.runs.events import Event, EventKind, EventLog
+from galaxydist.runs.events import EventKind, EventLog
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
-from galaxydist.tracking.webhook import find_webhook, post_event
+from galaxydist.tracking.webhook import Webhook, find_webhook
 
 # By name, because this module runs as ``__main__``.
 logger = logging.getLogger("galaxydist.cluster.requeue")
@@ -45,12 +46,13 @@ class Ending:
 
     Args:
         exit_code: srun's exit code: the highest of its tasks, 128 + N after signal N.
-        is_finished: the run has its result, or was pruned.
+        is_finished: the run has its result, or was pruned: no step is left.
         failure: ``failure.json`` of this start, if a rank wrote one.
         step: the last optimizer step in the run folder.
         saved: the step of the newest checkpoint; None if there is none.
         death: the rank or node that died first, in one line; empty if srun reported none.
         ended_by_slurm: why SLURM is ending the job, in one line; empty if it is not.
+        is_pruned: a search has ended the run.
     """
 
     exit_code: int
@@ -60,6 +62,7 @@ class Ending:
     saved: int | None = None
     death: str = ""
     ended_by_slurm: str = ""
+    is_pruned: bool = False
 
     @property
     def error(self) -> str | None:
@@ -105,7 +108,8 @@ def decide(
         The decision and its reason.
     """
     if ending.is_finished:
-        return "finished", "the run is finished" + (f", but {ending.error}" if ending.error else "")
+        text = "a search has pruned the run" if ending.is_pruned else "the run is finished"
+        return "finished", text + (f", but {ending.error}" if ending.error else "")
     if reason := _stop_reason(ending, history, policy, max_requeues):
         return "stop", reason
     return ("requeue" if policy == "auto" else "resubmit"), _reason(ending)
@@ -154,8 +158,8 @@ def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
 
 
 LEAVING = "SLURM itself is ending the job"
-# Seconds that a webhook may take.
-POST_S = 3.0
+# Seconds that a webhook may take, before a job is requeued and at the end.
+SENDING_S, POST_S = 1.0, 3.0
 # Pauses between attempts while slurmctld does not answer, in total five minutes.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 # Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
@@ -170,17 +174,23 @@ class StartedRun:
         requests: the submission.
         run_dir: the run folder.
         environ: environment of the batch script.
+        webhook: is told of the decision.
     """
 
     requests: RequestFile
     run_dir: Path
     environ: Mapping[str, str]
+    webhook: Webhook
 
     @classmethod
     def read(cls, path: Path, environ: Mapping[str, str]) -> Self:
         """Read the start from the submission's file."""
         requests = RequestFile.read(path)
-        return cls(requests, requests.requests[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))].run_dir, environ)
+        request = requests.requests[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
+        configured = None
+        with contextlib.suppress(UserError):  # the recipe may be what is wrong
+            configured = load_recipe(job_arguments(request, requests.code)).recipe.tracker.webhook
+        return cls(requests, request.run_dir, environ, Webhook(find_webhook(configured, environ), request.run_dir.name))
 
     @property
     def folder(self) -> RunFolder:
@@ -213,6 +223,12 @@ class StartedRun:
         first = max((job.time for job in self.files.jobs() if job.resubmits is None), default=0.0)
         return [record for record in self.files.restarts() if record.time >= first and not self._is_own(record)]
 
+    def _tell(self, ending: Ending, decision: Decision, reason: str) -> None:
+        """Write a decision as an event; a stop is an alert if an error caused it."""
+        kind: EventKind = "requeue" if decision != "stop" else "failure" if ending.error else "stop"
+        events = EventLog(self.folder.events_path, start_of(self.environ), tell=self.webhook.send)
+        events.write(kind, reason, ending.crash_step, decision=decision, exit_code=ending.exit_code, saved=ending.saved)
+
     def _is_own(self, record: RestartRecord) -> bool:
         return (record.job_id, record.restart) == (self.job_id, self.restart)
 
@@ -230,7 +246,10 @@ class StartedRun:
             saved=ending.saved,
             for_good=decision == "stop" and bool(_permanent_reason(ending, self.history())),
         )
+        is_known = decision == "resubmit" and any(own.decision == "requeue" for own in self.own_records())
         self.files.append_restart(record)
+        if decision != "finished" and not is_known:
+            self._tell(ending, decision, reason)
         logger.info("galaxydist: srun ended with %d at step %s: %s (%s)", ending.exit_code, ending.step, decision, reason)
 
 
@@ -247,12 +266,14 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     start = StartedRun.read(Path(arguments[0]), environ)
     if arguments[1] == TOLD_TO_END:
         _after_sigterm(start)
+        start.webhook.close(POST_S)
         return 0
     exit_code = int(arguments[1])
     _unlock(start.folder, start.job_id)
     ending = _read_ending(start, exit_code)
     if ending.is_finished or not any(record.decision in ("requeue", "resubmit") for record in start.own_records()):
         _act(start, ending)
+    start.webhook.close(POST_S)
     return exit_code if ending.is_finished else exit_code or EXIT_STOPPED
 
 
@@ -270,9 +291,7 @@ def _act(start: StartedRun, ending: Ending) -> None:
     is_leaving = _is_leaving(state)
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
         cause = f": {ending.error}" if ending.error else ""
-        reason = f"SLURM itself has requeued the job{cause}"
-        start.write_record(ending, "requeue", reason)
-        _tell(start, ending, "requeue", reason)
+        start.write_record(ending, "requeue", f"SLURM itself has requeued the job{cause}")
     else:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
@@ -283,37 +302,12 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
     if decision in ("requeue", "resubmit") and not may_act:
         decision, reason = "stop", LEAVING
     start.write_record(ending, decision, reason)
+    start.webhook.close(SENDING_S)  # SLURM ends this process with the job that it requeues
     if decision == "requeue" and (refusal := requeue_patiently(start.job_id, ends_anyway=bool(ending.ended_by_slurm))):
         decision, reason = ("stop", LEAVING) if refusal == LEAVING else ("resubmit", f"SLURM does not requeue it ({refusal})")
         start.write_record(ending, decision, reason)
     if decision == "resubmit" and (problem := _resubmit(start)):
-        decision, reason = "stop", problem
-        start.write_record(ending, decision, reason)
-    _tell(start, ending, decision, reason)
-
-
-def _tell(start: StartedRun, ending: Ending, decision: Decision, reason: str) -> None:
-    """Write the decision as an event, and post it; a stop is an alert if an error caused it."""
-    if decision == "finished":
-        return
-    kind: EventKind = "requeue" if decision != "stop" else "failure" if ending.error else "stop"
-    posted: list[Event] = []
-    events = EventLog(start.folder.events_path, start_of(start.environ), tell=posted.append)
-    events.write(kind, reason, ending.crash_step, decision=decision, exit_code=ending.exit_code, saved=ending.saved)
-    for event in posted:
-        if (address := find_webhook(_read_webhook(start), start.environ)) and (
-            problem := post_event(address, start.run_dir.name, event, POST_S)
-        ):
-            logger.info("galaxydist: the alert could not be posted: %s", problem)
-
-
-def _read_webhook(start: StartedRun) -> str | None:
-    """Return ``tracker.webhook`` of the run's recipe; None if the recipe cannot be read."""
-    request = next(request for request in start.requests.requests if request.run_dir == start.run_dir)
-    try:
-        return load_recipe(job_arguments(request, start.requests.code)).recipe.tracker.webhook
-    except UserError:
-        return None
+        start.write_record(ending, "stop", problem)
 
 
 def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
@@ -330,6 +324,7 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
         saved,
         "" if ended_by_slurm else find_death(stderr) or find_remedy(stderr),
         ended_by_slurm,
+        folder.is_pruned,
     )
 
 

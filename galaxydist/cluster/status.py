@@ -211,12 +211,18 @@ def group_of(state: str) -> Group:
     return _OTHER_GROUPS.get(state, found)
 
 
-def read_overview(folders: Sequence[Path]) -> Overview:
-    """Read the status of all runs in folders; SLURM is asked once."""
+def name_runs(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return the run folders at or below folders, each with its name in a table."""
     names: dict[Path, str] = {}
     for folder in folders:
         for run in find_runs(folder):
             names.setdefault(run, str(run.relative_to(folder)) if run != folder else run.name or str(run))
+    return names
+
+
+def read_overview(folders: Sequence[Path]) -> Overview:
+    """Read the status of all runs in folders; SLURM is asked once."""
+    names = name_runs(folders)
     jobs: dict[Path, list[JobRecord]] = {}
     runs: list[RunStatus] = []
     for run, name in names.items():

@@ -17,6 +17,7 @@ from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, choose_rows, evidence_of_table, published_evidence
+from galaxydist.report.cost import RunHours, read_run_hours
 from galaxydist.report.finished_runs import REFERENCE, FinishedRun, SplitResult, read_finished_runs
 from galaxydist.report.matrix import Table, TableRow, build_tables
 from galaxydist.report.published_results import SETTINGS, TrainTest
@@ -168,6 +169,7 @@ class RunFacts:
         cost: None where its timing was not logged.
         evaluation: content of its evaluation file on its own test set; empty where it cannot be read.
         origin: licence and source of its training data; None where nothing is known.
+        hours: its device hours, from its folder; None where nothing is known.
         notes: parts of the run that could not be read.
     """
 
@@ -180,6 +182,7 @@ class RunFacts:
     cost: RunCost | None
     evaluation: Mapping[str, Any]
     origin: DataOrigin | None = None
+    hours: RunHours | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -210,8 +213,18 @@ def read_facts(run: FinishedRun) -> RunFacts:
         cost=cost_of(timing, int(stored.recipe.get("train.batch_size", 0))),
         evaluation=evaluation or {},
         origin=_read_origin(folder, notes) or known_origin(run.dataset),
+        hours=_read_hours(run, notes),
         notes=tuple(notes),
     )
+
+
+def _read_hours(run: FinishedRun, notes: list[str]) -> RunHours | None:
+    try:
+        hours = read_run_hours(run.run_dir, run.name)
+    except UserError as error:
+        notes += [str(error)] * (str(error) not in notes)
+        return None
+    return hours if hours.starts else None
 
 
 def _read_origin(folder: RunFolder, notes: list[str]) -> DataOrigin | None:

@@ -19,11 +19,11 @@ from galaxydist.gallery.gallery import gallery_sections
 from galaxydist.pages.html import TEMPLATES, figure_svg, render
 from galaxydist.report.claims import ClaimAnswer
 from galaxydist.report.collect import REGIMES, DatasetResults, Pairs, ReportData, RunFacts
+from galaxydist.report.cost import NOTHING
 from galaxydist.report.finished_runs import SplitResult
 from galaxydist.report.matrix import Table
 from galaxydist.report.statistics import ALPHA
 from galaxydist.report.tables import (
-    NOTHING,
     QUANTITIES,
     SCORES_CAPTION,
     about,
@@ -41,6 +41,7 @@ from galaxydist.report.tables import (
     score_rows,
     settings_of,
     signed,
+    time_rows,
 )
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ def _data_set(found: DatasetResults, index: int) -> dict[str, Any]:
         "pairs": [_pairs(pairs) for pairs in found.pairs],
         "ensembles": ensemble_rows(found),
         "cost": cost_rows(found),
+        "hours": time_rows(found),
         "runs": [_run(facts, found) for facts in found.facts],
     }
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.collect import DatasetResults, ReportData
+from galaxydist.report.cost import NOTHING, hours_rows, hours_text
 from galaxydist.report.finished_runs import FREE_KEYS, SCORES, Score
 from galaxydist.report.matrix import NOT_RUN, Cell, Table, TableRow, holm_adjusted
 from galaxydist.report.published_results import TrainTest
@@ -12,7 +13,6 @@ from galaxydist.report.statistics import ALPHA, Estimate
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
 MINUS = "\N{MINUS SIGN}"
-NOTHING = "\N{EN DASH}"
 Quantity = Literal["accuracy", "loss"]
 QUANTITIES: tuple[Quantity, ...] = ("accuracy", "loss")
 Standing = Literal["", "better", "worse", "same"]
@@ -112,15 +112,6 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def hours_text(hours: float | None) -> str:
-    """Format a duration, as ``3.2 h``, ``12.1 min`` or ``8 s``; None becomes a dash."""
-    if hours is None:
-        return NOTHING
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
-
-
 # Texts, and table heads with their rows.
 
 _ERRORS = "Mean over seeds ± its standard error over seeds; a number without an error is of a single seed."
@@ -200,6 +191,11 @@ def cost_rows(found: DatasetResults) -> Rows:
             ]
         rows.append([facts.run.name, found.model_of(facts.run), *values])
     return head, rows
+
+
+def time_rows(found: DatasetResults) -> Rows:
+    """Return head and rows of the device hours of the runs, and of what of them was lost."""
+    return hours_rows([facts.hours for facts in found.facts if facts.hours is not None])
 
 
 def ensemble_rows(found: DatasetResults) -> Rows:

@@ -194,7 +194,7 @@ class Push:
             if run not in going and run in self.report.done:
                 continue
             try:
-                if (pusher := self._pusher(run)) is not None:
+                if (pusher := self._pusher(run, with_alerts=self._with_alerts and run in going)) is not None:
                     pusher.send()
                     if run not in going:
                         self._close(run)
@@ -214,13 +214,13 @@ class Push:
                 self._abandon(run)
                 self.report.failed[run] = f"{run}: {first_line(error)}"
 
-    def _pusher(self, run: Path) -> Pusher | None:
+    def _pusher(self, run: Path, *, with_alerts: bool) -> Pusher | None:
         if run not in self._open:
             folder = RunFolder(run)
             if not folder.metrics_path.exists():
                 self.report.skipped[run] = f"{run}: there is nothing to send yet"
                 return None
-            self._open[run] = Pusher(folder, self._options, with_alerts=self._with_alerts)
+            self._open[run] = Pusher(folder, self._options, with_alerts=with_alerts)
             self.report.skipped.pop(run, None)
         return self._open[run]
 

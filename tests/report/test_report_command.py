@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
 from galaxydist.report.collect import ZOOBOT_NOTE, ReportData, collect, cost_of, read_facts
+from galaxydist.report.cost import hours_text
 from galaxydist.report.finished_runs import read_finished_runs
 from galaxydist.report.page import render_report
-from galaxydist.report.tables import escape_latex, hours_text, p_text, settings_of, signed
+from galaxydist.report.tables import escape_latex, p_text, settings_of, signed
 from tests.helpers.report_runs import BATCH_SIZE, write_calibration, write_gallery_of, write_logs, write_sweep
 from tests.helpers.trial_folders import STEP, write_trial
 
@@ -105,6 +106,7 @@ def test_report_page_has_all_sections_with_their_content(page: Page) -> None:
     assert list(page.text) == [*wanted, "notes", "provenance"]
     assert all(len(text.split()) > 10 for name, text in page.text.items() if name != "notes")
     assert "galaxydist report runs" in page.text["provenance"] and "1.2.3" in page.text["provenance"]
+    assert "Device hours" in page.text["cost"] and "share" in page.text["cost"]
     assert "0.080" in page.text["calibration"] and "1.250" in page.text["calibration"]
     assert "launch.py recipe=vit" in page.text["runs"] and "train.batch_size=64" in page.text["runs"]
 

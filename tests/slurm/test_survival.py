@@ -18,6 +18,7 @@ from mini_cluster import MiniCluster
 
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.tracking.wandb_files import read_history
+from tests.helpers.alert_server import alert_server
 from tests.helpers.cluster_runs import ClusterRun, assert_equal_tensors, decisions, go_on, is_told
 from tests.helpers.mini_cluster import num_restarts, processes_left, submit, wait_for, wait_state
 
@@ -212,7 +213,36 @@ def test_run_survives_a_killed_rank_and_two_node_failures_bit_equal(
     mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path
 ) -> None:
     """A rank, then a node, then the one with rank 0 and the batch script: one requeue each, that of a node by SLURM itself."""
-    run = ClusterRun(mini_cluster, tmp_path, blobs)
+    with alert_server() as (address, received):
+        run = ClusterRun(mini_cluster, tmp_path, blobs, tracker__webhook=address)
+        job_id = kill_a_rank_and_two_nodes(run, mini_cluster)
+    assert num_restarts(mini_cluster, job_id) == 3 and shown(run)["restarts"] == 3
+    assert decisions(run.files.restarts()) == ["requeue", "requeue", "finished"]
+    check_same(run, undisturbed)
+    told = [alert["text"] for alert in received if alert["kind"] == "requeue"]
+    assert len(told) == 2 and "rank 1 on n2 was ended by signal 9" in told[0]
+    assert [alert["kind"] for alert in received].count("finish") == 1
+    check_hours(run, job_id)
+
+
+def check_hours(run: ClusterRun, job_id: str) -> None:
+    """``galaxydist cost`` and accounting agree on each of the four starts, of which three have lost steps."""
+    answer = run.galaxydist("cost", str(run.run_dir), "--json")
+    assert answer.returncode == 0, answer.stderr
+    content = json.loads(answer.stdout)
+    starts = content["runs"][0]["starts"]
+    assert [start["start"] for start in starts] == [f"{job_id}.{number}" for number in range(4)]
+    used = [sum(start["seconds"].values()) for start in starts]
+    elapsed = run.slurm.run("sacct", "-nPX", "--duplicates", "-j", job_id, "-o", "ElapsedRaw").split()
+    # Accounting counts whole seconds; a process may have begun up to one before.
+    assert sorted(used) == pytest.approx(sorted(map(float, elapsed)), abs=1.0)
+    assert all(start["seconds"]["lost"] > 0 for start in starts[:3]) and starts[3]["seconds"]["lost"] == 0
+    assert all(start["queued_s"] >= 0 for start in starts) and content["notes"] == []
+    assert content["total"]["CPU core"]["used"] == pytest.approx(2 * sum(used) / 3600)
+
+
+def kill_a_rank_and_two_nodes(run: ClusterRun, mini_cluster: MiniCluster) -> str:
+    """Submit a run of two nodes, and disturb it until it has ended all the same; the job's id."""
     job_id = run.submit()
     run.wait_step(20)
     (victim,) = run.pids("n2")
@@ -229,9 +259,7 @@ def test_run_survives_a_killed_rank_and_two_node_failures_bit_equal(
         mini_cluster.start_node(node)
     run.wait_finished()
     wait_state(mini_cluster, job_id, "COMPLETED")
-    assert num_restarts(mini_cluster, job_id) == 3 and shown(run)["restarts"] == 3
-    assert decisions(run.files.restarts()) == ["requeue", "requeue", "finished"]
-    check_same(run, undisturbed)
+    return job_id
 
 
 def test_run_of_2_nodes_continued_on_1_node_has_the_same_float64_weights(

@@ -1,14 +1,18 @@
 """wandb's own offline files, read back: config, metrics on ``step``, each step once however often the run was killed."""
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import psutil
@@ -34,6 +38,7 @@ from galaxydist.tracking.wandb_files import (
 from galaxydist.tracking.wandb_sink import choose_wandb_mode
 from tests.helpers.forked_runs import forked, run_forked, train
 from tests.helpers.runs import quick_settings, read_metrics, run_here
+from tests.helpers.wandb_server import WandbServer
 
 WANDB = {"tracker__name": "wandb", "tracker__mode": "offline"}
 OFFLINE = Destination("wandb", TrackerConfig(mode="offline"), {})
@@ -170,7 +175,56 @@ def test_wandb_stores_each_step_once_after_repeated_kills(blobs: Path, tmp_path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert_each_step_once(run_dir)
     assert read_metrics(run_dir)[-1]["step"] == 42
+    assert_complete_when_pushed(run_dir, tmp_path)
     assert len(offline_files(run_dir, run_id(run_dir))) + len(list(run_dir.glob("wandb-torn/*"))) == len(stops) + 1
+
+
+@pytest.mark.multiprocess
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_wandb_stores_each_step_once_after_20_kills_with_pushes_between(blobs: Path, tmp_path: Path) -> None:
+    run_dir, chance = tmp_path / "run", random.Random(4)
+    settings = quick_settings(blobs, run_dir, **WANDB, train__save_steps=3, train__log_every=1, train__epochs=40)
+    metrics = run_dir / "metrics.jsonl"
+    for number in range(20):
+        known = metrics.read_text().count("\n") if metrics.exists() else 0
+        lines = known + chance.choice([0, 1, 3, 9])
+        with forked(train, settings, folder=tmp_path / f"log-{number}") as run:
+            wait_until(lambda lines=lines: lines == 0 or (metrics.exists() and metrics.read_text().count("\n") != lines))  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 3))
+            run.kill()
+        assert run.exit_codes == [-9], "it was done before the last kill came"
+        if number % 3 == 0 and metrics.exists():
+            assert push(run_dir, tmp_path).returncode == 0
+    done = run_forked(train, settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_complete_when_pushed(run_dir, tmp_path)
+
+
+def push(run_dir: Path, home: Path) -> CompletedProcess[str]:
+    return run_forked(push_offline, str(run_dir), environ={"HOME": str(home)})
+
+
+def push_offline(run_dir: str) -> int:
+    from galaxydist.cli.main import main
+
+    return main(["track", "push", run_dir, "--mode", "offline"])
+
+
+def assert_complete_when_pushed(run_dir: Path, home: Path) -> None:
+    """After a push the files hold each step once, a second push changes nothing, and ``wandb sync`` gives a server each once."""
+    assert push(run_dir, home).returncode == 0
+    assert_each_step_once(run_dir)
+    files = offline_files(run_dir, run_id(run_dir))
+    before = [(path, path.read_bytes()) for path in files]
+    assert "nothing new" in push(run_dir, home).stdout
+    assert [(path, path.read_bytes()) for path in offline_files(run_dir, run_id(run_dir))] == before
+    with WandbServer() as server:
+        command = [sys.executable, "-m", "wandb", "sync", *(str(path.parent) for path in files)]
+        environ = {**os.environ, **server.environ(), "HOME": str(home)}
+        synced = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        assert synced.returncode == 0, synced.stdout + synced.stderr
+        assert server.run.steps == list(dict.fromkeys(line["step"] for line in read_metrics(run_dir)))
 
 
 class ListSink:

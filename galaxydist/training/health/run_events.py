@@ -1,8 +1,10 @@
 """Events that a training writes into its run folder, and the logs that a restart cuts back."""
 
 import contextlib
+import itertools
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +22,19 @@ from galaxydist.runs.folder import FailureKind, RunFolder
 TIME = "time/unix"
 
 
+# Starts of this process: a notebook may train several times.
+_STARTS = itertools.count()
+# A process that is older when it first trains has done something else before.
+LONGEST_START_S = 600.0
+
+
 def began() -> float:
-    """Return the time at which this process began, in seconds since 1970."""
-    return psutil.Process().create_time()
+    """Return the time at which a start of a run begins that calls this once, in seconds since 1970.
+
+    It is the begin of the process, whose imports belong to the run, unless the process has done other work before.
+    """
+    now, created = time.time(), psutil.Process().create_time()
+    return created if next(_STARTS) == 0 and now - created < LONGEST_START_S else now
 
 
 def cut_back(folder: RunFolder, step: int) -> dict[str, Any]:

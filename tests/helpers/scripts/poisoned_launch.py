@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,4 +31,5 @@ def poison(rank: int, steps: set[int], hang_at: int | None = None) -> None:
 def train_poisoned(rank: int, steps: set[int], settings: Sequence[str], hang_at: int | None = None) -> int:
     """Train as launch.py does, with images of one rank spoilt in these steps, and a step in which it hangs."""
     poison(rank, steps, hang_at)
+    sys.argv[1:] = settings  # wandb sends the command line
     return main(settings, os.environ)
