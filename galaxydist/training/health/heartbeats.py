@@ -191,7 +191,7 @@ class Verdict:
 
 
 @dataclass(eq=False)
-class Neighbours:
+class NeighbourRanks:
     """The ranks before and after this one, if they run on this machine: finds those that were killed or crashed.
 
     Such a rank cannot tell the others, which might wait for it until ``train.hang_timeout``.
@@ -266,7 +266,7 @@ class HeartbeatStore:
         self._ranks = self.ranks.connect()
         self._store, self.rank, self.world_size = self._ranks.store, self.ranks.rank, self.ranks.size
         self._num_readings = max(MIN_READINGS, round(MIN_OBSERVATION_S / self.interval_s))
-        self._neighbours = Neighbours(self._ranks)
+        self._neighbours = NeighbourRanks(self._ranks)
         self._serial = 0
         self._requested = threading.Event()
         self._wake = threading.Event()
