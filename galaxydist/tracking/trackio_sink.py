@@ -17,7 +17,7 @@ from typing import Any
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
-from galaxydist.runs.events import Event
+from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.listing import is_run
 from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation
@@ -27,8 +27,8 @@ FOLDER_NAME = "trackio"
 FOLDER_VARIABLE = "TRACKIO_DIR"
 # Variables with which trackio would use a server on the internet.
 REMOTE_VARIABLES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID")
-# Order of the sections of trackio's page; it sorts them by name otherwise.
-PLOT_ORDER = "val/*,train/*,test/*,time/*,memory/*,system/*"
+# Order of the sections of trackio's page, and of the first plots in each; it sorts them by name otherwise.
+PLOT_ORDER = "val/accuracy,val/loss,train/loss,train/accuracy,test/accuracy,time/img_s,memory/rss_gb,epoch"
 # Rows that are stored in one transaction.
 MOST_ROWS = 500
 # trackio may hold its file locked for this time, in seconds.
@@ -178,7 +178,8 @@ class TrackioSink:
         """Store an event, once, for trackio's list of alerts."""
         self._store_events([event])
 
-    def _store_events(self, events: Sequence[Event]) -> None:
+    def _store_events(self, all_events: Sequence[Event]) -> None:
+        events = [event for event in all_events if event.kind in ALERTS]
         self._storage.bulk_alert(
             project=self._info.project,
             run=self._name,

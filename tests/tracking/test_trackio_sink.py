@@ -91,7 +91,7 @@ def test_trackio_shows_validations_events_and_results_and_later_ones_too(tmp_pat
     last = rows[-1][1]
     assert last["test/accuracy"] == 0.625 and last["train/loss"] == 1 / 6
     assert (folder / "media" / last["test/confusion"]["file_path"]).is_file()
-    assert [line["title"] for line in read_table(folder, "alerts")] == ["start", "requeue", "finish"]
+    assert [line["title"] for line in read_table(folder, "alerts")] == ["requeue", "finish"]
     (config,) = read_table(folder, "configs")
     assert b'"optim.lr":' in config["config"] and b'"result/test/accuracy":0.625' in config["config"]
     assert not list((tmp_path / "runs").glob("trackio"))
