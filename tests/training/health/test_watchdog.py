@@ -177,7 +177,7 @@ def test_a_lost_store_ends_the_process_with_a_message_that_names_rank_0(monkeypa
 
     monkeypatch.setattr(heartbeats, "LOST_S", 0.5)
     ranks = RankStore(PrefixStore("test", server), 1, 2, main="node1, process 12")
-    first, closed = (HeartbeatStore(ranks, told_alone, 0.1, lambda _: None, end) for _ in range(2))
+    first, closed = (HeartbeatStore(ranks, told_alone, 0.1, lambda *_: None, end) for _ in range(2))
     del ranks.store, server
     closed.close()
     assert ended.wait(60)
@@ -257,6 +257,19 @@ def test_stopped_rank_is_named_as_silent_and_the_others_exit(tmp_path: Path) -> 
         assert run.exit_codes[2] is None
     assert complaints.count("The run hangs") == 1
     assert complaints.count("behind: ") == 1 and "behind: rank 2 (" in complaints and "silent for " in complaints
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_killed_rank_is_named_at_once_by_a_rank_that_does_not_wait_for_it(tmp_path: Path) -> None:
+    """Rank 0 stands outside of any collective, where no connection breaks, and may for ten minutes."""
+    with ranks("sleep", tmp_path, number=2, faulty=0, **{"start": 600.0, "data": 600.0, "forward/backward": 600.0}) as run:
+        wait_for_step(run, 4)
+        run.processes[1].kill()
+        assert exit_codes(run, 1) == [1]
+        complaints = run.text("err")
+    assert complaints.count("error:") == 1
+    assert f"process {run.pids[1]}) failed: its process was killed or has crashed" in complaints
 
 
 @pytest.mark.slow
