@@ -60,6 +60,7 @@ def show_runs(
             told.add(run)
             log(f"not stored: {push.report.failed[run]}")
 
+    load_trackio(options.folder, options.environ)
     options.folder.mkdir(parents=True, exist_ok=True)
     runs = find_runs()
     log(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {options.folder}")
