@@ -61,7 +61,10 @@ def show_runs(
             log(f"not stored: {push.report.failed[run]}")
 
     load_trackio(options.folder, options.environ)
-    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"trackio's folder {options.folder} cannot be made ({error.strerror}): give another --dir") from error
     runs = find_runs()
     log(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {options.folder}")
     try:

@@ -149,13 +149,14 @@ class WandbSink:
         return f"wandb: offline, in {folder / 'wandb'}; to send it: wandb sync {command}"
 
     def abandon(self) -> None:
-        """End wandb's process; if it is gone, each of these calls raises, which wandb would otherwise print at exit."""
+        """Close the run; if wandb's process is gone, end what is left of it, since wandb would print that at exit."""
         import wandb
 
-        with contextlib.suppress(Exception):
+        try:
             self._run.finish(exit_code=1)
-        with contextlib.suppress(Exception):
-            wandb.teardown(exit_code=1)
+        except Exception:  # of any kind; else the process is left alone, because it may serve other runs
+            with contextlib.suppress(Exception):
+                wandb.teardown(exit_code=1)
 
     def _settle(self) -> None:
         """Let wandb keep its copies of artifacts in the run folder; the default is a folder in the user's home."""

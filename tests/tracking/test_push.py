@@ -147,7 +147,9 @@ def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_it
     assert "other: 6 rows sent" in shown and "own: 2 rows sent" in shown
 
 
-def test_a_run_that_goes_on_after_it_was_sent_or_failed_is_sent_to_its_end(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_after_it_was_sent_or_failed_is_sent_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run", 4)
     watch = Push(PushOptions("tensorboard", os.environ))
     watch.update([run.path], ())  # it was stopped
@@ -157,6 +159,9 @@ def test_a_run_that_goes_on_after_it_was_sent_or_failed_is_sent_to_its_end(tmp_p
     watch.update([run.path], [run.path])
     assert "damaged line" in watch.report.failed[run.path]
     run.timing.path.unlink()
+    watch.update([run.path], [run.path])
+    assert watch.report.failed  # it is not tried at each look
+    monkeypatch.setattr(push, "RETRY_S", 0.0)
     watch.update([run.path], [run.path])
     assert not watch.report.failed
     run.metrics.append(8, {"train/loss": 0.1})
