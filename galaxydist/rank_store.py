@@ -180,6 +180,7 @@ class RankStore:
             return error
         is_torch_error = isinstance(error, RuntimeError) and not isinstance(error, RunFailedError)
         if is_torch_error and any(text in str(error) for text in BROKEN):
+            self._wait_for_failure()
             cause: BaseException = OneRankFailedError(
                 "the connection to another rank has broken: that process was killed (for lack of memory?) or crashed, or its "
                 f"machine is down; see what the launcher or the scheduler says ({first_line(error)})"
@@ -193,6 +194,12 @@ class RankStore:
         if first.rank == self.rank:
             return cause
         return first.to_error() if isinstance(error, Exception) else error
+
+    def _wait_for_failure(self) -> None:
+        """Wait until a rank is found dead, which takes two looks; that explains more than a broken connection."""
+        deadline = time.monotonic() + 3 * FAILURE_POLL_S
+        while self.failure() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def lost(self, error: Exception) -> OneRankFailedError:
         """Return the error of a rank that has lost the store, for the error of a command."""

@@ -46,12 +46,13 @@ class Ending:
 
     Args:
         exit_code: srun's exit code: the highest of its tasks, 128 + N after signal N.
-        is_finished: the run has its result, or was pruned.
+        is_finished: the run has its result, or was pruned: no step is left.
         failure: ``failure.json`` of this start, if a rank wrote one.
         step: the last optimizer step in the run folder.
         saved: the step of the newest checkpoint; None if there is none.
         death: the rank or node that died first, in one line; empty if srun reported none.
         ended_by_slurm: why SLURM is ending the job, in one line; empty if it is not.
+        is_pruned: a search has ended the run.
     """
 
     exit_code: int
@@ -61,6 +62,7 @@ class Ending:
     saved: int | None = None
     death: str = ""
     ended_by_slurm: str = ""
+    is_pruned: bool = False
 
     @property
     def error(self) -> str | None:
@@ -106,7 +108,8 @@ def decide(
         The decision and its reason.
     """
     if ending.is_finished:
-        return "finished", "the run is finished" + (f", but {ending.error}" if ending.error else "")
+        text = "a search has pruned the run" if ending.is_pruned else "the run is finished"
+        return "finished", text + (f", but {ending.error}" if ending.error else "")
     if reason := _stop_reason(ending, history, policy, max_requeues):
         return "stop", reason
     return ("requeue" if policy == "auto" else "resubmit"), _reason(ending)
@@ -321,6 +324,7 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
         saved,
         "" if ended_by_slurm else find_death(stderr) or find_remedy(stderr),
         ended_by_slurm,
+        folder.is_pruned,
     )
 
 

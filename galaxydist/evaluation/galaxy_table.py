@@ -6,6 +6,7 @@ all galaxies.
 """
 
 import io
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +19,15 @@ from PIL import Image
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.counter_rng import Stream, hash64
 from galaxydist.distributed import World
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, first_line
 from galaxydist.evaluation.counts import FRACTION_BITS, Predicted
 from galaxydist.loading.decode import sample_key
 from galaxydist.loading.loader import Batch
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.catalogue import ID, read_catalogue
 from galaxydist.shards.manifest import Manifest, catalogue_name
+
+logger = logging.getLogger(__name__)
 
 NUM_GALAXIES = 32
 # Width of a small image in pixels, and quality of the JPEG: some 3 kB, at most about 10 kB for pure noise.
@@ -84,7 +87,7 @@ class GalaxyTable:
             batch: on the CPU.
             predicted: its predictions.
         """
-        _, rows, places = np.intersect1d(batch.samples_B.numpy(), self.samples_M, return_indices=True)
+        samples, rows, places = np.intersect1d(batch.samples_B.numpy(), self.samples_M, return_indices=True)
         if rows.size == 0:
             return
         device = predicted.classes_B.device
@@ -96,8 +99,9 @@ class GalaxyTable:
         # Class numbers from 1: the other ranks add 0.
         values_2B = torch.stack([predicted.classes_B + 1, predicted.confidence_B])
         self._sums_2M.index_copy_(1, places_m, values_2B.index_select(1, rows_m))
-        for row in rows[np.isin(batch.samples_B.numpy()[rows], list(self._missing))].tolist():
-            self._images[int(batch.samples_B[row])] = small_jpeg(batch.images_BHWC[row].numpy())
+        for sample, row in zip(samples.tolist(), rows.tolist(), strict=True):
+            if sample in self._missing:
+                self._images[sample] = small_jpeg(batch.images_BHWC[row].numpy())
 
     def reduce(self) -> None:
         """Share the predictions of a pass with all ranks, and write the missing images. All ranks take part."""
@@ -136,9 +140,12 @@ class GalaxyTable:
         return [sample for sample in self.samples_M.tolist() if not self.folder.galaxy_image(sample).exists()]
 
     def _write(self, images: Mapping[int, bytes]) -> None:
-        self.folder.galaxies_dir.mkdir(exist_ok=True)
-        for sample, image in images.items():
-            replace_bytes(self.folder.galaxy_image(sample), image)
+        try:
+            self.folder.galaxies_dir.mkdir(exist_ok=True)
+            for sample, image in images.items():
+                replace_bytes(self.folder.galaxy_image(sample), image)
+        except (OSError, UserError) as error:  # a training does not need them
+            logger.warning("images of galaxies are missing in %s: %s", self.folder.galaxies_dir, first_line(error))
 
 
 def logged_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:

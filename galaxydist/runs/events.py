@@ -87,14 +87,14 @@ class EventLog:
         self._has_failed = False
 
     def write(self, kind: EventKind, text: str, step: int | None = None, **details: Any) -> None:
-        """Append an event of this moment, and tell a person of an alert; ``text`` is cut after its first line."""
+        """Tell a person of an alert, and append an event of this moment; ``text`` is cut after its first line."""
         line = (text.strip().splitlines() or [kind])[0]
         event = Event(time.time(), kind, line, step, self.start, {**self.details, **details})
+        if kind in ALERTS:
+            self.tell(event)  # first, since a file system that hangs holds up the write
         try:
             append_event(self.path, event)
         except (OSError, UserError) as error:
             if not self._has_failed:
                 logger.warning("an event could not be written to %s (%s)", self.path, first_line(error))
             self._has_failed = True
-        if kind in ALERTS:
-            self.tell(event)

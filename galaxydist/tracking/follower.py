@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -66,10 +66,10 @@ class Destination:
             raise UserError(f"{self.name} needs {error.name}, which is not installed: pip install 'galaxydist[track]'") from error
 
 
-def tracker_run_id(folder: RunFolder, run_id: str | None = None) -> str:
-    """Return the trackers' id of a run: the given one, the run folder's, or a new one, which is stored there."""
-    for name in TRACKERS:
-        run_id = run_id or folder.read_tracker(name).get("run_id")
+def tracker_run_id(folder: RunFolder, name: TrackerName, run_id: str | None = None) -> str:
+    """Return a tracker's id of a run: the given one, that of the tracker or of another one in the run folder, or a new one."""
+    for known in (name, *TRACKERS):
+        run_id = run_id or folder.read_tracker(known).get("run_id")
     return run_id or uuid.uuid4().hex[:8]
 
 
@@ -104,6 +104,7 @@ class Follower:
         self._reader = RunReader(folder)
         self._alerts_since = alerts_since
         self._num_events = 0
+        self._counts: dict[str, int] = {}  # of events, in rows that the sink has
         self._write_state(is_complete=False)
 
     def send(self, *, has_ended: bool = False) -> None:
@@ -117,8 +118,10 @@ class Follower:
         """
         before = self.num_rows
         for row in self._reader.read(has_ended=has_ended):
+            self._counts |= {name: value for name, value in row.values.items() if name.startswith("events/")}
             if row.step > self._step:
-                self.sink.send(row)
+                self.sink.send(replace(row, values={**self._counts, **row.values}))
+                self._counts.clear()
                 self._step = row.step
                 self.num_rows += 1
         if self.num_rows > before:

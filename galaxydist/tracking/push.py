@@ -140,7 +140,7 @@ class Pusher:
             self.check()
             is_offline = options.name == "wandb" and destination.wandb_mode == "offline"
             if not (is_offline and not with_alerts and is_stored_offline(folder, destination.config.project)):
-                run_id, since = tracker_run_id(folder), last_contact(folder, options.name)
+                run_id, since = tracker_run_id(folder, options.name), last_contact(folder, options.name)
                 self._follower = Follower(folder, destination, run_id, alerts_since=since if with_alerts else None)
         except BaseException:
             self._stack.close()
@@ -191,11 +191,12 @@ class Push:
     def update(self, runs: Sequence[Path], going: Collection[Path]) -> None:
         """Send what is new of each run, and close those that are not going on."""
         for run in runs:
-            if run not in going and run in self.report.done:
+            if run not in going and run in self.report.done and run not in self._open:
                 continue
             try:
                 if (pusher := self._pusher(run, with_alerts=self._with_alerts and run in going)) is not None:
                     pusher.send()
+                    self.report.failed.pop(run, None)
                     if run not in going:
                         self._close(run)
             except SelfSendingError as error:

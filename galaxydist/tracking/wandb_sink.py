@@ -11,6 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
 from galaxydist.rank_store import run_within
@@ -309,9 +310,11 @@ def choose_wandb_mode(environ: Mapping[str, str]) -> WandbMode:
 
 def wandb_address(environ: Mapping[str, str]) -> tuple[str, int]:
     """Return the host and port of wandb's server."""
-    host = environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    name, _, port = host.partition(":")
-    return name, int(port or 443)
+    url = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    try:
+        return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as error:
+        raise UserError(f"WANDB_BASE_URL is not the address of a server ({error})") from None
 
 
 def has_wandb_key(environ: Mapping[str, str], host: str) -> bool:

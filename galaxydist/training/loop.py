@@ -172,7 +172,6 @@ class TrainLoop:
             is_best = self.state.stopping.update(value, self.state.step)
             self.metrics.record(self.state.step, validation, details=details)
             self.pruning.update(epoch, value, is_last=is_last or self.state.stopping.should_stop)
-        self.metrics.raise_failure()
         is_needed = is_best or self.state.stopping.should_stop or self.pruning.is_pruned
         if is_needed or (is_save_due and not self.checkpointer.is_skipped(self.state.step)):
             self._save(is_best=is_best)
@@ -184,6 +183,7 @@ class TrainLoop:
 
     def _save(self, *, is_best: bool) -> None:
         self.watchdog.beat(self.state.step, SAVING)
+        self.metrics.raise_failure()  # a line that the checkpoint counts as written would be missing for ever
         with self.step.timer.part("checkpoint"):
             self.checkpointer.save(is_best=is_best)
         self._saved_step = self.state.step

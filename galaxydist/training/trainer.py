@@ -254,7 +254,9 @@ class Trainer:
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
-            self.watchdog = build_watchdog(self.world, self.recipe.train, self.run_folder, self.last_works, self.events)
+            self.watchdog = build_watchdog(
+                self.world, self.recipe.train, self.run_folder, self.last_works, self.events, note=self._note_failure
+            )
             stack.enter_context(self.watchdog)
             self.last_works.stacks, self.last_works.webhook = self.watchdog.close_stacks, webhook.close
             with leaving_alone(self.world, self._leave, self.last_works, self._note_failure):

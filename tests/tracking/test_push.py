@@ -12,6 +12,8 @@ from galaxydist.cli.main import main
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.runs.lock import RunLock
 from galaxydist.tracking import push
+from galaxydist.tracking.push import Push, PushOptions
+from galaxydist.tracking.tensorboard_sink import RESULTS_FILE, event_files, read_rows
 from galaxydist.tracking.wandb_files import offline_files, read_history
 from tests.helpers.runs import quick_settings, run_here
 from tests.helpers.wandb_server import WandbServer
@@ -143,3 +145,23 @@ def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_it
     assert stored_steps(other.path) == [2, 4, 6, 8, 10, 12] and len(files_of(other.path)) == 1
     assert stored_steps(own.path) == [2, 4]  # once it had ended
     assert "other: 6 rows sent" in shown and "own: 2 rows sent" in shown
+
+
+def test_a_run_that_goes_on_after_it_was_sent_or_failed_is_sent_to_its_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 4)
+    watch = Push(PushOptions("tensorboard", os.environ))
+    watch.update([run.path], ())  # it was stopped
+    assert "1 row sent" in watch.report.sent[run.path]
+    run.metrics.append(6, {"train/loss": 0.1})
+    run.timing.path.write_text("damaged\n")
+    watch.update([run.path], [run.path])
+    assert "damaged line" in watch.report.failed[run.path]
+    run.timing.path.unlink()
+    watch.update([run.path], [run.path])
+    assert not watch.report.failed
+    run.metrics.append(8, {"train/loss": 0.1})
+    run.write_result({"step": 8, "test/accuracy": 0.5})
+    watch.update([run.path], ())
+    assert "tensorboard" in watch.report.sent[run.path]
+    assert [step for path in event_files(run.path / "tensorboard") for step, _, _ in read_rows(path)] == [2, 4, 6, 8]
+    assert (run.path / "tensorboard" / RESULTS_FILE).stat().st_mtime >= run.result_path.stat().st_mtime

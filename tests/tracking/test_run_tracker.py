@@ -269,7 +269,7 @@ class ListDestination(Destination):
 
 def follow(folder: RunFolder, sink: ListSink) -> RunTracker:
     """The tracker of a run, with a sink of ours."""
-    destination = ListDestination("trackio", TrackerConfig(), {}, sink)
+    destination = ListDestination("trackio", TrackerConfig(), {}, sink=sink)
     return RunTracker(lambda: Follower(folder, destination, "abc", alerts_since=10.0), folder, "trackio", "abc")
 
 
@@ -426,7 +426,7 @@ def test_a_run_that_fails_does_not_wait_for_a_tracker_that_hangs(
         raise UserError("the disk is full")
 
     monkeypatch.setattr("galaxydist.training.trainer.start_tracker", lambda *_, **__: HangingTracker())
-    monkeypatch.setattr("galaxydist.training.trainer.FINISH_S", 0.1)
+    monkeypatch.setattr("galaxydist.training.health.rank_exit.TRACKER_S", 0.1)
     monkeypatch.setattr("galaxydist.training.loop.TrainLoop.run", fail)
     try:
         assert run_here(quick_settings(blobs, tmp_path / "run")) == 2

@@ -143,6 +143,8 @@ def test_panels_show_only_what_a_run_logs(server: WandbServer, blobs: Path, tmp_
     sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "wandb_workspace.py")
     assert all(f'"{name}"' in sources for name in ELSEWHERE)
     gpu = [f"system/node/gpu0_{name}" for name in re.findall(r'yield "(\w+)"', sources)]
-    measured = [*NodeSampler("node", [os.getpid()]).sample(), *gpu]
+    sampler = NodeSampler("node", [os.getpid()])
+    sampler.start()
+    measured = [*sampler.sample(), *gpu]
     for pattern in re.findall(r'"metricRegex": "([^"]+)"', text):
         assert any(re.fullmatch(pattern, name) for name in measured), pattern

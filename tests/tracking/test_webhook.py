@@ -141,6 +141,13 @@ def test_event_that_cannot_be_written_is_told_all_the_same(tmp_path: Path) -> No
     assert json.dumps(told[0].details) == "{}"
 
 
+def test_alert_does_not_wait_for_a_file_system_that_hangs(tmp_path: Path) -> None:
+    is_written: list[bool] = []
+    events = EventLog(tmp_path / "events.jsonl", tell=lambda _: is_written.append((tmp_path / "events.jsonl").exists()))
+    events.write("hang", "the run hangs")
+    assert is_written == [False] and kinds(tmp_path) == ["hang"]
+
+
 def test_waiting_for_data_is_told_once_after_a_minute() -> None:
     def told(shares: list[float], limit: float = 0.5, line_s: float = 25.0) -> list[int]:
         clock: Any = iter(range(10**6))

@@ -4,7 +4,9 @@ While the run is healthy each rank writes one key every few seconds, and only lo
 overdue requests a verdict; the first to do so reads the keys of all ranks, and the others wait for its verdict.
 """
 
+import contextlib
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -12,8 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from galaxydist.errors import OneRankFailedError, first_line
+import psutil
+
+from galaxydist.errors import EXIT_FAILED, OneRankFailedError, first_line
 from galaxydist.rank_store import FAILURE_POLL_S, RankFailure, RankStore
+from galaxydist.runs.lock import pid_space
 
 # Ranks, or groups of ranks, that a message describes one by one.
 MAX_NAMED = 8
@@ -186,6 +191,61 @@ class Verdict:
 
 
 @dataclass(eq=False)
+class NeighbourRanks:
+    """The ranks before and after this one, if they run on this machine: finds those that were killed or crashed.
+
+    Such a rank cannot tell the others, which might wait for it until ``train.hang_timeout``.
+
+    Args:
+        ranks: the store.
+    """
+
+    ranks: RankStore
+
+    def __post_init__(self) -> None:
+        self._unknown = {(self.ranks.rank + step) % self.ranks.size for step in (-1, 1)} - {self.ranks.rank}
+        self._processes: dict[int, psutil.Process] = {}
+        self._gone: set[int] = set()
+
+    def tell(self) -> None:
+        """Tell the neighbours of this process."""
+        self.ranks.store.set(f"pid/{self.ranks.rank}", json.dumps([pid_space(), os.getpid()]))
+
+    def find_dead(self) -> RankFailure | None:
+        """Return the failure of a neighbour whose process is gone for the second time, although it has not said that it ends."""
+        store = self.ranks.store
+        for rank in [rank for rank in self._unknown if store.check([f"pid/{rank}", f"rank/{rank}"])]:
+            self._unknown.remove(rank)
+            space, pid = json.loads(store.get(f"pid/{rank}"))
+            if space and space == pid_space():
+                with contextlib.suppress(psutil.Error, OSError):
+                    self._processes[rank] = psutil.Process(pid)
+        for rank in [rank for rank, process in self._processes.items() if _is_gone(process)]:
+            beat = Heartbeat.from_json(store.get(f"rank/{rank}"))
+            if beat.ended:
+                del self._processes[rank]
+            elif rank in self._gone:
+                return RankFailure(
+                    rank,
+                    beat.host,
+                    beat.pid,
+                    EXIT_FAILED,
+                    f"its process was killed or has crashed (found by rank {self.ranks.rank})",
+                )
+            self._gone.add(rank)
+        return None
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):  # it cannot be seen, or this process has no file left to look with
+        return False
+
+
+@dataclass(eq=False)
 class HeartbeatStore:
     """Exchanges heartbeats through the process group's store, in a thread; no method makes another thread wait.
 
@@ -193,14 +253,14 @@ class HeartbeatStore:
         ranks: the store; the thread opens its own connection.
         heartbeat: returns this rank's heartbeat for a serial number.
         interval_s: seconds between two heartbeats.
-        peer_failed: called in the thread when another rank has failed.
+        peer_failed: called in the thread when another rank has failed, and with True if this rank has found its process dead.
         store_lost: called in the thread when the store has been lost for ``LOST_S`` seconds, with the error.
     """
 
     ranks: RankStore
     heartbeat: Callable[[int], Heartbeat]
     interval_s: float
-    peer_failed: Callable[[RankFailure], None]
+    peer_failed: Callable[[RankFailure, bool], None]
     store_lost: Callable[[OneRankFailedError], None]
 
     def __post_init__(self) -> None:
@@ -208,6 +268,7 @@ class HeartbeatStore:
         self._ranks = self.ranks.connect()
         self._store, self.rank, self.world_size = self._ranks.store, self.ranks.rank, self.ranks.size
         self._num_readings = max(MIN_READINGS, round(MIN_OBSERVATION_S / self.interval_s))
+        self._neighbours = NeighbourRanks(self._ranks)
         self._serial = 0
         self._requested = threading.Event()
         self._wake = threading.Event()
@@ -255,6 +316,7 @@ class HeartbeatStore:
 
     def _run(self) -> None:
         try:
+            self._neighbours.tell()
             while not self._closing.is_set():
                 self._send()
                 if self._requested.is_set():
@@ -277,7 +339,10 @@ class HeartbeatStore:
         while not self._wake.wait(max(0.0, min(FAILURE_POLL_S, ends_at - time.monotonic()))):
             if (failure := self._ranks.failure()) is not None and failure.rank != self.rank:
                 self._ranks.acknowledge()
-                self.peer_failed(failure)
+                self.peer_failed(failure, False)
+            if not self._closing.is_set() and (dead := self._neighbours.find_dead()) is not None:
+                first = self._ranks.announce(dead)
+                self.peer_failed(first, first == dead)
             if time.monotonic() >= ends_at:
                 break
         self._wake.clear()

@@ -150,7 +150,13 @@ def collective_timeout(timeout_s: float) -> timedelta:
 
 
 def build_watchdog(
-    world: World, config: TrainConfig, folder: RunFolder, last_works: Iterable[LastWork], events: EventLog
+    world: World,
+    config: TrainConfig,
+    folder: RunFolder,
+    last_works: Iterable[LastWork],
+    events: EventLog,
+    *,
+    note: Callable[[Exception], None],
 ) -> "Watchdog":
     """Build the watchdog of a run."""
     return Watchdog(
@@ -160,6 +166,7 @@ def build_watchdog(
         world.store,
         folder.stacks_dir,
         last_works=last_works,
+        note=note,
         # Its second line names the ranks behind.
         tell=lambda text, step: events.write("hang", " ".join(map(str.strip, text.splitlines()[:2])), step),
     )
@@ -177,6 +184,7 @@ class Watchdog:
         last_works: done before the process ends; they may change while it runs.
         allowances: seconds by phase; None: ``phase_allowances``.
         tell: called with the report of a hang and the steps done, on the rank that reports it.
+        note: called with an error on the rank that has found another one dead.
     """
 
     rank: int
@@ -187,6 +195,7 @@ class Watchdog:
     last_works: Iterable[LastWork] = ()
     allowances: Mapping[str, float] | None = None
     tell: Callable[[str, int | None], None] = lambda _text, _step: None
+    note: Callable[[Exception], None] = lambda _error: None
 
     def __post_init__(self) -> None:
         self._host = socket.gethostname()
@@ -331,10 +340,14 @@ class Watchdog:
 
         self._leave(EXIT_HUNG, [(report, REPORT_S), (tell, TELL_S), *self.last_works])
 
-    def _follow(self, failure: RankFailure) -> NoReturn:
-        """Leave because another rank has failed: this one would wait for it for ever."""
+    def _follow(self, failure: RankFailure, is_finder: bool) -> NoReturn:
+        """Leave because another rank has failed: this one would wait for it for ever. A dead rank is reported by its finder."""
         assert self.store is not None
-        report: list[LastWork] = [(lambda: _write(str(failure)), REPORT_S)] if self.rank == 0 else []
+        report: list[LastWork] = []
+        if is_finder:
+            report.append((lambda: self.note(OneRankFailedError(str(failure))), TELL_S))
+        if self.rank == 0 or (is_finder and failure.rank == 0):
+            report.append((lambda: _write(str(failure)), REPORT_S))
         self._leave(failure.code, [*report, *self.last_works, (self.store.wait_until_seen, SEEN_S)])
 
     def _end_alone(self, error: OneRankFailedError) -> NoReturn:

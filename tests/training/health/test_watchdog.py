@@ -1,6 +1,7 @@
 """The watchdog, on real processes that hang, are stopped, keep the interpreter's lock, or are merely slow."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_a_lost_store_ends_the_process_with_a_message_that_names_rank_0(monkeypa
 
     monkeypatch.setattr(heartbeats, "LOST_S", 0.5)
     ranks = RankStore(PrefixStore("test", server), 1, 2, main="node1, process 12")
-    first, closed = (HeartbeatStore(ranks, told_alone, 0.1, lambda _: None, end) for _ in range(2))
+    first, closed = (HeartbeatStore(ranks, told_alone, 0.1, lambda *_: None, end) for _ in range(2))
     del ranks.store, server
     closed.close()
     assert ended.wait(60)
@@ -261,6 +262,19 @@ def test_stopped_rank_is_named_as_silent_and_the_others_exit(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_killed_rank_is_named_at_once_by_a_rank_that_does_not_wait_for_it(tmp_path: Path) -> None:
+    """Rank 0 stands outside of any collective, where no connection breaks, and may for ten minutes."""
+    with ranks("sleep", tmp_path, number=2, faulty=0, **{"start": 600.0, "data": 600.0, "forward/backward": 600.0}) as run:
+        wait_for_step(run, 4)
+        run.processes[1].kill()
+        assert exit_codes(run, 1) == [1]
+        complaints = run.text("err")
+    assert complaints.count("error:") == 1
+    assert f"process {run.pids[1]}) failed: its process was killed or has crashed" in complaints
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_stopped_rank_0_is_reported_as_a_lost_store(tmp_path: Path) -> None:
     with ranks("none", tmp_path, number=2) as run:
         wait_for_step(run, 3)
@@ -337,3 +351,13 @@ def test_hang_under_torchrun_writes_the_stacks_of_all_ranks(tmp_path: Path) -> N
     assert "exitcode  : 70" in done.stderr
     assert "sleep_forever_in_data" in (tmp_path / "stacks" / "rank-0001.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks" / "rank-0000.txt").read_text()
+
+
+def test_rank_without_a_file_left_to_look_with_takes_no_neighbour_for_dead() -> None:
+    process, limits = psutil.Process(os.getppid()), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        is_gone = heartbeats._is_gone(process)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not is_gone
