@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
@@ -123,13 +124,15 @@ class Pusher:
         with_alerts: alert of new events.
 
     Raises:
-        UserError: the run cannot be sent: it has no recipe, or its own tracker or another push is at work.
+        UserError: the run cannot be sent: it has no recipe or cannot be written, or its own tracker or another push is at work.
     """
 
     def __init__(self, folder: RunFolder, options: PushOptions, *, with_alerts: bool = False) -> None:
         from filelock import Timeout
 
         destination = options.destination(folder)
+        if not os.access(folder.path, os.W_OK):
+            raise UserError(f"{folder} cannot be written, and what a tracker has is noted there: send a copy of the run folder")
         self.folder = folder
         self.name = options.name
         self._follower: Follower | None = None
