@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -104,7 +104,6 @@ class Follower:
         self._reader = RunReader(folder)
         self._alerts_since = alerts_since
         self._num_events = 0
-        self._counts: dict[str, int] = {}  # of events, in rows that the sink has
         self._write_state(is_complete=False)
 
     def send(self, *, has_ended: bool = False) -> None:
@@ -118,10 +117,8 @@ class Follower:
         """
         before = self.num_rows
         for row in self._reader.read(has_ended=has_ended):
-            self._counts |= {name: value for name, value in row.values.items() if name.startswith("events/")}
             if row.step > self._step:
-                self.sink.send(replace(row, values={**self._counts, **row.values}))
-                self._counts.clear()
+                self.sink.send(row)
                 self._step = row.step
                 self.num_rows += 1
         if self.num_rows > before:

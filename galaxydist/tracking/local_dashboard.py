@@ -63,7 +63,11 @@ def show_runs(
             told.add(run)
             log(f"not stored: {push.report.failed[run]}")
 
-    options.folder.mkdir(parents=True, exist_ok=True)
+    load_trackio(options.folder, options.environ)
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"trackio's folder {options.folder} cannot be made ({error.strerror}): give another --dir") from error
     runs = find_runs()
     log(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {options.folder}")
     try:
