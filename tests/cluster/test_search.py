@@ -238,6 +238,13 @@ def test_settling_tells_the_ends_that_trials_could_not_tell(tmp_path: Path) -> N
     assert study.running() == [2] and study.best() is None
     assert read_trial(folder.path) is None
 
+    values = study.start(0, None)
+    write_trial(folder.path, values)
+    (tmp_path / JOURNAL_NAME).unlink()  # as if its disk had failed: ended trials are read from their folders
+    study = SearchStudy(tmp_path, make_record())
+    settle(study, tmp_path, lambda _: {})
+    assert study.known() == {0} and study.running() == [] and study.start(0, None) == values
+
 
 def hold_lock(path: Path, ready: int) -> None:
     JournalLock(path).acquire()

@@ -121,8 +121,8 @@ class SearchStudy:
             self._study = self._open(_build_sampler(record, number), _build_pruner(record))
         except (ValueError, KeyError, TypeError, AssertionError) as error:  # of Optuna, for lines that it has not written
             raise UserError(
-                f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it, or start a new search with "
-                "another root."
+                f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it; or remove it, and the ended trials "
+                "are read from their run folders."
             ) from error
 
     def _open(self, sampler: "BaseSampler", pruner: "BasePruner") -> "Study":
@@ -202,6 +202,10 @@ class SearchStudy:
             self._study.tell(newest.number, value if outcome == "complete" else None, state)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             logger.debug("another process has told the end of trial %d", number)
+
+    def known(self) -> set[int]:
+        """Return the numbers of the runs that have started."""
+        return set(self._by_number())
 
     def running(self) -> list[int]:
         """Return the numbers of the runs that have started and whose end is not known."""
