@@ -63,6 +63,10 @@ def run_push(arguments: argparse.Namespace) -> int:
 
     if arguments.dir is not None and arguments.to != "trackio":
         raise UserError(f"--dir is trackio's folder, and these runs go to {arguments.to}: leave it out, or give --to trackio")
+    if arguments.to != "wandb" and (arguments.entity is not None or arguments.mode != "auto"):
+        raise UserError(f"--entity and --mode are of wandb, and these runs go to {arguments.to}: leave them out")
+    if arguments.to == "tensorboard" and arguments.project is not None:
+        raise UserError("--project: TensorBoard has no projects; leave it out")
     find_targets(arguments.runs)
     trackio_dir = arguments.dir or trackio_folder(arguments.runs[0])
     options = PushOptions(arguments.to, os.environ, arguments.project, arguments.entity, arguments.mode, trackio_dir)

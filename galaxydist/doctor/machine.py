@@ -23,6 +23,7 @@ from galaxydist.cluster.preflight import IN_MEMORY, file_system
 from galaxydist.cpus import bound_cores, cpu_quota
 from galaxydist.doctor.check import Check, failure, ok, warning
 from galaxydist.doctor.software import check_gpus, check_installation, find_gpus
+from galaxydist.errors import UserError
 from galaxydist.loading.training_data import SOURCES, find_manifest
 from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
@@ -233,8 +234,11 @@ def check_wandb(environ: Mapping[str, str]) -> Check:
     name, later = "wandb", "runs are tracked offline; `wandb sync` in their folders sends them later"
     if environ.get("WANDB_MODE") in FIXED_MODES:
         return ok(name, f"WANDB_MODE={environ['WANDB_MODE']}")
-    host, port = wandb_address(environ)
-    has_key = has_wandb_key(environ, host)
+    try:
+        host, port = wandb_address(environ)
+    except UserError as error:
+        return warning(name, f"{error}: {later}", "correct WANDB_BASE_URL")
+    has_key = has_wandb_key(environ)
     if not is_reachable(host, port):
         text = f"{host} does not answer ({'there is a key' if has_key else 'no key either'}): {later}"
         return warning(name, text, "nothing, where nodes have no network; else check the network and WANDB_BASE_URL")

@@ -186,8 +186,10 @@ class RunFolder:
         return self.path / ("tracker.json" if name == "wandb" else f"tracker-{name}.json")
 
     def read_tracker(self, name: TrackerName = "wandb") -> dict[str, Any]:
-        """Return a tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none yet."""
-        return _read_object(self.tracker_file(name)) or {}
+        """Return a tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none, or a damaged one."""
+        with contextlib.suppress(UserError):  # a tracker never stops a run
+            return _read_object(self.tracker_file(name)) or {}
+        return {}
 
     def write_tracker(self, name: TrackerName = "wandb", *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
         """Write a tracker's state.

@@ -66,10 +66,10 @@ class Destination:
             raise UserError(f"{self.name} needs {error.name}, which is not installed: pip install 'galaxydist[track]'") from error
 
 
-def tracker_run_id(folder: RunFolder, run_id: str | None = None) -> str:
-    """Return the trackers' id of a run: the given one, the run folder's, or a new one, which is stored there."""
-    for name in TRACKERS:
-        run_id = run_id or folder.read_tracker(name).get("run_id")
+def tracker_run_id(folder: RunFolder, name: TrackerName, run_id: str | None = None) -> str:
+    """Return a tracker's id of a run: the given one, that of the tracker or of another one in the run folder, or a new one."""
+    for known in (name, *TRACKERS):
+        run_id = run_id or folder.read_tracker(known).get("run_id")
     return run_id or uuid.uuid4().hex[:8]
 
 

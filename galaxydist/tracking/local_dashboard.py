@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
@@ -17,6 +18,8 @@ from galaxydist.tracking.push import INTERVAL_S, Push, PushOptions, PushReport
 from galaxydist.tracking.trackio_sink import load_trackio
 
 LOOPBACK = "127.0.0.1"
+# The server may take this time to end.
+STOPPING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ def show_runs(
             told.add(run)
             log(f"not stored: {push.report.failed[run]}")
 
-    options.folder.mkdir(parents=True, exist_ok=True)
+    load_trackio(options.folder, options.environ)
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"trackio's folder {options.folder} cannot be made ({error.strerror}): give another --dir") from error
     runs = find_runs()
     log(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {options.folder}")
     try:
@@ -108,7 +115,15 @@ def serve_page(folder: Path, environ: MutableMapping[str, str], *, port: int | N
     try:
         yield urlsplit(address).port or 0
     finally:
-        server.close()
+        _stop(server)
+
+
+def _stop(server: Any) -> None:
+    """End the server and its thread: Python crashes at its exit if the thread still runs then."""
+    inner = server._uvicorn_server  # trackio's own ``close`` does not wait
+    inner.config.timeout_graceful_shutdown = 1  # for a page that is just being sent
+    server.close()
+    inner.thread.join(STOPPING_S)
 
 
 def tunnel_command(port: int) -> str:

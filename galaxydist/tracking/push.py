@@ -22,6 +22,8 @@ LOG = logging.getLogger(__name__)
 
 # Seconds between two looks at the run folders of a watch.
 INTERVAL_S = 3.0
+# Seconds until a run that could not be sent is tried again: each try may open a tracker's program.
+RETRY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Pusher:
             self.check()
             is_offline = options.name == "wandb" and destination.wandb_mode == "offline"
             if not (is_offline and not with_alerts and is_stored_offline(folder, destination.config.project)):
-                run_id, since = tracker_run_id(folder), last_contact(folder, options.name)
+                run_id, since = tracker_run_id(folder, options.name), last_contact(folder, options.name)
                 self._follower = Follower(folder, destination, run_id, alerts_since=since if with_alerts else None)
         except BaseException:
             self._stack.close()
@@ -170,7 +172,10 @@ class Pusher:
         """Send the rest and return a line that says where the run is."""
         if self._follower is None:
             self._stack.close()
-            return f"{self.folder}: nothing new; wandb: offline, in {self.folder.path / 'wandb'}"
+            if offline_files(self.folder.path, self.folder.read_tracker()["run_id"]):
+                return f"{self.folder}: nothing new; wandb: offline, in {self.folder.path / 'wandb'}"
+            state = self.folder.tracker_file("wandb")
+            return f"{self.folder}: nothing new; by {state}, wandb has it all. To send it again as another run, remove that file"
         with self._stack:
             location = self._follower.close(is_finished=has_end(self.folder))
         rows = self._follower.num_rows
@@ -196,15 +201,20 @@ class Push:
         self.report = PushReport()
         self._options, self._with_alerts, self._log = options, with_alerts, log
         self._open: dict[Path, Pusher] = {}
+        self._failed_at: dict[Path, float] = {}
 
     def update(self, runs: Sequence[Path], going: Collection[Path]) -> None:
         """Send what is new of each run, and close those that are not going on."""
         for run in runs:
-            if run not in going and run in self.report.done:
+            if run not in going and run in self.report.done and run not in self._open:
+                continue
+            if run in self._failed_at and time.monotonic() - self._failed_at[run] < RETRY_S:
                 continue
             try:
                 if (pusher := self._pusher(run, with_alerts=self._with_alerts and run in going)) is not None:
                     pusher.send()
+                    self.report.failed.pop(run, None)
+                    self._failed_at.pop(run, None)
                     if run not in going:
                         self._close(run)
             except SelfSendingError as error:
@@ -212,6 +222,7 @@ class Push:
                 self.report.skipped[run] = str(error)
             except Exception as error:  # of any tracker's program
                 self._abandon(run)
+                self._failed_at[run] = time.monotonic()
                 self.report.failed[run] = f"{run}: {first_line(error)}"
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ def build_info(folder: RunFolder, config: TrackerConfig, run_id: str, dataset: M
         entity=config.entity,
         tags=tuple(config.tags),
         config=values,
-        dataset=dict(dataset) if dataset else stored_dataset(folder),
+        dataset=without_secrets(dataset or stored_dataset(folder)),
         folder=folder.path,
     )
 
@@ -67,6 +67,10 @@ def nested(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_secrets(value: Any) -> Any:
     """Return a value in which URLs have neither a password nor a query, which may hold a token."""
+    if isinstance(value, Mapping):
+        return {name: without_secrets(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
     return _URL.sub(r"\1\2", value) if isinstance(value, str) else value
 
 
@@ -76,7 +80,7 @@ def describe_dataset(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.dataset,
         "variant": manifest.variant,
         "manifest_hash": manifest.hash,
-        "manifest": without_secrets(manifest.location),
+        "manifest": manifest.location,
         "class_names": list(manifest.class_names),
         "encoding": manifest.encoding,
         "image_size": manifest.image_size,
@@ -193,7 +197,7 @@ def describe_model(info: RunInfo, summary: Mapping[str, float], facts: Mapping[s
         "manifest (SHA-256)": data.get("manifest_hash"),
         "licence of the data": data.get("licence", "not stated"),
         "citation of the data": " ".join(str(data["citation"]).split()) if data.get("citation") else None,
-        "source of the data": without_secrets(data.get("url")),
+        "source of the data": data.get("url"),
         "commit": facts.get("commit"),
         "uncommitted changes": "yes" if facts.get("uncommitted_changes") else None,
     }

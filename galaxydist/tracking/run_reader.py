@@ -6,8 +6,10 @@ the order of their steps; a run that continues from a checkpoint cuts them back 
 
 import json
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from galaxydist.runs.events import ENDS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.metrics_file import read_tail
 from galaxydist.runs.record_file import from_plain
+from galaxydist.tracking.run_info import without_secrets
 from galaxydist.tracking.sink import Row, validation_of
 
 # Bytes read at a time, and bytes at the end of metrics.jsonl that hold its last line.
@@ -43,10 +46,11 @@ class GrowingFile:
     def refresh(self) -> bool:
         """Return True if the file was cut back or replaced since the last call: its lines then begin anew."""
         try:
-            found = self.path.stat()
+            with self.path.open("rb") as file:  # on NFS an opened file is up to date, and the answer of stat may be old
+                found = os.fstat(file.fileno())
         except FileNotFoundError:
             return False
-        was_cut = self._inode != 0 and (found.st_ino != self._inode or found.st_size < self._offset)
+        was_cut = self._inode != 0 and self._is_other(found)
         self._inode = found.st_ino
         if was_cut:
             self._offset = 0
@@ -63,10 +67,15 @@ class GrowingFile:
         """Take the line that ``peek`` returned."""
         return self._lines.popleft()
 
+    def _is_other(self, found: os.stat_result) -> bool:
+        return found.st_ino != self._inode or found.st_size < self._offset
+
     def _read_chunk(self) -> bool:
         """Read further complete lines; return False if there are none."""
         try:
             with self.path.open("rb") as file:
+                if self._offset and self._is_other(os.fstat(file.fileno())):
+                    return False  # cut back since ``refresh``, which is called before the next look
                 file.seek(self._offset)
                 data = file.read(CHUNK_BYTES)
                 while (end := data.rfind(b"\n") + 1) == 0 and (more := file.read(CHUNK_BYTES)):
@@ -125,11 +134,11 @@ class RunReader:
         for file in files:
             file.refresh()
         newest = self._newest_step()  # before the other files are read: their lines of earlier steps are there
-        is_whole = _is_stopped(self.read_events(), newest) or has_ended
+        is_stopped = _is_stopped(self.read_events(), newest)
         self._find_nodes()
         while True:
             step = min((line["step"] for file in files if (line := file.peek()) is not None), default=None)
-            if step is None or not (is_whole or step < newest):
+            if step is None or not (has_ended or step < newest or (is_stopped and step == newest)):
                 return
             row = self._take_row(step)
             if step > self._done_step:  # else the file was cut back, and these steps are known
@@ -143,7 +152,8 @@ class RunReader:
         while (line := self._events_file.peek()) is not None:
             self._events_file.take()
             try:
-                self._events.append(from_plain(Event, line))
+                event = from_plain(Event, line)
+                self._events.append(replace(event, text=without_secrets(event.text)))  # an error may name a URL with its token
             except ValueError:
                 continue  # of a later version
         return self._events
@@ -163,7 +173,8 @@ class RunReader:
         values.pop("step", None)
         seconds = values.pop(TIME_KEY, None)
         values |= self._take_measured(step, seconds)
-        events = tuple(self._take_events(step, seconds))
+        # A row that is known already leaves its events to the next one.
+        events = tuple(self._take_events(step, seconds)) if step > self._done_step else ()
         values |= {f"events/{event.kind}": self._counts[event.kind] for event in events}
         validation = validation_of(details[-1], self.folder) if details else None
         if validation is not None:

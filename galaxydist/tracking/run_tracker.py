@@ -169,7 +169,7 @@ def start_tracker(
     name = recipe.tracker.name
     if not world.is_main or name == "none":
         return Tracker()
-    run_id = tracker_run_id(folder, run_id)
+    run_id = tracker_run_id(folder, name, run_id)
     destination = Destination(name, recipe.tracker, environ)
     since, dataset = last_contact(folder, name), describe_dataset(manifest)
     return RunTracker(lambda: Follower(folder, destination, run_id, dataset=dataset, alerts_since=since), folder, name, run_id)

@@ -47,6 +47,8 @@ class TensorboardSink:
     """
 
     def __init__(self, info: RunInfo) -> None:
+        import tensorboard  # noqa: F401  (if it is missing, that is told now)
+
         self._info = info
         self._folder = info.folder / FOLDER_NAME
         self.stored_step = max((step for path in event_files(self._folder) for step, _, _ in read_rows(path)), default=0)

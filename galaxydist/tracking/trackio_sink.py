@@ -20,6 +20,7 @@ from galaxydist.errors import UserError
 from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.listing import is_run
+from galaxydist.tracking.run_reader import GrowingFile
 from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation
 
 # Name of trackio's folder in a folder of runs.
@@ -106,7 +107,9 @@ class TrackioSink:
         with closing(sqlite3.connect(path, timeout=LOCKED_S)) as connection:
             stored = {step for (step,) in connection.execute("SELECT step FROM metrics WHERE run_id = ?", (self._info.run_id,))}
         highest = max(stored, default=0)
-        logged = {line["step"] for line in RunFolder(self._info.folder).metrics.read() if line["step"] <= highest}
+        file, logged = GrowingFile(RunFolder(self._info.folder).metrics_path, is_strict=True), set[int]()
+        while (line := file.peek()) is not None and line["step"] <= highest:
+            logged.add(file.take()["step"])
         return highest if stored == logged else 0
 
     def send(self, row: Row) -> None:

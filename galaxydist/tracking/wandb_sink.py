@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import SplitResult, urlsplit
 
 from galaxydist.errors import UserError, first_line
 from galaxydist.rank_store import run_within
@@ -159,13 +160,14 @@ class WandbSink:
         return f"wandb: offline, in {folder / 'wandb'}; to send it: wandb sync {command}"
 
     def abandon(self) -> None:
-        """End wandb's process; if it is gone, each of these calls raises, which wandb would otherwise print at exit."""
+        """Close the run; if wandb's process is gone, end what is left of it, since wandb would print that at exit."""
         import wandb
 
-        with contextlib.suppress(Exception):
+        try:
             self._run.finish(exit_code=1)
-        with contextlib.suppress(Exception):
-            wandb.teardown(exit_code=1)
+        except Exception:  # of any kind; else the process is left alone, because it may serve other runs
+            with contextlib.suppress(Exception):
+                wandb.teardown(exit_code=1)
 
     def _settle(self) -> None:
         """Let wandb keep its copies of artifacts in the run folder; the default is a folder in the user's home."""
@@ -175,9 +177,10 @@ class WandbSink:
     def _check_project(self) -> None:
         for path in offline_files(self.info.folder, self.info.run_id):
             if (project := read_project(path)) not in (None, self.info.project):
+                sync = shlex.join(["wandb", "sync", "--project", self.info.project, str(path.parent)])
                 raise UserError(
                     f"{path} is of wandb's project {project}, and project {self.info.project} was asked for. Give --project "
-                    f"{project}, send it with `wandb sync --project {self.info.project} {path.parent}`, or remove it first."
+                    f"{project}, send it with `{sync}`, or remove it first."
                 )
 
     def _send_events(self, events: Any) -> None:
@@ -331,23 +334,30 @@ def choose_wandb_mode(environ: Mapping[str, str]) -> WandbMode:
     if (mode := environ.get("WANDB_MODE")) in ("online", "offline"):
         return cast(WandbMode, mode)
     host, port = wandb_address(environ)
-    return "online" if has_wandb_key(environ, host) and is_reachable(host, port) else "offline"
+    return "online" if has_wandb_key(environ) and is_reachable(host, port) else "offline"
 
 
 def wandb_address(environ: Mapping[str, str]) -> tuple[str, int]:
     """Return the host and port of wandb's server."""
-    host = environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    name, _, port = host.partition(":")
-    return name, int(port or 443)
+    url = _wandb_url(environ)
+    try:
+        return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as error:
+        raise UserError(f"WANDB_BASE_URL is not the address of a server ({error})") from None
 
 
-def has_wandb_key(environ: Mapping[str, str], host: str) -> bool:
-    """Return True if there is a key for a server: in the environment, or in the file that ``wandb login`` writes."""
+def _wandb_url(environ: Mapping[str, str]) -> SplitResult:
+    return urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+
+
+def has_wandb_key(environ: Mapping[str, str]) -> bool:
+    """Return True if there is a key for wandb's server: in the environment, or in the file that ``wandb login`` writes."""
     if environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        file = Path(environ.get("NETRC") or "~/.netrc").expanduser()  # given a path, Python takes a file that others may read
+        return netrc.netrc(file).authenticators(_wandb_url(environ).netloc) is not None
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: there is no home
         return False
 
 

@@ -102,7 +102,7 @@ def _check_access(environ: Mapping[str, str]) -> None:
     except ImportError:
         raise UserError("workspaces need the package wandb-workspaces: pip install 'galaxydist[track]'") from None
     host, port = wandb_address(environ)
-    if not has_wandb_key(environ, host):
+    if not has_wandb_key(environ):
         raise UserError(f"there is no key for wandb's server {host}: set WANDB_API_KEY, or run `wandb login`")
     if not is_reachable(host, port):
         raise UserError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from galaxydist.recipe.scalars import check_address
 from galaxydist.runs.events import Event
+from galaxydist.tracking.run_info import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def post_event(address: str, run: str, event: Event, timeout_s: float = TIMEOUT_
         An empty text, or why the server did not take it, without the address.
     """
     step = "" if event.step is None else f" at step {event.step}"
-    text = f"{run}: {event.kind}{step}: {event.text}"
+    text = f"{run}: {event.kind}{step}: {without_secrets(event.text)}"
     content = {"text": text, "content": text, "run": run, "kind": event.kind, "step": event.step, "time": event.time}
     headers = {"Content-Type": "application/json", "User-Agent": "galaxydist"}
     try:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.records import JobFiles, RestartRecord, from_plain
+from galaxydist.cluster.records import JobFiles, RestartRecord
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import plain
+from galaxydist.runs.record_file import from_plain
 from tests.helpers.status_runs import FULL_RECORD
 
 RESTART = RestartRecord("12_3", 1, 75, None, None, "requeue", "saved at step 20", 1_700_000_100.0)

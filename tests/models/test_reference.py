@@ -9,7 +9,7 @@ from torch import nn
 
 from galaxydist.cli.main import main
 from galaxydist.cluster.snapshot import take_snapshot
-from galaxydist.cluster.submit import _job_arguments, build_request
+from galaxydist.cluster.submit import build_request, job_arguments
 from galaxydist.cluster.sweep import read_sweep, resolve
 from galaxydist.models.build import build_model
 from galaxydist.models.hub_weights import weights_file
@@ -172,7 +172,7 @@ def test_a_job_reads_the_same_recipe_from_its_snapshot(tmp_path: Path) -> None:
     request = build_request(resolved, ["recipe=reference/vit", "seed=3"])
     assert request.run_dir.name == run_name(resolved.recipe) and request.run_dir.name.startswith("reference-vit-")
     code = take_snapshot(tmp_path / "code", {request.recipe_name: request.recipe_path})
-    again = load_recipe(_job_arguments(request, code)).recipe
+    again = load_recipe(job_arguments(request, code)).recipe
     assert again.name == "reference-vit" and run_name(again) == request.run_dir.name
     assert (code / "recipes" / "reference" / "vit.yaml").is_file() and (code / "recipes" / "vit.yaml").is_file()
     elsewhere = load_recipe([f"recipe={code / 'recipes' / 'reference' / 'vit.yaml'}"], folders=[code / "recipes"]).recipe

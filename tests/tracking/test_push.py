@@ -3,18 +3,23 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from galaxydist.cli import track
 from galaxydist.cli.main import main
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.code_version import CodeVersion
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.runs.lock import RunLock
 from galaxydist.tracking import push
+from galaxydist.tracking.push import Push, PushOptions
 from galaxydist.tracking.run_info import build_end, build_info
+from galaxydist.tracking.tensorboard_sink import RESULTS_FILE, event_files, read_rows
 from galaxydist.tracking.wandb_files import offline_files, read_history
 from galaxydist.training import run_summary
 from tests.helpers.runs import quick_settings, run_here
@@ -130,8 +135,6 @@ def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_it
 ) -> None:
     own = make_run(tmp_path / "runs" / "own", 6, **{"tracker.name": "wandb"})
     other = make_run(tmp_path / "runs" / "other", 6, **{"tracker.name": "none"})
-    import time
-
     locks = [RunLock(run.lock_path, host=os.uname().nodename, pid=os.getpid(), clock=time.time) for run in (own, other)]
     for lock in locks:
         lock.acquire()
@@ -147,7 +150,9 @@ def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_it
             for lock in locks:
                 lock.release()
 
-    monkeypatch.setattr(push.time, "sleep", go_on)
+    # Not time.sleep itself, which wandb's threads call too; and SLURM is asked at each look.
+    monkeypatch.setattr(push, "time", SimpleNamespace(sleep=go_on, time=time.time, monotonic=time.monotonic))
+    monkeypatch.setattr(track, "SLURM_S", 0.0)
     try:
         assert main(["track", "push", str(tmp_path / "runs"), "--watch"]) == 0
     finally:
@@ -175,3 +180,41 @@ def test_runs_of_a_folder_are_a_group_and_the_model_is_sent_if_the_recipe_says_s
     run.write_recipe(StoredRecipe({**stored.recipe, "tracker.log_model": False}, stored.origins))
     end = build_end(run, build_info(run, TrackerConfig(), "abc"), 0, [])
     assert (end.model, end.model_card) == (None, "") and "test/accuracy" in end.summary
+
+
+def test_a_run_that_goes_on_after_it_was_sent_or_failed_is_sent_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", 4)
+    watch = Push(PushOptions("tensorboard", os.environ))
+    watch.update([run.path], ())  # it was stopped
+    assert "1 row sent" in watch.report.sent[run.path]
+    run.metrics.append(6, {"train/loss": 0.1})
+    run.timing.path.write_text("damaged\n")
+    watch.update([run.path], [run.path])
+    assert "damaged line" in watch.report.failed[run.path]
+    run.timing.path.unlink()
+    watch.update([run.path], [run.path])
+    assert watch.report.failed  # it is not tried at each look
+    monkeypatch.setattr(push, "RETRY_S", 0.0)
+    watch.update([run.path], [run.path])
+    assert not watch.report.failed
+    run.metrics.append(8, {"train/loss": 0.1})
+    run.write_result({"step": 8, "test/accuracy": 0.5})
+    watch.update([run.path], ())
+    assert "tensorboard" in watch.report.sent[run.path]
+    assert [step for path in event_files(run.path / "tensorboard") for step, _, _ in read_rows(path)] == [2, 4, 6, 8]
+    assert (run.path / "tensorboard" / RESULTS_FILE).stat().st_mtime >= run.result_path.stat().st_mtime
+
+
+def test_a_run_that_cannot_be_sent_does_not_disturb_the_others_of_a_watch(tmp_path: Path) -> None:
+    good, bad = (make_run(tmp_path / name, 6) for name in ("a", "b"))
+    bad.timing.path.write_text("damaged\n")
+    runs = [good.path, bad.path]
+    watch = Push(PushOptions("wandb", os.environ))
+    for step in (8, 10):
+        watch.update(runs, runs)
+        good.metrics.append(step, {"train/loss": 0.1})
+    watch.close()
+    assert list(watch.report.failed) == [bad.path] and len(files_of(bad.path)) == 1
+    assert stored_steps(good.path) == [2, 4, 6, 8] and len(files_of(good.path)) == 1

@@ -35,7 +35,7 @@ from galaxydist.tracking.wandb_files import (
     read_records,
     stored_step,
 )
-from galaxydist.tracking.wandb_sink import choose_wandb_mode
+from galaxydist.tracking.wandb_sink import choose_wandb_mode, has_wandb_key, wandb_address
 from tests.helpers.forked_runs import forked, run_forked, train
 from tests.helpers.runs import quick_settings, read_metrics, run_here
 from tests.helpers.wandb_server import WandbServer
@@ -392,6 +392,17 @@ def test_the_end_of_the_wandb_file_is_waited_for_within_a_limit(tmp_path: Path, 
 
 def test_wandb_without_a_key_stays_offline(tmp_path: Path) -> None:
     assert choose_wandb_mode({"HOME": str(tmp_path)}) == "offline"
+
+
+def test_wandb_finds_its_server_and_key_where_wandb_login_puts_them(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("machine wandb.example.org:8080 login user password key\n")
+    (tmp_path / "keys").chmod(0o644)
+    environ = {"NETRC": str(tmp_path / "keys"), "WANDB_BASE_URL": "http://wandb.example.org:8080"}
+    assert has_wandb_key(environ) and wandb_address(environ) == ("wandb.example.org", 8080)
+    assert not has_wandb_key({"NETRC": environ["NETRC"]}) and wandb_address({}) == ("api.wandb.ai", 443)
+    assert wandb_address({"WANDB_BASE_URL": "http://wandb.example.org/"}) == ("wandb.example.org", 80)
+    with pytest.raises(UserError, match="WANDB_BASE_URL is not the address of a server"):
+        wandb_address({"WANDB_BASE_URL": "http://host:port"})
 
 
 def test_wandb_with_a_key_but_no_server_stays_offline() -> None:

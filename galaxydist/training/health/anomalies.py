@@ -237,7 +237,7 @@ class LossSpikes:
         self._warned_step = step
         above = (loss - middle) / deviation
         return (
-            f"the loss of step {step} is {loss:.4g}, {above:.1f} robust standard deviations above the median "
+            f"the loss of step {step} (from 0) is {loss:.4g}, {above:.1f} robust standard deviations above the median "
             f"{middle:.4g} of the last {len(self._losses)} steps (train.spike_threshold={self._threshold:g})"
         )
 

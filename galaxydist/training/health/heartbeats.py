@@ -218,7 +218,7 @@ class NeighbourRanks:
             self._unknown.remove(rank)
             space, pid = json.loads(store.get(f"pid/{rank}"))
             if space and space == pid_space():
-                with contextlib.suppress(psutil.Error):
+                with contextlib.suppress(psutil.Error, OSError):
                     self._processes[rank] = psutil.Process(pid)
         for rank in [rank for rank, process in self._processes.items() if _is_gone(process)]:
             beat = Heartbeat.from_json(store.get(f"rank/{rank}"))
@@ -241,6 +241,8 @@ def _is_gone(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except (psutil.Error, OSError):  # it cannot be seen, or this process has no file left to look with
+        return False
 
 
 @dataclass(eq=False)

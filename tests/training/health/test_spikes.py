@@ -26,7 +26,7 @@ def warnings_of(losses: list[float], threshold: float = 8.0, first: int = 1) -> 
 def test_loss_spike_warning_names_step_loss_and_median() -> None:
     losses = noisy(150)
     (told,) = warnings_of([*losses, 9.0, *losses[-30:]])
-    assert "the loss of step 151 is 9, " in told and "the last 150 steps" in told and "train.spike_threshold=8" in told
+    assert "the loss of step 151 (from 0) is 9, " in told and "the last 150 steps" in told and "train.spike_threshold=8" in told
     median = float(told.split("the median ")[1].split()[0])
     assert 1.5 < median < 2.3
 

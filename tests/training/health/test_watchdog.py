@@ -1,6 +1,7 @@
 """The watchdog, on real processes that hang, are stopped, keep the interpreter's lock, or are merely slow."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -350,3 +351,13 @@ def test_hang_under_torchrun_writes_the_stacks_of_all_ranks(tmp_path: Path) -> N
     assert "exitcode  : 70" in done.stderr
     assert "sleep_forever_in_data" in (tmp_path / "stacks" / "rank-0001.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks" / "rank-0000.txt").read_text()
+
+
+def test_rank_without_a_file_left_to_look_with_takes_no_neighbour_for_dead() -> None:
+    process, limits = psutil.Process(os.getppid()), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        is_gone = heartbeats._is_gone(process)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not is_gone
