@@ -72,7 +72,11 @@ class JournalLock:
 
     def acquire(self) -> bool:
         self._lock.acquire()
-        _cut_half_line(self._path)
+        try:
+            _cut_half_line(self._path)
+        except BaseException:
+            self.release()
+            raise
         return True
 
     def release(self) -> None:
@@ -115,7 +119,7 @@ class SearchStudy:
         try:
             self._storage = optuna.storages.JournalStorage(backend)
             self._study = self._open(_build_sampler(record, number), _build_pruner(record))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:  # of Optuna, for lines that it has not written
             raise UserError(
                 f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it, or start a new search with "
                 "another root."

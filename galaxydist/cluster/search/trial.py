@@ -153,7 +153,7 @@ def settle(study: SearchStudy, root: Path, read_states: ReadStates, *, leave_out
         return
     for number, run_dir in unknown.items():
         if is_gone(run_dir, states):
-            study.end(number, "failed")
+            study.end(number, *(read_end(run_dir) or ("failed", None)))  # it may have ended since it was looked at
 
 
 def is_gone(run_dir: Path, states: Mapping[str, JobState]) -> bool:
