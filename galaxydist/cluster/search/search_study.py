@@ -121,8 +121,8 @@ class SearchStudy:
             self._study = self._open(_build_sampler(record, number), _build_pruner(record))
         except (ValueError, KeyError, TypeError, AssertionError) as error:  # of Optuna, for lines that it has not written
             raise UserError(
-                f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it; or remove it, and the ended trials "
-                "are read from their run folders."
+                f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it; or remove it, and the ended "
+                "trials are read from their run folders."
             ) from error
 
     def _open(self, sampler: "BaseSampler", pruner: "BasePruner") -> "Study":
