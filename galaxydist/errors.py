@@ -13,8 +13,9 @@ EXIT_HUNG = 70  # EX_SOFTWARE: the run hung, see training/health/watchdog.py
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class name if the text is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text, with the next one if it ends with a colon; its class name if it has no text."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 class UserError(ValueError):

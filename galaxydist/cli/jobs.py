@@ -463,6 +463,7 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
     failed = run_here(
         due,
         send=send,
+        lock=lambda: submission_lock(folder.parent),
         parallel=parallel,
         is_running=lambda run: local_state(JobFiles(run.run_dir).jobs()[-1]) is not None,
         decide_again=lambda run: decide(read_run_states([run], read_states)[0], retry_failed=True),  # any failure counts

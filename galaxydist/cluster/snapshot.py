@@ -11,6 +11,7 @@ from pathlib import Path
 from galaxydist.atomic_files import explain_full_disk, fsync_file, rename
 from galaxydist.paths import PACKAGE_DIR, shipped_dir
 from galaxydist.recipe.resolve import list_files
+from galaxydist.runs.code_version import CodeVersion
 
 
 def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path], sources: Mapping[str, Path] | None = None) -> Path:
@@ -23,13 +24,15 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path], sources: Mappi
         sources: name beside the package -> file, the user's modules that the models of the jobs are in.
 
     Returns:
-        The snapshot's absolute path, to be first on PYTHONPATH; ``recipes/`` lies beside the package.
+        The snapshot's absolute path, to be first on PYTHONPATH; ``recipes/`` lies beside the package, and its ``CodeVersion``.
 
     Raises:
         UserError: the disk is full.
     """
     # Each file is read once, so that hash and contents agree even if it is edited meanwhile.
     files = {name: source.read_bytes() for name, source in (*_files(recipe_paths), *(sources or {}).items())}
+    if (version := CodeVersion.of(PACKAGE_DIR)) is not None:
+        files |= version.files()
     target = (folder / _digest(files)).absolute()
     if target.is_dir():
         return target

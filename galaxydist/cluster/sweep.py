@@ -341,25 +341,27 @@ def resolve(
     for text in (*_same_folders(runs), *_same_recipe_names(runs)):
         problems["", text].append("")
     if problems:
-        listed = [(origin, text + _name_runs(labels, len(points))) for (origin, text), labels in problems.items()]
+        noun = "runs" if sweep.search is None else "corners"
+        listed = [(origin, text + _name_runs(labels, len(points), noun)) for (origin, text), labels in problems.items()]
         raise SweepError(sweep.path, listed)
     return runs
 
 
-def _name_runs(labels: Sequence[str], num_runs: int) -> str:
+def _name_runs(labels: Sequence[str], num_runs: int, noun: str) -> str:
     """Return the runs with a problem, for its message; empty if it is one of the whole sweep.
 
     Args:
         labels: of the runs that have the problem; empty texts for the whole sweep.
-        num_runs: runs of the sweep.
+        num_runs: runs of the sweep, or corners of its search.
+        noun: ``runs`` or ``corners``.
     """
     if not any(labels) or num_runs == 1:
         return ""
     if len(labels) == num_runs:
-        return f" (all {num_runs} runs)"
+        return f" (all {num_runs} {noun})"
     if len(labels) == 1:
         return f" ({labels[0]})"
-    return f" ({len(labels)} of {num_runs} runs, the first: {labels[0]})"
+    return f" ({len(labels)} of {num_runs} {noun}, the first: {labels[0]})"
 
 
 def _resolve_point(point: GridPoint, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> SweepRun:

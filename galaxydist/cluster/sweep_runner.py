@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from galaxydist.cluster.records import JobFiles, JobRecord
@@ -214,19 +215,21 @@ def run_here(
     runs: Sequence[SweepRun],
     *,
     send: Send,
+    lock: Callable[[], AbstractContextManager[object]],
     parallel: int,
     is_running: Callable[[SweepRun], bool],
     decide_again: Callable[[SweepRun], SweepDecision],
     pause: Callable[[], None],
 ) -> list[SweepRun]:
-    """Run a few runs at a time on this machine until all have ended.
+    """Run a few runs at a time on this machine until all have ended. A run that another command has started is left to it.
 
     Args:
         runs: to start, in this order.
         send: starts one run.
+        lock: keeps other commands from starting runs of the sweep.
         parallel: most runs at a time.
         is_running: returns True while a started run runs.
-        decide_again: returns the decision about an ended run.
+        decide_again: returns the decision about a run, before its start and after its end.
         pause: waits until the next poll.
 
     Returns:
@@ -236,17 +239,25 @@ def run_here(
     while waiting or running:
         while waiting and len(running) < parallel:
             run = waiting.popleft()
-            (job_id,) = send([request_of(run)], None, None)
+            with lock():
+                if not (decision := decide_again(run)).is_due:
+                    _log_decision(run, decision)
+                    continue
+                (job_id,) = send([request_of(run)], None, None)
             running.append(run)
             logger.info("started  %s  %s  (process %s)", run.name, run.label, job_id)
         pause()
         for run in [run for run in running if not is_running(run)]:
             running.remove(run)
             decision = decide_again(run)
-            logger.info(f"{decision.state:8} {run.name}  {run.label}  {decision.reason}".rstrip())
+            _log_decision(run, decision)
             if decision.is_due:
                 failed.append(run)
     return failed
+
+
+def _log_decision(run: SweepRun, decision: SweepDecision) -> None:
+    logger.info(f"{decision.state:8} {run.name}  {run.label}  {decision.reason}".rstrip())
 
 
 def array_of(job_id: str) -> str:

@@ -100,11 +100,13 @@ def train_task(arguments: tuple[str, ...], run_dir: Path, *, is_trial: bool = Fa
         )
     environ = os.environ
     rank = set_torch_environment(environ)
-    files = JobFiles(run_dir)
+    files, folder, start = JobFiles(run_dir), RunFolder(run_dir), start_of(environ)
     print(f"galaxydist: output goes to {files.rank_log(rank)}", flush=True)
     with redirect_output(files.rank_log(rank)):
         print(describe_task(environ), flush=True)
-        note = partial(_write_failure, RunFolder(run_dir), start_of(environ), rank)
+        if rank == 0 and start is None:
+            folder.clear_failure()  # an earlier start on this machine has no name of its own either
+        note = partial(_write_failure, folder, start, rank)
         code = _launch(arguments, environ, note, partial(train_trial, run_dir=run_dir) if is_trial else train_recipe)
     if code not in (0, EXIT_STOPPED):
         sys.exit(code)

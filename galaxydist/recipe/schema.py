@@ -299,6 +299,7 @@ class TrackerConfig(Section):
     project: str = run_field("galaxydist", "project of wandb and trackio", min_length=1)
     entity: str | None = run_field(None, "wandb team or user (default: wandb's own)")
     tags: tuple[str, ...] = run_field((), "wandb tags")
+    log_model: bool = run_field(True, "send the best model of a finished run to wandb, as an artifact with its card")
     webhook: SecretAddress | None = run_field(
         None,
         "http(s) address to which alerts are posted, such as a webhook of Slack, Mattermost or Discord; a secret, which "

@@ -335,7 +335,7 @@ def _hours_of(start: _Start, log: _Log, later: _Later, end: float | None) -> Sta
         lost = min(max(0.0, end - _time_at(later.kept, sorted(points), end)), used - startup)
     parts = log.parts(first.step or 0, min(later.kept, later.step))
     times = [at for _, at in log.points(first.step or 0, later.step)]
-    if clean is not None and clean.kind == "finish" and times:
+    if clean is not None and clean.kind in ("finish", "pruned") and times:
         parts["evaluation"] = parts.get("evaluation", 0.0) + max(0.0, clean.time - times[-1])
     seconds = _fit(parts, used - startup - lost) | {"startup": startup, "lost": lost}
     return StartHours(start.start, start.began, start.devices(), seconds, start.queued_s)

@@ -9,6 +9,8 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.metrics_file import read_tail_records
 
 JOBS_FILE, TRIAL_FILE = "jobs.jsonl", "trial.json"
+# Default of ``run.root``.
+DEFAULT_ROOT = "runs"
 _DEPTH = 2
 _BARE_KEYS = ("recipe", "model.name", "data.variant")
 _NAMING_KEYS = ("model.name", "data.dataset", "data.variant", "seed")
@@ -69,14 +71,19 @@ def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
     return labels
 
 
-def sweep_of(run: Path) -> str | None:
-    """Return the name of the folder in which several runs were submitted together; None for a single run."""
+def group_of(run: Path) -> str | None:
+    """Return the name of the folder that a run shares with others, such as its sweep's.
+
+    Returns:
+        None for a single run, and for a run of ``runs``, the default folder of runs that have nothing to do with each other.
+    """
     parent = run.absolute().parent
-    siblings = [path for path in find_runs(parent, 1) if (path / JOBS_FILE).exists()]
-    return parent.name if len(siblings) > 1 and run.absolute() in siblings else None
+    return parent.name if parent.name != DEFAULT_ROOT and len(find_runs(parent, 1)) > 1 else None
 
 
 def label_of(run: Path) -> str:
-    """Return the settings in which a run differs from the others in its folder; empty if it is alone there."""
+    """Return the settings in which a run differs from the others in its folder; empty if they tell it from none of them."""
     run = run.absolute()
-    return label_runs({path: read_settings(path) for path in find_runs(run.parent, 1)}).get(run, "")
+    labels = label_runs({path: read_settings(path) for path in find_runs(run.parent, 1)})
+    own = labels.get(run, "")
+    return own if list(labels.values()).count(own) == 1 else ""

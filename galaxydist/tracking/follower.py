@@ -130,7 +130,7 @@ class Follower:
         self._num_events = len(events)
 
     def close(self, *, is_finished: bool) -> str:
-        """Send the rest, and close the sink. A run without a result keeps its last row, which may lack its validation.
+        """Send the rest, and close the sink. The last row of a run that was killed is kept back: it may lack its validation.
 
         Returns:
             A line that says where the sink keeps the run.

@@ -100,6 +100,15 @@ def is_running(folder: RunFolder) -> bool:
     return False
 
 
+def sends_itself(folder: RunFolder, name: TrackerName) -> bool:
+    """Return True if a run is going on and its own process sends it to a tracker."""
+    if not (folder.is_started and is_running(folder)):
+        return False
+    with contextlib.suppress(UserError):
+        return bool(folder.read_recipe().recipe.get("tracker.name") == name)
+    return False
+
+
 def is_stored_offline(folder: RunFolder, project: str) -> bool:
     """Return True if wandb's offline files of a project, or what was sent of them, hold all that a run has now."""
     state = folder.read_tracker()
@@ -153,7 +162,7 @@ class Pusher:
 
     def check(self) -> None:
         """Raise SelfSendingError if the run is going on and sends itself: two writers of one id would collide."""
-        if is_running(self.folder) and self.folder.read_recipe().recipe.get("tracker.name") == self.name:
+        if sends_itself(self.folder, self.name):
             raise SelfSendingError(f"{self.folder} is running and sends itself (tracker.name={self.name}): left out")
 
     def send(self) -> None:
@@ -268,13 +277,18 @@ def watch_runs(
         find_runs: returns the runs; it is asked again and again, since a sweep may get more.
         is_going: returns True for a run that runs or waits for its start.
         options: how they are sent.
-        log: is called with a line for each run whose end was sent.
+        log: is called with a line for each run whose end was sent, and with the number of runs whenever there are more.
     """
     push = Push(options, with_alerts=True, log=log)
+    num_followed = 0
     try:
         while True:
             runs = find_runs()
             going = {run for run in runs if is_going(run)}
+            count = sum(not sends_itself(RunFolder(run), options.name) for run in going)
+            if count > num_followed:
+                log(f"following {count} {'run' if count == 1 else 'runs'}; Ctrl-C ends it")
+            num_followed = count
             push.update(runs, going)
             if not going:
                 break

@@ -10,7 +10,7 @@ from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.events import Event
 from galaxydist.runs.folder import BEST, LATEST, ORIGIN_KEY, RunFolder, read_newest_state
-from galaxydist.runs.listing import JOBS_FILE, label_of, sweep_of
+from galaxydist.runs.listing import JOBS_FILE, group_of, label_of
 from galaxydist.runs.metrics_file import read_tail_records
 from galaxydist.shards.manifest import Manifest
 from galaxydist.tracking.sink import RunEnd, RunInfo
@@ -37,11 +37,11 @@ def build_info(folder: RunFolder, config: TrackerConfig, run_id: str, dataset: M
     recipe = folder.read_recipe().recipe
     values = nested(recipe)
     values[FACTS_KEY] = {**values.get(FACTS_KEY, {}), **read_facts(folder, [])}
-    sweep = sweep_of(folder.path)
+    group = group_of(folder.path)
     return RunInfo(
         run_id=run_id,
-        name=(label_of(folder.path) if sweep else "") or folder.path.absolute().name,
-        group=sweep,
+        name=(label_of(folder.path) if group else "") or folder.path.absolute().name,
+        group=group,
         job_type=str(recipe.get("name", "")),
         project=config.project,
         entity=config.entity,
@@ -155,7 +155,8 @@ def build_end(folder: RunFolder, info: RunInfo, exit_code: int, events: Sequence
     if exit_code != 0 or not result:  # a run that a search has ended has no result either
         return RunEnd(exit_code, {}, events=events, facts=facts)
     summary = {name: value for name, value in result.items() if name != "step" and isinstance(value, int | float)}
-    model = _evaluated_checkpoint(folder)
+    is_sent = info.config.get("tracker", {}).get("log_model", True)  # recipes of earlier versions do not have it
+    model = _evaluated_checkpoint(folder) if is_sent else None
     return RunEnd(
         exit_code,
         summary,
@@ -198,6 +199,7 @@ def describe_model(info: RunInfo, summary: Mapping[str, float], facts: Mapping[s
         "citation of the data": " ".join(str(data["citation"]).split()) if data.get("citation") else None,
         "source of the data": data.get("url"),
         "commit": facts.get("commit"),
+        "uncommitted changes": "yes" if facts.get("uncommitted_changes") else None,
     }
     lines = [f"# {info.name}", "", "Galaxy morphology classifier, trained with galaxydist.", ""]
     lines += [f"- {name}: {value}" for name, value in rows.items() if value is not None]

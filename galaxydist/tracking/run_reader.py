@@ -8,13 +8,13 @@ import json
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.runs.events import Event
+from galaxydist.runs.events import ENDS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.metrics_file import read_tail
 from galaxydist.runs.record_file import from_plain
@@ -101,9 +101,9 @@ class GrowingFile:
 class RunReader:
     """Reads complete rows from a run folder, each step once, in the order of their steps.
 
-    A row is complete when a higher step began or the run has ended: a validation belongs to the row of its step, with the recall
-    of each class as ``val/recall/CLASS``. Events, and what each node measured of itself, come with the first row that was logged
-    later; ``events/KIND`` counts the events of a kind up to there.
+    A row is complete when a higher step began, the run has ended, or a signal stopped it: a validation belongs to the row of its
+    step, with the recall of each class as ``val/recall/CLASS``. Events, and what each node measured of itself, come with the
+    first row that was logged later; ``events/KIND`` counts the events of a kind up to there.
 
     Args:
         folder: the run folder, which may be of an earlier version, or just being written.
@@ -134,11 +134,11 @@ class RunReader:
         for file in files:
             file.refresh()
         newest = self._newest_step()  # before the other files are read: their lines of earlier steps are there
-        self.read_events()
+        is_stopped = _is_stopped(self.read_events(), newest)
         self._find_nodes()
         while True:
             step = min((line["step"] for file in files if (line := file.peek()) is not None), default=None)
-            if step is None or not (has_ended or step < newest):
+            if step is None or not (has_ended or step < newest or (is_stopped and step == newest)):
                 return
             row = self._take_row(step)
             if step > self._done_step:  # else the file was cut back, and these steps are known
@@ -202,6 +202,16 @@ class RunReader:
     def _find_nodes(self) -> None:
         for path in sorted(self.folder.system_dir.glob("*.jsonl")):
             self._nodes.setdefault(path, GrowingFile(path, is_strict=False)).refresh()
+
+
+def _is_stopped(events: Sequence[Event], newest: int) -> bool:
+    """Return True if a signal has stopped the run after its newest row: what was due at that step was done, and is saved."""
+    last = next((event for event in reversed(events) if event.kind == "start" or _is_end(event)), None)
+    return last is not None and last.kind == "stop" and last.step is not None and last.step >= newest
+
+
+def _is_end(event: Event) -> bool:
+    return event.kind in ENDS and "decision" not in event.details  # else it is the batch script's word, which comes later
 
 
 def _lines_of(file: GrowingFile, step: int) -> Iterator[Mapping[str, Any]]:

@@ -15,8 +15,8 @@ class RunInfo:
 
     Args:
         run_id: the tracker's id of the run, with which a later start continues the same curves.
-        name: on the dashboard: what differs between the runs of a sweep, else the name of the run folder.
-        group: the sweep that the run belongs to; None for a single run.
+        name: on the dashboard: what differs between the runs of a group, else the name of the run folder.
+        group: the sweep or folder that the run shares with others; None for a single run, and for runs of the default folder.
         job_type: the recipe's name.
         project: the tracker's project.
         entity: team or user; None for the tracker's own.

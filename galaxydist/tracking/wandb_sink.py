@@ -7,14 +7,15 @@ import netrc
 import shlex
 import socket
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import SplitResult, urlsplit
 
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, first_line
 from galaxydist.rank_store import run_within
+from galaxydist.runs.code_version import DIFF_FILE
 from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_info import FACTS_KEY
@@ -51,12 +52,10 @@ class WandbSink:
             the run folder.
 
     Raises:
-        UserError: wandb's offline files of this run belong to another project.
+        UserError: wandb's offline files of this run belong to another project, or its server refuses the key.
     """
 
     def __init__(self, info: RunInfo, mode: WandbMode, environ: MutableMapping[str, str]) -> None:
-        import wandb
-
         self.info, self.mode = info, mode
         self._environ = environ
         self._data_dir = info.folder / "wandb" / "data"
@@ -71,34 +70,46 @@ class WandbSink:
         known_step = known.get("stored_step", 0) if known.get("run_id") == info.run_id else 0
         self.stored_step = max(known_step, stored_step(info.folder, info.run_id))
         logging.getLogger("asyncio").addFilter(_is_no_lost_connection)
-        self._run = wandb.init(
-            project=info.project,
-            entity=info.entity,
-            tags=list(info.tags) or None,
-            group=info.group,
-            job_type=info.job_type or None,
-            mode=mode,
-            dir=str(info.folder),
-            id=info.run_id,
-            name=info.name,
-            resume="allow",
-            reinit="create_new",
-            config=dict(info.config),
-            settings=wandb.Settings(
-                silent=True,
-                init_timeout=INIT_S,
-                console="off",
-                disable_git=True,  # of the current folder, which need not be the code's
-                x_disable_meta=True,  # the command line may hold secrets
-                x_disable_machine_info=True,
-                x_disable_stats=True,  # they see this node only; system/NODE/... has all
-                x_save_requirements=False,
-            ),
-        )
+        self._run = self._init()
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if (info.folder / DIFF_FILE).exists():
+            self._run.save(str(info.folder / DIFF_FILE), base_path=str(info.folder), policy="now")
         if mode == "online":
             self.stored_step = self._run.starting_step - 1  # the server gives its next step
+
+    def _init(self) -> Any:
+        """Start wandb's process and open the run."""
+        import wandb
+
+        info = self.info
+        with explained_refusal():
+            wandb.setup(wandb.Settings(silent=True))  # of the messages that wandb.init prints before it reads its own settings
+            return wandb.init(
+                project=info.project,
+                entity=info.entity,
+                tags=list(info.tags) or None,
+                group=info.group,
+                job_type=info.job_type or None,
+                mode=self.mode,
+                dir=str(info.folder),
+                id=info.run_id,
+                name=info.name,
+                resume="allow",
+                reinit="create_new",
+                config=dict(info.config),
+                settings=wandb.Settings(
+                    silent=True,
+                    init_timeout=INIT_S,
+                    console="off",
+                    symlink=False,  # the folder of an offline run holds its files
+                    disable_git=True,  # of the current folder, which need not be the code's
+                    x_disable_meta=True,  # the command line may hold secrets
+                    x_disable_machine_info=True,
+                    x_disable_stats=True,  # they see this node only; system/NODE/... has all
+                    x_save_requirements=False,
+                ),
+            )
 
     def send(self, row: Row) -> None:
         """Send one complete row, at the time at which it was logged."""
@@ -126,7 +137,7 @@ class WandbSink:
         self._settle()
         values = dict(self.info.config)
         values[FACTS_KEY] = {**values.get(FACTS_KEY, {}), **end.facts}
-        self._run.config.update(values, allow_val_change=True)  # type: ignore[no-untyped-call]
+        self._run.config.update(values, allow_val_change=True)
         self._run.summary.update(dict(end.summary))
         self._send_events(end.events)
         if end.exit_code == 0:
@@ -288,6 +299,22 @@ def _artifact_name(text: str) -> str:
 
 def _is_no_lost_connection(record: logging.LogRecord) -> bool:
     return "socket.send() raised" not in record.getMessage()  # printed with each line once wandb's process is gone
+
+
+@contextlib.contextmanager
+def explained_refusal() -> Iterator[None]:
+    """Explain an error of wandb's packages, which have no common base class, if it means that the key is not valid.
+
+    Raises:
+        UserError: says how to set another key.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = first_line(error)
+        if isinstance(error, UserError | OSError) or not ("401" in text or "403" in text or "api_key" in text.lower()):
+            raise
+        raise UserError(f"wandb's server refuses the key ({text}); set WANDB_API_KEY, or run `wandb login --relogin`") from None
 
 
 def end_service() -> None:

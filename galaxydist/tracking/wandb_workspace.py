@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError, first_line
 from galaxydist.tracking.run_info import FACTS_KEY
-from galaxydist.tracking.wandb_sink import end_service, has_wandb_key, is_reachable, wandb_address
+from galaxydist.tracking.wandb_sink import end_service, explained_refusal, has_wandb_key, is_reachable, wandb_address
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -118,17 +118,13 @@ def _wandb_errors() -> Iterator[None]:
 
     wandb.setup(wandb.Settings(silent=True))
     try:
-        yield
+        with explained_refusal():
+            yield
     except BaseException as error:
         end_service()
         if isinstance(error, UserError | OSError) or not isinstance(error, Exception):
             raise
-        text = first_line(error)
-        if "401" in text or "403" in text or "api_key" in text.lower():
-            raise UserError(
-                f"wandb's server refuses the key ({text}); set WANDB_API_KEY, or run `wandb login --relogin`"
-            ) from None
-        raise UserError(f"wandb's server did not do it; try again later ({text})") from error
+        raise UserError(f"wandb's server did not do it; try again later ({first_line(error)})") from error
 
 
 def _own_entity() -> str:

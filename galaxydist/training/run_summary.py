@@ -1,11 +1,10 @@
 """Summary of a run before its first step (folder, data, model, steps, time) and after its last one."""
 
-import subprocess
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
+from galaxydist.atomic_files import write_json
 from galaxydist.distributed import World
 from galaxydist.models.registry import ModelRecord
 from galaxydist.paths import PACKAGE_DIR
@@ -13,6 +12,7 @@ from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.resolve import COMMAND_LINE, ResolvedRecipe
 from galaxydist.recipe.scalars import to_text
 from galaxydist.recipe.schema import Recipe
+from galaxydist.runs.code_version import CodeVersion, write_diff
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.metric_logger import RunLength
@@ -68,38 +68,27 @@ def describe_run(
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
 
-def run_facts(model: nn.Module) -> dict[str, Any]:
-    """Return facts of a run that its recipe does not hold, for run.json.
+def write_facts(folder: RunFolder, model: nn.Module) -> None:
+    """Write facts of a run that its recipe does not hold: run.json, and code.diff if the package has uncommitted changes.
+
+    run.json has ``parameters`` and ``trained_parameters``, ``galaxydist`` (its version), and, if the code lies in a clone or was
+    submitted from one, ``commit`` and ``uncommitted_changes``.
 
     Args:
+        folder: the run folder.
         model: bare or sharded.
-
-    Returns:
-        ``parameters`` and ``trained_parameters``, ``galaxydist`` (its version), and ``commit`` if the code lies in a clone.
     """
     total, trained = count_parameters(model)
+    version = CodeVersion.of(PACKAGE_DIR)
     facts = {"parameters": total, "trained_parameters": trained, "galaxydist": __version__}
-    commit = _find_commit()
-    return facts if commit is None else {**facts, "commit": commit}
+    write_json(folder.facts_path, facts if version is None else {**facts, **version.facts()})
+    write_diff(version, folder.path)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of all parameters, and of those that are trained."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
-
-
-def _find_commit() -> str | None:
-    folder = PACKAGE_DIR.parent
-    if not (folder / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None
 
 
 def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: RunLength, micro_batch: int) -> str | None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from galaxydist.atomic_files import write_json
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
 from galaxydist.errors import is_known_to_all
@@ -80,7 +79,7 @@ from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, Prune, Pruning, check_same_recipe, lock_run_folder
-from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, run_facts
+from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, write_facts
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
@@ -395,7 +394,7 @@ class Trainer:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
         self._cut = self.world.run_on_main(lambda: cut_back(self.run_folder, self.state.step))
-        self.world.run_on_main(lambda: write_json(self.run_folder.facts_path, run_facts(self.model)))
+        self.world.run_on_main(lambda: write_facts(self.run_folder, self.model))
         if self.state.step == 0:
             logger.info(
                 "%s",

@@ -18,6 +18,7 @@ from galaxydist.cluster.search.trial import settle
 from galaxydist.cluster.search.trial_runs import plan_search
 from galaxydist.cluster.sweep import SweepError, SweepFile, expand, read_sweep, resolve
 from galaxydist.errors import UserError
+from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 
 SPACE = {
@@ -79,6 +80,7 @@ def test_search_file_gives_a_space_and_its_corners(tmp_path: Path) -> None:
         ("search: {recipe: [vit, vgg16]}", 2, "recipe: all trials have the same recipe; write recipe: NAME under set"),
         ("search: {train.log_every: [1, 2]}", 2, "train.log_every: does not change a run's numbers; write it under set"),
         ("search: {train.epochs: [1, 2]}", 2, "train.epochs: is in set too (line 1); keep one"),
+        ("search: 5", 2, "search=5: must be a mapping of keys to values"),
         ("search: {}", 2, "search: has no keys; write some like optim.lr: {low: 1e-4, high: 1e-2, log: true}"),
         ("search: {seed: [0, 1]}\ngrid: {model.width: [8]}", 2, "search: is in place of grid; keep one, or write two sweeps"),
         ("search: {seed: [0, 1]}\nmethod: best", 3, "method=best: must be random or tpe"),
@@ -124,6 +126,27 @@ def test_search_continues_with_more_trials_but_not_with_another_space(tmp_path: 
         other = read(tmp_path, text.replace(old, new))
         with pytest.raises(SweepError, match=r"was started with other values of (optim\.lr|train\.epochs|seed):"):
             plan_search(other, resolve(other))
+
+
+def test_trial_with_values_that_are_not_valid_does_not_keep_the_others_from_running(tmp_path: Path) -> None:
+    text = SEARCH.format(folder=tmp_path).replace("set: {recipe: custom_cnn}", "set: {recipe: vit_scratch}")
+    text = text.replace("model: {width: [16, 32, 64]}", "data.image_size: {low: 32, high: 64}")
+    sweep = read(tmp_path, text)
+    root = plan_search(sweep, resolve(sweep)).root
+    for number, size in enumerate((40, 48)):
+        write_trial(trial_dir(root, number), {"optim.lr": 0.005, "data.image_size": size, "optim.weight_decay": 0.25})
+    wrong, right, new = plan_search(sweep, resolve(sweep)).runs
+    assert "data.image_size=40" in wrong.label and wrong.resolved.recipe.run.dir == trial_dir(root, 0)
+    assert right.resolved.recipe.data.image_size == 48 and new.label == ""
+
+    def check(resolved: ResolvedRecipe) -> None:
+        if resolved.recipe.run.dir == right.run_dir:
+            raise UserError("other shards")
+
+    with pytest.raises(SweepError, match=r"trial-001: other shards"):
+        plan_search(sweep, resolve(sweep), check=check)
+    RunFolder(right.run_dir).write_failure("bad_input", None, "too many pixels")
+    assert len(plan_search(sweep, resolve(sweep), check=check).runs) == 3
 
 
 @given(st.integers(0, 2**40), st.integers(0, 10_000))
@@ -214,6 +237,13 @@ def test_settling_tells_the_ends_that_trials_could_not_tell(tmp_path: Path) -> N
     settle(study, tmp_path, lambda _: {}, leave_out=2)
     assert study.running() == [2] and study.best() is None
     assert read_trial(folder.path) is None
+
+    values = study.start(0, None)
+    write_trial(folder.path, values)
+    (tmp_path / JOURNAL_NAME).unlink()  # as if its disk had failed: ended trials are read from their folders
+    study = SearchStudy(tmp_path, make_record())
+    settle(study, tmp_path, lambda _: {})
+    assert study.known() == {0} and study.running() == [] and study.start(0, None) == values
 
 
 def hold_lock(path: Path, ready: int) -> None:

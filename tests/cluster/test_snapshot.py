@@ -10,6 +10,7 @@ import pytest
 from galaxydist.cluster import snapshot
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.paths import PACKAGE_DIR
+from galaxydist.runs.code_version import CodeVersion
 
 
 def test_snapshot_runs_with_its_own_code_and_recipes(tmp_path: Path) -> None:
@@ -66,3 +67,31 @@ def test_snapshot_copies_the_users_modules_beside_the_package(tmp_path: Path) ->
     second = take_snapshot(tmp_path / "code", {}, {"own_nets.py": source})
     texts = [(code / "own_nets.py").read_text() for code in (first, second)]
     assert first != second and texts == ["x = 1\n", "x = 2\n"]
+
+
+def test_snapshot_keeps_the_commit_and_the_uncommitted_changes_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "clone" / "galaxydist"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("x = 1\n")
+    (package.parent / "recipes").mkdir()
+    (package.parent / "recipes" / "mine.yaml").write_text("{}\n")
+    git = ("git", "-C", str(package.parent), "-c", "user.name=A", "-c", "user.email=a@example.org")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "first")):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(snapshot, "PACKAGE_DIR", package)
+    (package.parent / "recipes" / "mine.yaml").write_text("tracker: {webhook: https://secret}\n")
+    clean = CodeVersion.of(take_snapshot(tmp_path / "code", {}) / "galaxydist")
+    assert clean is not None and len(clean.commit) == 40 and clean.facts()["uncommitted_changes"] is False
+
+    (package / "__init__.py").write_text("x = 2\n")
+    changed = CodeVersion.of(take_snapshot(tmp_path / "code", {}) / "galaxydist")
+    assert changed == CodeVersion.of(package) and changed is not None and changed.commit == clean.commit
+    assert changed.has_changes and b"-x = 1\n+x = 2\n" in changed.diff and b"secret" not in changed.diff
+    (package / "__init__.py").write_text("x = 1\n")
+    (package / "new.py").write_text("y = 1\n")  # git does not know it
+    added = CodeVersion.of(package)
+    assert added is not None and added.has_changes and added.diff == b""
+    (package / "__init__.py").write_text("x = 1\n" * 200_000)
+    assert CodeVersion.of(package) == added, "a very large difference is left out"

@@ -1,5 +1,6 @@
 """The decisions about the runs of a sweep, their submission as arrays, and interruptions."""
 
+import contextlib
 import json
 import os
 import signal
@@ -306,20 +307,29 @@ def test_local_sweep_runs_at_most_parallel_runs_at_a_time(thirty: list[SweepRun]
         for job_id in left:
             left[job_id] -= 1
 
-    bad = thirty[1]
+    bad, others = thirty[1], thirty[count]  # another command has started the last one
+
+    def decide_again(run: SweepRun) -> SweepDecision:
+        if run is others:
+            return SweepDecision("running", False, "job 7")
+        is_over = run is not bad and left.get(str(100 + thirty.index(run))) is not None
+        return SweepDecision("finished", False) if is_over else SweepDecision("failed", True, "why")
+
     with captured_log() as said:
         failed = run_here(
-            thirty[:count],
+            thirty[: count + 1],
             send=send,
+            lock=contextlib.nullcontext,
             parallel=parallel,
             is_running=lambda run: left[str(100 + thirty.index(run))] > 0,
-            decide_again=lambda run: SweepDecision("failed", True, "why") if run is bad else SweepDecision("finished", False, ""),
+            decide_again=decide_again,
             pause=pause,
         )
     assert failed == [bad]
     assert most == min(parallel, count)
     assert [run_dirs for run_dirs, _, _ in send.arrays] == [[run.run_dir] for run in thirty[:count]]
     assert sum(line.startswith("finished") for line in said) == count - 1
+    assert f"running  {others.name}  {others.label}  job 7" in said
 
 
 def test_array_of_strips_the_task_index() -> None:

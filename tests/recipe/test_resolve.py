@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, first_line
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, run_name
 from galaxydist.recipe.resolve import Override, RecipeError, ResolvedRecipe, list_recipes, load_recipe
@@ -323,6 +323,12 @@ def test_recipe_in_a_subfolder_has_the_folder_in_its_name(tmp_path: Path, monkey
         assert resolved.recipe.name == name, given_as
     with pytest.raises(RecipeError, match=r"recipe=reference/vitt: there is no such file; did you mean reference/vit\?"):
         load_recipe(["recipe=reference/vitt"], folders=[folder])
+
+
+def test_one_line_about_an_invalid_recipe_names_the_problem(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve(tmp_path, PLAIN, "optim.lr=-1")
+    assert first_line(caught.value) == "a problem in the recipe: command line: optim.lr=-1: must be more than 0"
 
 
 SOUND_ARGUMENTS = ("recipe=plain", "optim.lr=0.5", "train.epochs=3", "seed=1")

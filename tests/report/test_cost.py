@@ -136,6 +136,13 @@ def test_validation_between_two_lines_is_told_from_training(tmp_path: Path) -> N
     run.folder.write_result({"step": 30})
     assert seconds(run.hours()) == [{"training": 24, "data_wait": 6, "evaluation": 7, "unknown": 2}]
 
+    pruned = ConstructedRun(tmp_path / "pruned")
+    pruned.begin(1000.0, 1000.0)
+    pruned.line(10, 1010.0)
+    pruned.event("pruned", 1013.0, 1000.0, 10)
+    (pruned.folder.checkpoints_dir / "step-00000010-000001").mkdir(parents=True)
+    assert seconds(pruned.hours()) == [{"training": 8, "data_wait": 2, "evaluation": 3}]
+
 
 def test_run_of_an_earlier_version_says_what_is_not_known(tmp_path: Path) -> None:
     run = ConstructedRun(tmp_path)

@@ -12,12 +12,16 @@ import pytest
 
 from galaxydist.cli import track
 from galaxydist.cli.main import main
+from galaxydist.recipe.schema import TrackerConfig
+from galaxydist.runs.code_version import CodeVersion
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.runs.lock import RunLock
 from galaxydist.tracking import push
 from galaxydist.tracking.push import Push, PushOptions
+from galaxydist.tracking.run_info import build_end, build_info
 from galaxydist.tracking.tensorboard_sink import RESULTS_FILE, event_files, read_rows
 from galaxydist.tracking.wandb_files import offline_files, read_history
+from galaxydist.training import run_summary
 from tests.helpers.runs import quick_settings, run_here
 from tests.helpers.wandb_server import WandbServer
 
@@ -36,6 +40,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     with WandbServer() as server:
         for name, value in server.environ().items():
             monkeypatch.setenv(name, value)
+        monkeypatch.delenv("WANDB_SILENT")
         wandb.teardown()  # it keeps the address that it read first
         yield server
         wandb.teardown()
@@ -43,10 +48,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 @pytest.fixture(scope="module")
 def trained(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run without a tracker."""
-    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    """A finished run without a tracker, of code with uncommitted changes."""
+    run_dir, code = tmp_path_factory.mktemp("one") / "run", tmp_path_factory.mktemp("code")
+    version = CodeVersion("c" * 40, has_changes=True, diff=b"-x = 1\n+x = 2\n")
+    for name, content in version.files().items():
+        (code / name).write_bytes(content)
     secret = "https://hooks.example.org/secret-token"
-    assert run_here(quick_settings(blobs, run_dir, train__epochs=2, tracker__webhook=secret), dict(os.environ)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_summary, "PACKAGE_DIR", code / "galaxydist")  # a snapshot
+        assert run_here(quick_settings(blobs, run_dir, train__epochs=2, tracker__webhook=secret), dict(os.environ)) == 0
     return run_dir
 
 
@@ -100,7 +110,8 @@ def test_a_server_is_asked_what_it_has_and_gets_no_secret(
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "runs" / "one")
     assert main(["track", "push", str(run), "--project", "blobs", "--entity", "team"]) == 0
-    assert "one: 4 rows sent; wandb: http://127.0.0.1:" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{run}: 4 rows sent; wandb: http://127.0.0.1:") and shown.err == ""
     assert (server.run.entity, server.run.project, server.run.steps, server.run.exit_code) == ("team", "blobs", [2, 3, 4, 6], 0)
     first = server.run.history
     timing = {line["step"]: line["time/unix"] for line in RunFolder(run).timing.read()}
@@ -110,10 +121,13 @@ def test_a_server_is_asked_what_it_has_and_gets_no_secret(
     assert {"dataset", "model"} <= kinds and len(server.run.used) == 1
     sent = json.dumps([server.run.attributes, server.run.config, server.run.summary, first], default=str)
     assert "secret-token" not in sent and server.alerts == []
+    assert server.run.config["run"]["commit"] == "c" * 40 and server.run.config["run"]["uncommitted_changes"] is True
+    assert server.run.uploads["code.diff"] == b"-x = 1\n+x = 2\n"
 
     (run / "tracker.json").write_text((run / "tracker.json").read_text().replace('"stored_step": 6', '"stored_step": 0'))
     assert main(["track", "push", str(run), "--project", "blobs", "--entity", "team"]) == 0
-    assert server.run.history == first and "one: 0 rows sent" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert server.run.history == first and "one: 0 rows sent" in shown.out and shown.err == ""
 
 
 def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_its_end(
@@ -147,7 +161,25 @@ def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_it
     shown = capsys.readouterr().out
     assert stored_steps(other.path) == [2, 4, 6, 8, 10, 12] and len(files_of(other.path)) == 1
     assert stored_steps(own.path) == [2, 4]  # once it had ended
+    assert shown.startswith("following 1 run; Ctrl-C ends it\n")  # the other sends itself
     assert "other: 6 rows sent" in shown and "own: 2 rows sent" in shown
+
+
+def test_runs_of_a_folder_are_a_group_and_the_model_is_sent_if_the_recipe_says_so(trained: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(trained, tmp_path / "alone" / "run"))
+    info = build_info(run, TrackerConfig(), "abc")
+    assert (info.group, info.name) == (None, "run") and build_end(run, info, 0, []).model is not None
+    make_run(tmp_path / "alone" / "other", 4, seed=7)
+    info = build_info(run, TrackerConfig(), "abc")
+    assert (info.group, info.name) == ("alone", "custom_cnn seed=0 dataset=galaxy10_decals original")
+    shutil.move(tmp_path / "alone", tmp_path / "runs")
+    run = RunFolder(tmp_path / "runs" / "run")
+    info = build_info(run, TrackerConfig(), "abc")
+    assert (info.group, info.name) == (None, "run")
+    stored = run.read_recipe()
+    run.write_recipe(StoredRecipe({**stored.recipe, "tracker.log_model": False}, stored.origins))
+    end = build_end(run, build_info(run, TrackerConfig(), "abc"), 0, [])
+    assert (end.model, end.model_card) == (None, "") and "test/accuracy" in end.summary
 
 
 def test_a_run_that_goes_on_after_it_was_sent_or_failed_is_sent_to_its_end(

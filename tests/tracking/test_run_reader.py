@@ -52,6 +52,26 @@ def test_rows_come_once_each_when_they_are_complete_also_after_the_run_was_cut_b
         list(RunReader(folder).read(has_ended=True))
 
 
+def test_the_last_row_of_a_run_is_complete_once_a_signal_has_stopped_it_there(tmp_path: Path) -> None:
+    folder, reader = RunFolder(tmp_path), RunReader(RunFolder(tmp_path))
+    append_event(folder.events_path, Event(1.0, "start", "begins", step=0))
+    for step in (2, 4):
+        log(folder, step)
+    append_event(
+        folder.events_path, Event(2.0, "stop", "the batch script's word after a kill", step=4, details={"decision": "stop"})
+    )
+    assert steps(list(reader.read())) == [2]
+    append_event(folder.events_path, Event(3.0, "stop", "stopped by SIGTERM at step 5", step=5))
+    append_event(folder.events_path, Event(4.0, "requeue", "again", details={"decision": "requeue"}))
+    assert steps(list(reader.read())) == [4]
+    log(folder, 6)  # the next start
+    assert steps(list(reader.read())) == []
+    append_event(folder.events_path, Event(5.0, "start", "continues", step=5))
+    assert steps(list(reader.read())) == []
+    log(folder, 8)
+    assert steps(list(reader.read())) == [6]
+
+
 def test_a_file_that_is_cut_back_between_two_looks_is_not_read_from_within_a_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     file = GrowingFile(folder.metrics_path, is_strict=True)

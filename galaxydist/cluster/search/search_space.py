@@ -217,7 +217,7 @@ class SearchParser:
             space[key] = self._interval(key, given)
         for key in space:
             self._check_key(key)
-        if not space and not self.problems:
+        if not space and not self.problems and self.document.values.get("search") is None:
             self._add("search", "search: has no keys; write some like optim.lr: {low: 1e-4, high: 1e-2, log: true}")
         return {key: space[key] for key in order}
 

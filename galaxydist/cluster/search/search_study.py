@@ -72,7 +72,11 @@ class JournalLock:
 
     def acquire(self) -> bool:
         self._lock.acquire()
-        _cut_half_line(self._path)
+        try:
+            _cut_half_line(self._path)
+        except BaseException:
+            self.release()
+            raise
         return True
 
     def release(self) -> None:
@@ -115,10 +119,10 @@ class SearchStudy:
         try:
             self._storage = optuna.storages.JournalStorage(backend)
             self._study = self._open(_build_sampler(record, number), _build_pruner(record))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:  # of Optuna, for lines that it has not written
             raise UserError(
-                f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it, or start a new search with "
-                "another root."
+                f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it; or remove it, and the ended "
+                "trials are read from their run folders."
             ) from error
 
     def _open(self, sampler: "BaseSampler", pruner: "BasePruner") -> "Study":
@@ -198,6 +202,10 @@ class SearchStudy:
             self._study.tell(newest.number, value if outcome == "complete" else None, state)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             logger.debug("another process has told the end of trial %d", number)
+
+    def known(self) -> set[int]:
+        """Return the numbers of the runs that have started."""
+        return set(self._by_number())
 
     def running(self) -> list[int]:
         """Return the numbers of the runs that have started and whose end is not known."""

@@ -10,6 +10,7 @@ from typing import Any
 from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.running_jobs import lock_holder, newest_job
 from galaxydist.cluster.search.search_files import (
+    PREFIX,
     RECORD_NAME,
     SearchRecord,
     read_trial,
@@ -130,12 +131,20 @@ def read_end(run_dir: Path) -> tuple[Outcome, float | None] | None:
 def settle(study: SearchStudy, root: Path, read_states: ReadStates, *, leave_out: int | None = None) -> None:
     """Tell the study the ends of trials that could not do it themselves, because they were killed or cancelled.
 
+    If its journal was lost, it is told all trials that have ended.
+
     Args:
         study: the study.
         root: the sweep's folder.
         read_states: returns SLURM's states of job ids.
         leave_out: number of a trial that is not looked at.
     """
+    for number in sorted(_trials_in(root) - study.known() - {leave_out}):
+        run_dir = trial_dir(root, number)
+        values, end = read_trial(run_dir), read_end(run_dir)
+        if values is not None and end is not None:
+            study.start(number, values)
+            study.end(number, *end)
     running = {number: trial_dir(root, number) for number in study.running() if number != leave_out}
     unknown: dict[int, Path] = {}
     for number, run_dir in running.items():
@@ -153,7 +162,13 @@ def settle(study: SearchStudy, root: Path, read_states: ReadStates, *, leave_out
         return
     for number, run_dir in unknown.items():
         if is_gone(run_dir, states):
-            study.end(number, "failed")
+            study.end(number, *(read_end(run_dir) or ("failed", None)))  # it may have ended since it was looked at
+
+
+def _trials_in(root: Path) -> set[int]:
+    """Return the numbers of the trials that have a run folder."""
+    names = (path.name.removeprefix(PREFIX) for path in root.glob(f"{PREFIX}*"))
+    return {int(name) for name in names if name.isdecimal()}
 
 
 def is_gone(run_dir: Path, states: Mapping[str, JobState]) -> bool:

@@ -1,5 +1,6 @@
 """The trials of a search as the runs of a sweep, for the command that submits them."""
 
+import contextlib
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from galaxydist.cluster.slurm import JobState
 from galaxydist.cluster.status import read_progress
 from galaxydist.cluster.sweep import SweepError, SweepFile, SweepRun
 from galaxydist.errors import UserError
-from galaxydist.recipe.resolve import ResolvedRecipe, load_recipe
+from galaxydist.recipe.resolve import RecipeError, ResolvedRecipe, load_recipe
 from galaxydist.runs.folder import RunFolder
 
 
@@ -99,9 +100,9 @@ def plan_search(
     for number in range(search.trials):
         try:
             run = _plan_trial(root, number, common, first.resolved)
-            if run.label:
-                check(run.resolved)
             runs.append(run)
+            if run.label and not _has_bad_values(run):
+                check(run.resolved)
         except UserError as error:
             problems[str(error)].append(trial_dir(root, number).name)
     if problems:
@@ -110,12 +111,20 @@ def plan_search(
 
 
 def _plan_trial(root: Path, number: int, common: Sequence[str], corner: ResolvedRecipe) -> SweepRun:
-    """Return a trial, with the recipe of its values if it has some, else with that of a corner."""
+    """Return a trial, with the recipe of its values if it has valid ones, else with that of a corner."""
     run_dir = trial_dir(root, number)
     arguments = (*common, f"run.dir={run_dir}")
     values = read_trial(run_dir)
-    if values is None:
-        recipe = corner.recipe.model_copy(update={"run": corner.recipe.run.model_copy(update={"dir": run_dir})})
-        return SweepRun("", run_dir.name, run_dir, replace(corner, config=recipe), arguments, is_trial=True)
-    resolved = load_recipe([*arguments, *value_arguments(values)])
-    return SweepRun(describe_values(values), run_dir.name, run_dir, resolved, arguments, is_trial=True)
+    recipe = corner.recipe.model_copy(update={"run": corner.recipe.run.model_copy(update={"dir": run_dir})})
+    resolved = replace(corner, config=recipe)
+    if values is not None:
+        with contextlib.suppress(RecipeError):  # values between valid corners; the trial itself fails with them
+            resolved = load_recipe([*arguments, *value_arguments(values)])
+    label = describe_values(values) if values is not None else ""
+    return SweepRun(label, run_dir.name, run_dir, resolved, arguments, is_trial=True)
+
+
+def _has_bad_values(run: SweepRun) -> bool:
+    """Return True if a trial has failed with its values, so that it must not keep the others from running."""
+    failure = RunFolder(run.run_dir).read_failure()
+    return failure is not None and failure["kind"] == "bad_input"
