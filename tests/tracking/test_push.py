@@ -141,7 +141,7 @@ def test_a_run_that_sends_itself_is_left_out_and_a_watched_one_is_followed_to_it
     seen: list[list[int]] = []
 
     def go_on(_: float) -> None:
-        """What happens between two looks: a row, then the result, then the end of the process."""
+        """Write a row, then the result, then end the process: one of them between two looks."""
         seen.append(stored_steps(other.path))
         step = 6 + 2 * len(seen)
         other.metrics.append(step, {"train/loss": 1 / step})
