@@ -20,12 +20,12 @@ from galaxydist.errors import UserError
 from galaxydist.runs.events import ENDS, Event, read_events
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
+from galaxydist.runs.metrics_file import TIME_KEY
 
 # Parts of a start: training steps that count, waiting for data, waiting for checkpoints, validations and the evaluation, the time
 # before the first step, and steps (with their validations) that were lost.
 PARTS = ("training", "data_wait", "checkpoint", "evaluation", "startup", "lost", "unknown")
 CORE = "CPU core"
-TIME = "time/unix"
 
 
 @dataclass(frozen=True)
@@ -185,15 +185,17 @@ class _Log:
             found["data_wait"] += data_wait * seconds
             found["checkpoint"] += checkpoint * seconds
             found["training"] += (1 - checkpoint - data_wait) * seconds
-            if step in self.validated and at is not None and _is_number(line.get(TIME)):
-                found["evaluation"] += max(0.0, line[TIME] - at - seconds)
-            step, at = line["step"], line.get(TIME)
+            if step in self.validated and at is not None and _is_number(line.get(TIME_KEY)):
+                found["evaluation"] += max(0.0, line[TIME_KEY] - at - seconds)
+            step, at = line["step"], line.get(TIME_KEY)
         return dict(found)
 
     def points(self, after: float, until: float) -> list[tuple[float, float]]:
         """Return step and time of the lines in (after, until]."""
         return [
-            (line["step"], line[TIME]) for line in self.timing if after < line["step"] <= until and _is_number(line.get(TIME))
+            (line["step"], line[TIME_KEY])
+            for line in self.timing
+            if after < line["step"] <= until and _is_number(line.get(TIME_KEY))
         ]
 
     def devices(self) -> dict[str, int]:

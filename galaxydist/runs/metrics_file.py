@@ -14,6 +14,9 @@ from typing import Any, BinaryIO
 from galaxydist.atomic_files import explain_full_disk, fsync_file, replace_bytes
 from galaxydist.errors import UserError
 
+# Key of timing.jsonl: when the line was written, in seconds since 1970.
+TIME_KEY = "time/unix"
+
 
 class MetricsFile:
     """Log of metrics: lines such as ``{"step": 20, "train/loss": 1.9}``, in the order of their steps.

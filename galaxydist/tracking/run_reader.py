@@ -16,7 +16,7 @@ from typing import Any
 from galaxydist.errors import UserError
 from galaxydist.runs.events import ENDS, Event
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.metrics_file import read_tail
+from galaxydist.runs.metrics_file import TIME_KEY, read_tail
 from galaxydist.runs.record_file import from_plain
 from galaxydist.tracking.run_info import without_secrets
 from galaxydist.tracking.sink import Row, validation_of
@@ -24,8 +24,6 @@ from galaxydist.tracking.sink import Row, validation_of
 # Bytes read at a time, and bytes at the end of metrics.jsonl that hold its last line.
 CHUNK_BYTES = 1 << 20
 LAST_LINE_BYTES = 16_384
-# Key of timing.jsonl: when the step was logged, in seconds since 1970.
-TIME_KEY = "time/unix"
 
 
 class GrowingFile:

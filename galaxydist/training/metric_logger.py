@@ -18,6 +18,7 @@ from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.metrics_file import TIME_KEY
 from galaxydist.tracking.run_tracker import Tracker
 from galaxydist.training.health.anomalies import DataWaits
 from galaxydist.training.step_sync import LossSums, StepResult
@@ -160,7 +161,7 @@ class MetricLogger:
                 self.folder.validations.append(step, {**epoch, **details})
             self.folder.metrics.append(step, values)
             if timing:
-                self.folder.timing.append(step, {**timing, "time/unix": round(time.time(), 3)})
+                self.folder.timing.append(step, {**timing, TIME_KEY: round(time.time(), 3)})
             self.tracker.wake()
         except (UserError, OSError) as error:
             self._error = error

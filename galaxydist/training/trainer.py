@@ -393,8 +393,12 @@ class Trainer:
         if found is not None:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
-        self._cut = self.world.run_on_main(lambda: cut_back(self.run_folder, self.state.step))
-        self.world.run_on_main(lambda: write_facts(self.run_folder, self.model))
+
+        def prepare() -> dict[str, Any]:
+            write_facts(self.run_folder, self.model)
+            return cut_back(self.run_folder, self.state.step)
+
+        self._cut = self.world.run_on_main(prepare)
         if self.state.step == 0:
             logger.info(
                 "%s",

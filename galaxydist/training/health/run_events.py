@@ -17,10 +17,7 @@ from galaxydist.errors import EXIT_BAD_INPUT, NonfiniteError, UserError, exit_co
 from galaxydist.job_environment import start_of
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import FailureKind, RunFolder
-
-# Name in timing.jsonl of the time of a line, in seconds since 1970.
-TIME = "time/unix"
-
+from galaxydist.runs.metrics_file import TIME_KEY
 
 # Starts of this process: a notebook may train several times.
 _STARTS = itertools.count()
@@ -44,10 +41,11 @@ def cut_back(folder: RunFolder, step: int) -> dict[str, Any]:
         ``cut_steps``: the logged steps that are taken again; ``cut_points``: step and time of the first and the last line of
         timing.jsonl that was cut off, which tell how long the lost steps took.
     """
-    logged = max((int(line["step"]) for line in folder.metrics.read()[-1:]), default=0)
-    timed = [line for line in folder.timing.read() if line["step"] > step and isinstance(line.get(TIME), float)]
+    lines = folder.metrics.read()
+    logged = lines[-1]["step"] if lines else 0
+    timed = [line for line in folder.timing.read() if line["step"] > step and isinstance(line.get(TIME_KEY), float)]
     folder.cut_back(step)
-    points = [[line["step"], line[TIME]] for line in (*timed[:1], *timed[1:][-1:])]
+    points = [[line["step"], line[TIME_KEY]] for line in (*timed[:1], *timed[1:][-1:])]
     return {"cut_steps": max(0, logged - step), "cut_points": points}
 
 
