@@ -1,8 +1,8 @@
 """Format of a published folder: its files, and ``config.json`` as the app reads it.
 
-``config.json`` has three parts. The keys at its top are timm's (``architecture``, ``num_classes``, ``pretrained_cfg``, ...), only for
-timm's architectures; ``galaxydist`` is what ``load_predictor`` needs; ``app`` is what this module reads, and what a program without
-galaxydist needs to prepare a picture and to name a class.
+``config.json`` has three parts. The keys at its top are timm's (``architecture``, ``num_classes``, ``pretrained_cfg``, ...), only
+for timm's architectures; ``galaxydist`` is what ``load_predictor`` needs; ``app`` is what this module reads, and what a program
+without galaxydist needs to prepare a picture and to name a class.
 """
 
 import json
@@ -27,9 +27,9 @@ class PublishedFolderError(ValueError):
 class PictureForm:
     """The preparation of a picture for the network.
 
-    A picture is cut to its central square and resampled to ``stored_size`` pixels (Lanczos), unless it has this size already. Then
-    it is made smaller by ``factor`` (the mean of blocks), its centre is cut out (``crop``), resampled to ``image_size`` pixels
-    (bilinear, antialiased) and normalised: (value / 255 - mean) / std.
+    A picture is cut to its central square and resampled to ``stored_size`` pixels (Lanczos), unless it has this size already.
+    Then it is made smaller by ``factor`` (the mean of blocks), its centre is cut out (``crop``), resampled to ``image_size``
+    pixels (bilinear, antialiased) and normalised: (value / 255 - mean) / std.
 
     Args:
         image_size: T, side of the network's input in pixels.
@@ -114,7 +114,8 @@ def read_config(folder: Path) -> AppConfig:
     if not isinstance(ours, dict) or "app" not in content:
         raise PublishedFolderError(f"{path} was not written by `galaxydist publish`")
     if ours.get("format") != FORMAT:
-        raise PublishedFolderError(f"{path} has format {ours.get('format')}, and this version reads {FORMAT}: publish the run again")
+        found = ours.get("format")
+        raise PublishedFolderError(f"{path} has format {found}, and this version reads {FORMAT}: publish the run again")
     try:
         return AppConfig.from_dict(content["app"])
     except (TypeError, KeyError, AttributeError) as error:
