@@ -1,7 +1,7 @@
-"""Licences of data sets and weights: common names, non-commercial ones, redistribution of images, names on the Hugging Face Hub.
+"""Licences of data sets and weights: common names, non-commercial ones, redistribution of images, names on the Hub.
 
-A licence is text: an SPDX identifier, or the name or text of another licence. A text that is not recognised permits nothing. None of
-this is legal advice; it decides what the package shows and copies by itself.
+A licence is text: an SPDX identifier, or the name or text of another licence. A text that is not recognised permits nothing. This
+decides what the package shows and copies by itself, and is no legal advice.
 """
 
 import re
@@ -11,67 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from galaxydist.surveys.data_origin import DataOrigin
 
-# Identifiers of licences on the Hub (docs/hub/repositories-licenses.md of huggingface/hub-docs), those for language models left out.
-HUB_LICENCES = frozenset(
-    [
-        "apache-2.0",
-        "mit",
-        "openrail",
-        "afl-3.0",
-        "artistic-2.0",
-        "bsl-1.0",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "bsd-3-clause-clear",
-        "c-uda",
-        "cc",
-        "cc0-1.0",
-        "cc-by-2.0",
-        "cc-by-2.5",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-2.0",
-        "cc-by-nc-3.0",
-        "cc-by-nc-4.0",
-        "cc-by-nd-4.0",
-        "cc-by-nc-nd-3.0",
-        "cc-by-nc-nd-4.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "cdla-sharing-1.0",
-        "cdla-permissive-1.0",
-        "cdla-permissive-2.0",
-        "wtfpl",
-        "ecl-2.0",
-        "epl-1.0",
-        "epl-2.0",
-        "etalab-2.0",
-        "eupl-1.1",
-        "agpl-3.0",
-        "gfdl",
-        "gpl",
-        "gpl-2.0",
-        "gpl-3.0",
-        "lgpl",
-        "lgpl-2.1",
-        "lgpl-3.0",
-        "isc",
-        "mpl-2.0",
-        "ms-pl",
-        "ncsa",
-        "odc-by",
-        "odbl",
-        "ofl-1.1",
-        "osl-3.0",
-        "pddl",
-        "postgresql",
-        "unlicense",
-        "zlib",
-    ]
+# Identifiers of licences of data and weights on the Hub (docs/hub/repositories-licenses.md of huggingface/hub-docs).
+_HUB_ID = re.compile(
+    r"apache-2\.0|mit|bsd(-[23]-clause|-3-clause-clear)?|isc|mpl-2\.0|zlib|unlicense|wtfpl|ncsa|postgresql|epl-[12]\.0|afl-3\.0"
+    r"|a?gpl-3\.0|gpl(-2\.0)?|lgpl(-2\.1|-3\.0)?|eupl-1\.1|openrail|odc-by|odbl|pddl|c-uda|etalab-2\.0"
+    r"|cdla-(sharing-1\.0|permissive-[12]\.0)|cc|cc0-1\.0|cc-by-(2\.[05]|[34]\.0)|cc-by-sa-[34]\.0|cc-by-nc-[234]\.0"
+    r"|cc-by-nd-4\.0|cc-by-nc-nd-[34]\.0|cc-by-nc-sa-[234]\.0"
 )
 _ALIASES = {
     "apache": "apache-2.0",
@@ -124,13 +69,13 @@ def may_redistribute_images(origin: "DataOrigin | None") -> bool:
 
 
 def hub_id(licence: str | None) -> str:
-    """Return a licence in the Hub's spelling, which may not be in ``HUB_LICENCES``: lower case, with hyphens; '' for None."""
+    """Return a licence in the Hub's spelling, in lower case with hyphens, whether the Hub knows it or not; '' for None."""
     words = re.sub(r"[\s_-]+", "-", spdx(licence or "").lower())
     return _ALIASES.get(words, words)
 
 
 def hub_fields(licence: str | None, link: str | None = None) -> dict[str, str]:
-    """Return the fields of a model card's header that name a licence: ``license``, and for others ``license_name`` and ``license_link``.
+    """Return the fields of a model card's header that name a licence, by a name of its own if the Hub does not know it.
 
     Args:
         licence: None: unknown.
@@ -139,7 +84,7 @@ def hub_fields(licence: str | None, link: str | None = None) -> dict[str, str]:
     if licence is None:
         return {"license": "unknown"}
     known = hub_id(licence)
-    if known in HUB_LICENCES:
+    if _HUB_ID.fullmatch(known):
         return {"license": known}
     name = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-.")[:64] or "see-the-card"
     return {"license": "other", "license_name": name} | ({"license_link": link} if link else {})
