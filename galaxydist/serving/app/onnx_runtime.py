@@ -7,8 +7,9 @@ from typing import Any
 def import_onnxruntime() -> Any:
     """Import onnxruntime with its telemetry switched off, and return the module.
 
-    Without this variable its Linux builds send names of models and facts about the machine, and keep a device id and a database in
-    the user's home (https://github.com/microsoft/onnxruntime/blob/main/docs/Privacy.md). It counts only before onnxruntime starts.
+    Without this variable its Linux builds send names of models and facts about the machine, and keep a device id and a database
+    in the user's home (https://github.com/microsoft/onnxruntime/blob/main/docs/Privacy.md). It counts only before onnxruntime
+    starts.
 
     Raises:
         ImportError: onnxruntime is not installed.
