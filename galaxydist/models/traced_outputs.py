@@ -2,8 +2,8 @@
 
 ``torch.export`` cannot trace a gradient. So the model is traced first, the part of its graph behind the last feature map (the
 head) is differentiated on its own, and the operations of that gradient are appended to the graph. The map is Grad-CAM as
-``models.saliency`` computes it, for every class at once; for a linear head behind an average it is the positive part of the head's
-weights times the map, over the number of the map's pixels.
+``models.saliency`` computes it, for every class at once; for a linear head behind an average it is the positive part of the
+head's weights times the map, over the number of the map's pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._decomp import core_aten_decompositions, decomposition_table, get_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.export import ExportedProgram
 
 from galaxydist.models.build import evaluation_mode
@@ -81,7 +81,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
             except Exception:  # of any head: its map cannot be computed without automatic differentiation
                 return trace_outputs(model, architecture, image_size, saliency=False)
         elif method == ROLLOUT:
-            patches = program.graph.output_node().args[0][2].meta["val"].shape[2:]  # type: ignore[index, union-attr]
+            patches = _outputs(program)[2].meta["val"].shape[2:]
             height, width = (int(count) * size for count, size in zip(patches, patch_size(model), strict=True))
             covered = height, width
     return TracedOutputs(program, method, covered)
@@ -94,7 +94,7 @@ def trace(module: nn.Module, images_BCHW: Tensor) -> ExportedProgram:
         Exception: of any kind, from ``torch.export``.
     """
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(module, (images_BCHW,), dynamic_shapes=({0: batch},), strict=False)
+    program: ExportedProgram = torch.export.export(module, (images_BCHW,), dynamic_shapes=({0: batch},), strict=False)
     program = program.run_decompositions({})  # no operation in place, so that the graph can be cut
     for node in program.graph.nodes:
         for note in _PATHS_IN_NODES:
@@ -142,20 +142,23 @@ def _append_grad_cam(program: ExportedProgram, model: nn.Module, images_BCHW: Te
         NoMapError: the layer's output is no map of the image, or the logits do not depend on it.
         Exception: of any kind: an operation of the head has no gradient that could be traced.
     """
-    graph, output = program.graph, program.graph.output_node()
-    logits, embedding, last_map = output.args[0]  # type: ignore[misc]
+    graph = program.graph
+    logits, embedding, last_map = _outputs(program)
     head = _nodes_between(graph, last_map, logits)
     given = list(dict.fromkeys(node for one in head for node in one.all_input_nodes if node not in head and node is not last_map))
     layout = FeatureLayout.of(model, last_map.meta["val"], images_BCHW)
-    # In no table are the operations of its gradient; those of its own in simpler ones have gradients.
-    average: Any = decomposition_table[torch.ops.aten._adaptive_avg_pool2d.default]
-    forward: dict[Any, Any] = {torch.ops.aten.adaptive_avg_pool2d.default: average}
+    # The gradients of these operations have no ONNX; those of the simpler ones that they consist of have.
+    simpler: dict[Any, Any] = {
+        torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+        torch.ops.aten._adaptive_avg_pool2d.default: _adaptive_average,
+        torch.ops.aten.avg_pool2d.default: _average,
+    }
 
     def run_head(values: Mapping[fx.Node, Any]) -> Tensor:
         known = dict(values)
         for node in head:
             inputs, options = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            operation: Any = forward.get(node.target, node.target)
+            operation: Any = simpler.get(node.target, node.target)
             known[node] = operation(*inputs, **options)
         logits_BK: Tensor = known[logits]
         return logits_BK
@@ -163,11 +166,14 @@ def _append_grad_cam(program: ExportedProgram, model: nn.Module, images_BCHW: Te
     def evidence(raw: Tensor, *others: Any) -> Tensor:
         known = dict(zip(given, others, strict=True))
         map_BChw = layout.to_map(raw)
-        logits_BK, backward = torch.func.vjp(lambda mapped: run_head({**known, last_map: layout.back(mapped, raw)}), map_BChw)
+        with_gradient: Any = torch.func.vjp(lambda mapped: run_head({**known, last_map: layout.back(mapped, raw)}), map_BChw)
+        logits_BK, backward = with_gradient
         # One class after the other: the rules by which torch.func.vmap would take them together fix the number of images.
-        gradients = [backward(one_K.expand_as(logits_BK))[0] for one_K in torch.eye(logits_BK.shape[1]).unbind()]
+        classes_KK = torch.eye(logits_BK.shape[1])
+        gradients = [backward(classes_KK[label].expand_as(logits_BK))[0] for label in range(len(classes_KK))]
         weights_BKC = torch.stack([gradient_BChw.mean(dim=(2, 3)) for gradient_BChw in gradients], dim=1)
-        return torch.relu(weights_BKC @ map_BChw.flatten(2)).unflatten(2, map_BChw.shape[2:])
+        maps_BKN = torch.relu(weights_BKC @ map_BChw.flatten(2))
+        return maps_BKN.reshape(*maps_BKN.shape[:2], *map_BChw.shape[2:])
 
     values = [node.meta["val"] for node in (last_map, *given)]
     with values[0].fake_mode:
@@ -175,12 +181,19 @@ def _append_grad_cam(program: ExportedProgram, model: nn.Module, images_BCHW: Te
     if any(node.op == "get_attr" for node in traced.graph.nodes):
         raise NoMapError("its head has constants")
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), (last_map, *given), strict=True))
+    output = graph.output_node()
     with graph.inserting_before(output):
         maps_BKhw = graph.graph_copy(traced.graph, copies)
     output.args = ((logits, embedding, maps_BKhw),)
-    program.graph_signature.output_specs[2].arg.name = maps_BKhw.name  # type: ignore[union-attr]
+    program.graph_signature.output_specs[2].arg.name = maps_BKhw.name
     graph.lint()
     program.graph_module.recompile()
+
+
+def _outputs(program: ExportedProgram) -> tuple[Any, ...]:
+    """Return the nodes of a program's outputs."""
+    nodes: Any = program.graph.output_node().args[0]
+    return tuple(nodes)
 
 
 def _nodes_between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -200,6 +213,31 @@ def _nodes_between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Nod
     return [node for node in graph.nodes if node in found]
 
 
+def _adaptive_average(map_BChw: Tensor, size: Sequence[int]) -> Tensor:
+    """Return ``aten.adaptive_avg_pool2d`` of a map."""
+    for axis, (count, side) in enumerate(zip(size, map_BChw.shape[2:], strict=True), start=2):
+        edges = [(side * number // count, -(-side * (number + 1) // count)) for number in range(count)]
+        map_BChw = _means(map_BChw, axis, edges)
+    return map_BChw
+
+
+def _average(
+    map_BChw: Tensor, window: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (), *others: Any
+) -> Tensor:
+    """Return ``aten.avg_pool2d`` of a map, without padding."""
+    if any(padding) or any(others[:1]) or any(others[2:]):
+        raise NoMapError("its head pads a map for an average")
+    sides = map_BChw.shape[2:]
+    for axis, (size, step, side) in enumerate(zip(window, stride or window, sides, strict=True), start=2):
+        map_BChw = _means(map_BChw, axis, [(start, start + size) for start in range(0, side - size + 1, step)])
+    return map_BChw
+
+
+def _means(x: Tensor, axis: int, edges: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the means over parts of an axis, start to stop, as the new axis."""
+    return torch.stack([x.narrow(axis, start, stop - start).mean(dim=axis) for start, stop in edges], dim=axis)
+
+
 def _trace_gradient(function: Callable[..., Tensor], values: Sequence[Any]) -> fx.GraphModule:
     """Trace a function that contains a gradient, with operations that every exporter knows."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -207,7 +245,7 @@ def _trace_gradient(function: Callable[..., Tensor], values: Sequence[Any]) -> f
     aten = torch.ops.aten
     table: dict[Any, Any] = {
         **core_aten_decompositions(),
-        **get_decompositions([aten.max_pool2d_with_indices_backward, aten._adaptive_avg_pool2d]),
+        **get_decompositions([aten.max_pool2d_with_indices_backward]),
         aten.convolution_backward.default: _convolution_backward,
     }
     traced = make_fx(function, decomposition_table=table)(*values)
@@ -215,21 +253,10 @@ def _trace_gradient(function: Callable[..., Tensor], values: Sequence[Any]) -> f
     return traced
 
 
-def _convolution_backward(
-    gradient: Tensor,
-    inputs: Tensor,
-    weight: Tensor,
-    _: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    __: Any,
-    groups: int,
-    ___: Any,
-) -> tuple[Tensor, None, None]:
+def _convolution_backward(gradient: Tensor, inputs: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, None, None]:
     """Return the gradient of a convolution's input: the transposed convolution of the output's gradient."""
-    if transposed:
+    _, stride, padding, dilation, is_transposed, _, groups, _ = options
+    if is_transposed:
         raise NoMapError("its head has a transposed convolution")
     missing = [
         size - ((out - 1) * step - 2 * pad + spread * (side - 1) + 1)
