@@ -118,6 +118,16 @@ def known_origin(dataset: str) -> DataOrigin | None:
     return None
 
 
+def is_simulated(dataset: str) -> bool:
+    """Return True for a data set of this package's simulator, which has no observed galaxies."""
+    return known_origin(dataset) is not None and known_origin(dataset) == known_origin("simulated")
+
+
+def is_galaxy10(dataset: str) -> bool:
+    """Return True for Galaxy10 DECaLS, by its name here or in the Multimodal Universe."""
+    return known_origin(dataset) is not None and known_origin(dataset) in (known_origin("galaxy10_decals"), known_origin("gz10"))
+
+
 def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
