@@ -337,26 +337,27 @@ def _calibration(facts: CardFacts) -> Iterator[str]:
 
 def _unlike(facts: CardFacts) -> Iterator[str]:
     found = facts.results.get("unlike") or {}
-    rates = found.get("detected") or {}
     if not found:
         return
     yield "## Pictures unlike the training galaxies"
-    alarms = found.get("false_alarms") or {}
-    if alarms.get("share") is not None:
-        between = alarms.get("interval")
-        yield (
-            "A picture whose embedding is far from those of the training galaxies is called unlike them. False alarms on the "
-            f"test split: {100 * alarms['share']:.1f} %"
-            + (f" (95 % interval {100 * between[0]:.1f} to {100 * between[1]:.1f} %)" if between else "")
-            + "."
-        )
-    rows = [
-        (escape_markdown(readable(kind)), f"{one['count']:,}", f"{100 * one['share']:.1f} %")
-        for kind, one in rates.items()
-        if isinstance(one, Mapping) and {"count", "share"} <= one.keys()
-    ]
+    method = f" ({escape_markdown(str(found['method']))})" if found.get("method") else ""
+    text = (
+        f"A picture that is farther from the training galaxies than nearly all validation galaxies is called unlike them{method}."
+    )
+    alarms = found.get("false_alarms")
+    if alarms:
+        split = escape_markdown(str(alarms.get("split", "test")))
+        text += f" False alarms on the {split} split: {alarms['count']} of {alarms['of']:,}, {_share_text(alarms)}."
+    yield text
+    detected = (found.get("detected") or {}).items()
+    rows = [(escape_markdown(readable(kind)), f"{one['of']:,}", _share_text(one)) for kind, one in detected]
     if rows:
-        yield table(("kind of picture", "pictures", "called unlike"), rows)
+        yield table(("kind of picture", "pictures", "called unlike (95 % interval)"), rows)
+
+
+def _share_text(one: Mapping[str, Any]) -> str:
+    low, high = (100 * end for end in one["interval"])
+    return f"{100 * one['share']:.1f} % ({low:.1f} to {high:.1f} %)"
 
 
 def _limits(facts: CardFacts) -> Iterator[str]:
@@ -383,10 +384,9 @@ def limits(facts: CardFacts) -> Iterator[str]:
         f"It has learnt the depth, seeing and colours of {escape_markdown(facts.dataset)}. Pictures of other surveys, depths or "
         f"stretches differ from them; measured on other data: {measured}."
     )
-    yield (
-        f"Every picture gets one of the {len(facts.classes)} classes, stars, artefacts and photographs too. "
-        + ("Pictures that are no galaxies are recognised in part, as measured above." if facts.results.get("unlike") else "")
-    ).strip()
+    is_detected = (facts.results.get("unlike") or {}).get("detected")
+    measured = " Pictures that are no galaxies are recognised in part, as measured above." if is_detected else ""
+    yield f"Every picture gets one of the {len(facts.classes)} classes, stars, artefacts and photographs too.{measured}"
     if facts.is_simulated:
         yield "The labels are those with which the simulator drew the galaxies. Numbers on them say nothing about real galaxies."
     elif is_galaxy10(facts.dataset):
