@@ -21,7 +21,7 @@ _HEADLINES = (
 )
 NOTHING = "\N{EN DASH}"
 # Characters that begin a link, emphasis, code, HTML, a formula, a table's cell or an escape in Markdown.
-_MARKDOWN = re.compile(r"([\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_]))")
+_MARKDOWN = re.compile(r"([\\`*<>|~$&]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_]))")
 _COLUMNS = ("precision", "recall", "F1", "galaxies")
 
 
