@@ -22,6 +22,7 @@ _HEADLINES = (
 NOTHING = "\N{EN DASH}"
 # Characters that begin a link, emphasis, code, HTML, a formula, a table's cell or an escape in Markdown.
 _MARKDOWN = re.compile(r"([\\`*<>|~$&]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_]))")
+URL = re.compile(r"https?://[^\s<>\"|`]+")
 _COLUMNS = ("precision", "recall", "F1", "galaxies")
 
 
@@ -152,3 +153,15 @@ def taken_for(row_K: Sequence[int], label: int, names: Sequence[str]) -> str:
 def escape_markdown(text: str) -> str:
     """Return text on one line that Markdown shows as it is, without links, emphasis, code, HTML, formulas and cells of tables."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def fenced(text: str, language: str) -> str:
+    """Return a block of code that the text cannot end."""
+    longest = max((len(found) for found in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def link(address: str) -> str:
+    """Return an address as a link; other text escaped."""
+    return f"<{address}>" if URL.fullmatch(address) else escape_markdown(address)

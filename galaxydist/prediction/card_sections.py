@@ -4,12 +4,11 @@ A published folder's README.md holds it below its header (``serving/model_card.p
 run's model. Texts of users (class names, titles, citations) are escaped.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from galaxydist.evaluation.text_table import escape_markdown, hours_text, interval_text, readable, taken_for, three_decimals
+from galaxydist.evaluation.text_table import escape_markdown, hours_text, interval_text, link, readable, taken_for, three_decimals
 from galaxydist.prediction.citations import works_to_cite
 from galaxydist.surveys.data_origin import is_galaxy10, is_simulated
 from galaxydist.surveys.licences import is_non_commercial, model_licence
@@ -27,7 +26,6 @@ _METRICS = (
 MAX_CONFUSION = 20
 # A class with fewer test galaxies is named among the limits.
 FEW_GALAXIES = 30
-_URL = re.compile(r"https?://[^\s<>\"|`]+")
 # Rows of the table of the training: label, dotted keys of the recipe.
 _RECIPE_ROWS = (
     ("epochs", ("train.epochs",)),
@@ -181,7 +179,7 @@ def _training_data(facts: CardFacts) -> Iterator[str]:
         "stored images": f"{size} x {size} pixels{resampled}" if size else None,
         "pixel scale": _scale_text(scale) if stored else None,
         "licence": escape_markdown(str(facts.origin["licence"])) if facts.origin.get("licence") else "not stated",
-        "source": _link(facts.origin.get("url")),
+        "source": link(str(facts.origin.get("url") or "")),
         "revision": escape_markdown(str(facts.origin["revision"])) if facts.origin.get("revision") else None,
         "SHA-256 of the manifest": facts.data.get("manifest_hash"),
     }
@@ -434,22 +432,13 @@ def _licences(facts: CardFacts) -> Iterator[str]:
 def _how_to_cite(facts: CardFacts) -> Iterator[str]:
     yield "## How to cite"
     yield "Work with this model cites the data, the weights that it started from, and the software:"
-    items, blocks = list[str](), list[str]()
-    citation = str(facts.origin.get("citation") or "").strip()
-    if re.match(r"@\w+\s*\{", citation):
-        blocks.append(fenced(citation, "bibtex"))
-    elif citation:
-        items += [" ".join(part.split()) for part in citation.split("; ")]
-    else:
-        items.append(f"{facts.dataset}: no works to cite are stated")
-    lines = [f"- {_linked(item)}" for item in items]
-    version = str(facts.ours.get("version") or "")
-    works = works_to_cite(
-        facts.dataset, citation, facts.weights.get("source"), uses_timm=bool(facts.weights.get("architecture")), version=version
+    yield from works_to_cite(
+        facts.dataset,
+        str(facts.origin.get("citation") or ""),
+        facts.weights.get("source"),
+        uses_timm=bool(facts.weights.get("architecture")),
+        version=str(facts.ours.get("version") or ""),
     )
-    lines += [f"- {escape_markdown(name)}{f': <{address}>' if address else ''}" for name, address in works]
-    yield "\n".join(lines)
-    yield from blocks
 
 
 # Markdown.
@@ -459,29 +448,6 @@ def table(head: Row, rows: Sequence[Row]) -> str:
     """Return a table; the first column is text, the others are numbers."""
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
-
-
-def fenced(text: str, language: str) -> str:
-    """Return a block of code that the text cannot end."""
-    longest = max((len(found) for found in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _link(address: str | None) -> str | None:
-    if not address:
-        return None
-    return f"<{address}>" if _URL.fullmatch(address) else escape_markdown(address)
-
-
-def _linked(text: str) -> str:
-    """Return text with its addresses as links."""
-    parts, start = list[str](), 0
-    for found in _URL.finditer(text):
-        address = found[0].rstrip(").,;")
-        parts += [escape_markdown(text[start : found.start()]), f"<{address}>"]
-        start = found.start() + len(address)
-    return "".join([*parts, escape_markdown(text[start:])])
 
 
 def _plain(value: Any) -> str:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from string import Template
 from typing import Any
 
-from galaxydist.evaluation.text_table import escape_markdown
-from galaxydist.prediction.card_sections import fenced
+from galaxydist.evaluation.text_table import escape_markdown, fenced
 from galaxydist.serving.app.published_model import ONNX, PROGRAM
 
 _TIMM = Template("""import timm
