@@ -45,9 +45,9 @@ def test_the_readme_has_at_most_200_lines_and_10_kb() -> None:
     assert len(text.splitlines()) <= 200 and len(text) <= 10_000
 
 
-def test_the_tree_of_the_readme_names_every_folder_of_the_package() -> None:
-    tree = README.read_text(encoding="utf-8").split("galaxydist/\n", 1)[1].split("```")[0]
-    named = set(re.findall(r"^    (\w+)/ ", tree, re.MULTILINE))
+def test_the_floors_of_the_architecture_name_every_folder_of_the_package() -> None:
+    floors = re.findall(r"^\| \d+ \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for floor in floors for name in re.findall(r"`(\w+)/`", floor)}
     assert named == {path.parent.name for path in (ROOT / "galaxydist").glob("*/__init__.py")}
 
 
