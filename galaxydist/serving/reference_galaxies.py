@@ -7,7 +7,6 @@ of false alarms is measured on test galaxies, and the share of detected pictures
 import hashlib
 import io
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -43,7 +42,7 @@ from galaxydist.serving.app.reference import (
 from galaxydist.serving.unlike_pictures import KINDS
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
-from galaxydist.surveys.data_origin import DataOrigin
+from galaxydist.surveys.licences import may_redistribute_images
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +51,8 @@ Floats = NDArray[np.float32]
 
 # Stored training galaxies. More than 400 changed no detection in the measurements of docs/sharing.md; similar galaxies gain.
 COUNT = 1000
+# For the first start of the app, in seconds.
+QUICK_COUNT = 400
 # Largest numbers of validation galaxies for the threshold and of test galaxies for the false alarms, and pictures of each kind.
 VALIDATION, TEST, PICTURES = 1000, 1000, 48
 # Share of validation galaxies beyond the threshold: half of the 2 % of false alarms that are allowed, so that a test split of
@@ -87,7 +88,7 @@ def write_reference(
     *,
     count: int = COUNT,
     manifest: str | Path | None = None,
-    measure: bool = True,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Write the embeddings of training galaxies, thumbnails and examples into a published folder.
 
@@ -97,7 +98,8 @@ def write_reference(
         environ: names the data root of the run's shards.
         count: largest number of training galaxies, as equal numbers of each class as there are.
         manifest: path or URL of the shards that the run was trained on; None: where they were.
-        measure: measure the false alarms on test galaxies, and the detection of pictures that are no galaxies.
+        quick: store at most ``QUICK_COUNT`` galaxies, take the threshold from as many, and measure neither false alarms nor
+            detection.
 
     Returns:
         For ``results.json``: ``reference`` (what was stored) and ``unlike`` (method, threshold, false alarms, detection).
@@ -110,7 +112,7 @@ def write_reference(
     shards = open_training_shards(trained.trained_on, known, manifest, cache)
     embedder = Embedder(trained)
     may_show = may_redistribute_images(shards.origin or trained.stored.origin)
-    galaxies = choose_galaxies(shards, "train", count, by_class=True)
+    galaxies = choose_galaxies(shards, "train", min(count, QUICK_COUNT) if quick else count, by_class=True)
     embeddings_ND, thumbnails = embedder.embed_galaxies(shards, galaxies, thumbnails=may_show)
     if not np.isfinite(embeddings_ND).all() or not embeddings_ND.std(axis=0).any():
         raise UserError(f"the embeddings of {trained.path} are not finite, or all alike: the model has not learnt anything")
@@ -121,7 +123,7 @@ def write_reference(
         "labels": galaxies.labels.astype(np.int32),
         "ids": np.array(galaxies.ids),
     }
-    found, unlike = _measure_distances(embedder, shards, embeddings_ND, measure=measure)
+    found, unlike = _measure_distances(embedder, shards, embeddings_ND, quick=quick)
     _write_arrays(out / REFERENCE, arrays | found)
     examples = 0
     if may_show:
@@ -180,12 +182,6 @@ class Embedder:
         margin = round((1 - self._crop) / 2 * len(pixels))
         seen = Image.fromarray(pixels[margin : len(pixels) - margin, margin : len(pixels) - margin])
         return np.asarray(seen.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS))
-
-
-def may_redistribute_images(origin: DataOrigin | None) -> bool:
-    """Return True if the licence of a data set allows to pass its images on, also in changed form."""
-    licence = (origin.licence if origin else None) or ""
-    return bool(re.fullmatch(r"(CC-BY(-NC)?(-SA)?-\d\.\d|CC0-1\.0|MIT)", licence, re.IGNORECASE))
 
 
 def choose_galaxies(shards: Manifest, split: str, count: int, *, by_class: bool) -> ChosenGalaxies:
@@ -257,7 +253,7 @@ def find_threshold(distances_N: NDArray[np.float64]) -> float:
 
 
 def _measure_distances(
-    embedder: Embedder, shards: Manifest, embeddings_ND: Floats, *, measure: bool
+    embedder: Embedder, shards: Manifest, embeddings_ND: Floats, *, quick: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arrays of the distribution for ``reference.npz``, and ``unlike`` for ``results.json``; both {} without it."""
     available = shards.splits["val"].num_samples if has_split(shards, "val") else 0
@@ -267,7 +263,7 @@ def _measure_distances(
         )
         return {}, {}
     gaussian = fit_gaussian(embeddings_ND)
-    validation = choose_galaxies(shards, "val", VALIDATION, by_class=False)
+    validation = choose_galaxies(shards, "val", QUICK_COUNT if quick else VALIDATION, by_class=False)
     distances = np.sort(gaussian.distances(embedder.embed_galaxies(shards, validation)[0]))
     threshold = find_threshold(distances)
     arrays = {
@@ -284,7 +280,7 @@ def _measure_distances(
         "validation": len(validation),
         "expected_false_alarms": max(FALSE_ALARMS, 1 / (len(validation) + 1)),
     }
-    if measure:
+    if not quick:
         if has_split(shards, "test"):
             test = choose_galaxies(shards, "test", TEST, by_class=False)
             far = int((gaussian.distances(embedder.embed_galaxies(shards, test)[0]) > threshold).sum())

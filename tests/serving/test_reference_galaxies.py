@@ -1,0 +1,281 @@
+"""Stored training galaxies: similar ones, and pictures that are unlike them, on real runs."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from galaxydist.errors import UserError
+from galaxydist.evaluation.leakage import open_training_shards
+from galaxydist.loading.decode import read_samples
+from galaxydist.loading.training_data import find_cache, find_manifest
+from galaxydist.prediction.image_form import ImageForm
+from galaxydist.prediction.trained_model import TrainedModel, open_trained_model
+from galaxydist.serving.app.published_model import EXAMPLES, REFERENCE, THUMBNAILS, PublishedFolderError
+from galaxydist.serving.app.reference import THUMBNAIL_SIDE, Gaussian, Reference, read_examples
+from galaxydist.serving.reference_galaxies import (
+    FALSE_ALARMS,
+    Embedder,
+    choose_galaxies,
+    find_threshold,
+    fit_gaussian,
+    write_reference,
+)
+from galaxydist.serving.unlike_pictures import DRAWINGS, NOISE, PHOTOGRAPHS, PLAIN, find_photographs
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.writer.writer import write_shards
+from tests.helpers.blobs import BlobSurvey
+from tests.helpers.runs import quick_settings, run_here
+from tests.helpers.simulated_run import train_simulated
+
+
+def read_shards(trained: TrainedModel) -> Manifest:
+    data = trained.recipe.data
+    return open_training_shards(trained.trained_on, find_manifest(data, Path()), None, find_cache(data, Path()))
+
+
+@pytest.fixture(scope="module")
+def blob_model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    folder = tmp_path_factory.mktemp("blobs")
+    manifest = write_shards(BlobSurvey(), folder / "shards", encoding="png", shard_size=16, workers=1).path
+    assert run_here(quick_settings(manifest, folder / "run", train__epochs=4, optim__lr=0.02)) == 0
+    return open_trained_model(folder / "run", os.environ)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainedModel, Path, dict[str, Any]]:
+    """The model, the folder with its galaxies, and what was measured."""
+    folder = tmp_path_factory.mktemp("simulated")
+    trained = open_trained_model(train_simulated(folder)[0], os.environ)
+    (folder / "out").mkdir()
+    return trained, folder / "out", write_reference(trained, folder / "out", os.environ)
+
+
+@pytest.mark.slow
+def test_pictures_that_are_no_galaxies_are_found_and_test_galaxies_are_not(
+    simulated: tuple[TrainedModel, Path, dict[str, Any]],
+) -> None:
+    """A network that was trained on nothing but simulated galaxies; photographs are those of scikit-learn and scikit-image."""
+    trained, folder, measured = simulated
+    unlike = measured["unlike"]
+    assert unlike["validation"] == 80
+    alarms = unlike["false_alarms"]
+    assert alarms["of"] == 80
+    # The largest distance of 80 validation galaxies: 1 in 81 is farther. More than this many of 80 happen once in 1,000 times.
+    assert alarms["count"] <= stats.betabinom.ppf(0.999, 80, 1, 80)
+    for kind in (PHOTOGRAPHS, DRAWINGS, PLAIN, NOISE):
+        assert unlike["detected"][kind]["share"] >= 0.9, (kind, unlike["detected"])
+    assert {"chelsea", "astronaut", "china"} <= set(find_photographs())
+    # Through the reader, as the app asks.
+    reference, embedder = Reference.open(folder), Embedder(trained)
+    assert reference is not None
+    cat = embedder.form.prepare(np.asarray(Image.open(find_photographs()["chelsea"]).convert("RGB")), "cat")
+    found = reference.novelty(embedder.embed([cat])[0])
+    assert found is not None and found.is_unlike and found.share == 0 and found.num_validation == 80
+    assert found.threshold == pytest.approx(unlike["threshold"])
+
+
+@pytest.mark.slow
+def test_neighbours_have_the_thumbnails_of_their_galaxies(simulated: tuple[TrainedModel, Path, dict[str, Any]]) -> None:
+    trained, folder, measured = simulated
+    reference, shards, embedder = Reference.open(folder), read_shards(trained), Embedder(trained)
+    assert reference is not None and len(reference) == 80 and measured["reference"]["thumbnails"]
+    chosen = choose_galaxies(shards, "train", 1000, by_class=True)
+    for row in (0, 17, 79):
+        ((_, (pixels,)),) = read_samples(shards, "train", chosen.samples[row : row + 1], (embedder.form.factor,))
+        first, *others = reference.nearest(embedder.embed([pixels])[0], k=4)
+        assert (first.id, first.label, len(others)) == (chosen.ids[row], chosen.labels[row], 3)
+        assert first.similarity == pytest.approx(1, abs=1e-3) and all(one.similarity <= first.similarity for one in others)
+        assert first.thumbnail is not None and first.thumbnail.shape == (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
+        margin = round((1 - trained.recipe.data.crop) / 2 * len(pixels))
+        seen = Image.fromarray(pixels[margin : len(pixels) - margin, margin : len(pixels) - margin])
+        wanted = np.asarray(seen.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS), np.float64)
+        assert np.abs(first.thumbnail - wanted).mean() < 4  # compressed as JPEG
+
+
+@pytest.mark.slow
+def test_examples_are_whole_test_galaxies_one_of_each_class(simulated: tuple[TrainedModel, Path, dict[str, Any]]) -> None:
+    trained, folder, measured = simulated
+    examples = read_examples(folder)
+    assert [example.label for example in examples] == list(range(10)) and measured["reference"]["examples"] == 10
+    shards = read_shards(trained)
+    test = choose_galaxies(shards, "test", 1000, by_class=False)
+    for example in examples:
+        row = test.ids.index(example.id)
+        ((_, (pixels,)),) = read_samples(shards, "test", test.samples[row : row + 1])
+        assert test.labels[row] == example.label and example.split == "test"
+        assert np.array_equal(np.asarray(Image.open(example.path)), pixels)
+    examples[0].path.rename(folder / "moved.png")
+    with pytest.raises(PublishedFolderError, match="missing"):
+        read_examples(folder)
+    (folder / "moved.png").rename(examples[0].path)
+
+
+@pytest.mark.slow
+def test_quick_form_for_the_app_measures_nothing_and_has_the_same_threshold_for_a_small_survey(
+    simulated: tuple[TrainedModel, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    trained, folder, measured = simulated
+    quick = write_reference(trained, tmp_path, os.environ, quick=True)
+    assert {"false_alarms", "detected"}.isdisjoint(quick["unlike"])
+    assert quick["unlike"]["threshold"] == measured["unlike"]["threshold"]
+    assert (tmp_path / REFERENCE).read_bytes() == (folder / REFERENCE).read_bytes()
+
+
+def test_data_of_unknown_licence_give_no_images_and_few_validation_galaxies_no_threshold(
+    blob_model: TrainedModel, tmp_path: Path
+) -> None:
+    """24 validation galaxies: the largest distance would be exceeded by 4 %."""
+    measured = write_reference(blob_model, tmp_path, os.environ, count=30)
+    assert measured == {"reference": {"galaxies": 30, "split": "train", "thumbnails": False, "examples": 0}, "unlike": {}}
+    assert [path.name for path in tmp_path.iterdir()] == [REFERENCE]
+    reference = Reference.open(tmp_path)
+    assert reference is not None and np.bincount(reference.labels).tolist() == [10, 10, 10]
+    embedding = np.ones(reference.num_features)
+    assert reference.novelty(embedding) is None and reference.nearest(embedding)[0].thumbnail is None
+    assert reference.nearest(np.full(reference.num_features, np.nan)) == []
+    with pytest.raises(ValueError, match="values"):
+        reference.nearest(embedding[1:])
+    assert read_examples(tmp_path) == []
+
+
+def test_second_time_writes_the_same_bytes(blob_model: TrainedModel, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        write_reference(blob_model, tmp_path / name, os.environ, count=20)
+    assert (tmp_path / "first" / REFERENCE).read_bytes() == (tmp_path / "second" / REFERENCE).read_bytes()
+
+
+def test_missing_shards_are_named_and_leave_nothing(blob_model: TrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        write_reference(blob_model, tmp_path, os.environ, manifest=tmp_path / "nowhere" / "manifest.json")
+    assert not list(tmp_path.iterdir())
+
+
+def write_arrays(folder: Path, **changes: Any) -> Path:
+    """Write galaxies drawn at random, as the writer does, and return the folder."""
+    draws = np.random.default_rng(0)
+    embeddings = draws.normal(size=(40, 6)).astype(np.float32)
+    gaussian = fit_gaussian(embeddings)
+    arrays: dict[str, Any] = {
+        "format": np.int64(1),
+        "embeddings": embeddings.astype(np.float16),
+        "labels": np.zeros(40, np.int32),
+        "ids": np.array([f"g{row}" for row in range(40)]),
+        "mean": gaussian.mean,
+        "components": gaussian.components,
+        "variances": gaussian.variances,
+        "rest": np.float32(gaussian.rest),
+        "distances": np.sort(gaussian.distances(embeddings)).astype(np.float32),
+        "threshold": np.float64(2.0),
+    }
+    np.savez(folder / REFERENCE, **arrays | changes)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": np.int64(99)},
+        {"embeddings": np.zeros((39, 6), np.float16)},
+        {"embeddings": np.full((40, 6), np.nan, np.float16)},
+        {"ids": np.array([object()] * 40)},
+        {"labels": np.zeros(40)},
+        {"components": np.zeros((5, 7), np.float32)},
+        {"variances": np.zeros(5, np.float32)},
+        {"rest": np.zeros(3, np.float32)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_damaged_arrays_are_an_error_that_says_so(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert Reference.open(write_arrays(tmp_path)) is not None
+    with pytest.raises(PublishedFolderError, match="damaged"):
+        Reference.open(write_arrays(tmp_path, **changes))
+
+
+def test_damaged_files_are_an_error_and_a_damaged_sheet_gives_no_thumbnails(tmp_path: Path) -> None:
+    whole = (write_arrays(tmp_path) / REFERENCE).read_bytes()
+    for data in (b"", b"no zip", whole[:300], whole[: len(whole) // 2], whole[:-40], b"\x93NUMPY" + whole[6:]):
+        (tmp_path / REFERENCE).write_bytes(data)
+        with pytest.raises(PublishedFolderError, match="damaged"):
+            Reference.open(tmp_path)
+    single = io.BytesIO()
+    np.save(single, np.zeros(3))
+    (tmp_path / REFERENCE).write_bytes(single.getvalue())
+    with pytest.raises(PublishedFolderError, match="damaged"):
+        Reference.open(tmp_path)
+    (tmp_path / REFERENCE).write_bytes(whole)
+    (tmp_path / THUMBNAILS).mkdir()
+    (tmp_path / THUMBNAILS / "000.jpg").write_bytes(b"\xff\xd8 no JPEG")
+    reference = Reference.open(tmp_path)
+    assert reference is not None and reference.thumbnail(0) is None and reference.thumbnail(39) is None
+    (tmp_path / EXAMPLES).mkdir()
+    (tmp_path / EXAMPLES / "examples.json").write_text('[{"file": "/etc/passwd"}]')
+    with pytest.raises(PublishedFolderError, match="damaged"):
+        read_examples(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)], ids=["more galaxies than features", "more features than galaxies"])
+def test_distance_is_that_of_the_covariance_matrix(shape: tuple[int, int]) -> None:
+    """With all components it is Mahalanobis's; with fewer, the others have their mean variance."""
+    draws = np.random.default_rng(1)
+    data = (draws.normal(size=shape) @ draws.normal(size=(shape[1], shape[1])) + 5).astype(np.float32)
+    gaussian = fit_gaussian(data)
+    num = len(gaussian.variances)
+    across = np.eye(shape[1]) - gaussian.components.T @ gaussian.components
+    covariance = (gaussian.components.T * gaussian.variances) @ gaussian.components + gaussian.rest * across
+    centred = data - data.mean(axis=0)
+    wanted = np.sqrt((centred @ np.linalg.inv(covariance) * centred).sum(axis=1) / shape[1])
+    assert num == min(shape[0] - 1, shape[1] - 1)
+    assert gaussian.distances(data) == pytest.approx(wanted, rel=1e-3)
+    assert np.trace(covariance) == pytest.approx(np.trace(np.cov(data.T)), rel=1e-3)
+    assert gaussian.distances(np.full((1, shape[1]), np.nan)).tolist() == [np.inf]
+
+
+def test_threshold_lets_a_further_galaxy_pass_as_often_as_promised() -> None:
+    """Exact for any distribution of distances; here uniform ones, 4,000 times."""
+    draws = np.random.default_rng(2)
+    for count in (60, 250, 1000):
+        rates = [1 - find_threshold(draws.uniform(size=count)) for _ in range(4000)]
+        assert np.mean(rates) == pytest.approx(1 / (count + 1) if count < 99 else FALSE_ALARMS, rel=0.25)
+
+
+def test_5_000_galaxies_of_2_048_features_are_searched_in_milliseconds(tmp_path: Path) -> None:
+    import time
+
+    draws = np.random.default_rng(3)
+    embeddings = draws.normal(size=(5000, 2048)).astype(np.float16)
+    np.savez(
+        tmp_path / REFERENCE,
+        format=np.int64(1),
+        embeddings=embeddings,
+        labels=np.zeros(5000, np.int32),
+        ids=np.arange(5000).astype(str),
+    )
+    reference = Reference.open(tmp_path)
+    assert reference is not None
+    spent = time.process_time()
+    for row in range(20):
+        assert reference.nearest(embeddings[row])[0].id == str(row)
+    assert (time.process_time() - spent) / 20 < 0.1
+
+
+def test_gaussian_of_one_direction_is_usable() -> None:
+    data = np.zeros((50, 8), np.float32)
+    data[:, 0] = np.arange(50)
+    gaussian = fit_gaussian(data)
+    assert isinstance(gaussian, Gaussian) and gaussian.rest > 0
+    off = data[:1].copy()
+    off[0, 3] = 10
+    assert gaussian.distances(data).max() < 1 < gaussian.distances(off)[0]
+
+
+def test_pictures_of_any_size_are_prepared(blob_model: TrainedModel) -> None:
+    form = ImageForm.of(blob_model.stored, blob_model.recipe.data, resize=True)
+    for kind, pixels in ((PLAIN, np.zeros((9, 300, 3), np.uint8)), (NOISE, np.zeros((256, 256, 3), np.uint8))):
+        assert form.prepare(pixels, kind).shape == (form.size, form.size, 3)
