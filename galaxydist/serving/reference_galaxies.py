@@ -60,6 +60,7 @@ VALIDATION, TEST, PICTURES = 1000, 1000, 48
 FALSE_ALARMS = 0.01
 # Fewest validation galaxies for a threshold: the largest distance of n galaxies is exceeded by 1 in n + 1.
 LEAST_VALIDATION = 49
+# Most principal components. A quarter of the galaxies is the limit for few of them: the other directions need a variance too.
 COMPONENTS = 128
 _MOST_EXAMPLES, _LEAST_EXAMPLES = 10, 8
 _BATCH = 64
@@ -218,7 +219,7 @@ def _id_hash(name: str) -> bytes:
 
 
 def fit_gaussian(embeddings_ND: Floats) -> Gaussian:
-    """Fit a normal distribution by probabilistic principal components, at most ``COMPONENTS`` of them."""
+    """Fit a normal distribution by probabilistic principal components, at most ``COMPONENTS`` and a quarter of N."""
     from scipy import linalg
 
     num, length = embeddings_ND.shape
@@ -228,7 +229,7 @@ def fit_gaussian(embeddings_ND: Floats) -> Gaussian:
     is_tall = num > length
     product = centred_ND.T @ centred_ND if is_tall else centred_ND @ centred_ND.T
     size = len(product)
-    count = max(1, min(COMPONENTS, num - 1, length - 1))
+    count = max(1, min(COMPONENTS, num // 4, length - 1))
     values, vectors = linalg.eigh(product / (num - 1), subset_by_index=[size - count, size - 1])
     total = float((centred_ND**2).sum()) / (num - 1)
     # Never zero, or the last bit of a constant feature would count.

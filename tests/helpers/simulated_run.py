@@ -19,9 +19,9 @@ SEED = 20_261_130
 
 @dataclass(frozen=True)
 class SimulatedSurvey:
-    """Simulated galaxies, equally many of each class, in equal numbers for train, val and test, drawn when they are read."""
+    """Simulated galaxies, equally many of each class, 2 : 1 : 1 for train, val and test, drawn when they are read."""
 
-    num_galaxies: int = 240
+    num_galaxies: int = 280
     name: str = "simulated"
     variant: str = "original"
     class_names: tuple[str, ...] = GALAXY10_CLASSES
@@ -35,7 +35,7 @@ class SimulatedSurvey:
     @property
     def splits(self) -> Mapping[str, NDArray[np.int64]]:
         rows = np.arange(self.num_galaxies)
-        return {name: rows[rows % 3 == number] for number, name in enumerate(("train", "val", "test"))}
+        return {"train": rows[rows % 4 < 2], "val": rows[rows % 4 == 2], "test": rows[rows % 4 == 3]}
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         plan = plan_survey(self.num_galaxies, SEED, balanced=True)

@@ -63,11 +63,11 @@ def test_pictures_that_are_no_galaxies_are_found_and_test_galaxies_are_not(
     """A network that was trained on nothing but simulated galaxies; photographs are those of scikit-learn and scikit-image."""
     trained, folder, measured = simulated
     unlike = measured["unlike"]
-    assert unlike["validation"] == 80
+    assert unlike["validation"] == 70
     alarms = unlike["false_alarms"]
-    assert alarms["of"] == 80
-    # The largest distance of 80 validation galaxies: 1 in 81 is farther. More than this many of 80 happen once in 1,000 times.
-    assert alarms["count"] <= stats.betabinom.ppf(0.999, 80, 1, 80)
+    assert alarms["of"] == 70
+    # The largest distance of 70 validation galaxies: 1 in 71 is farther. More than this many of 70 happen once in 1,000 times.
+    assert alarms["count"] <= stats.betabinom.ppf(0.999, 70, 1, 70)
     for kind in (PHOTOGRAPHS, DRAWINGS, PLAIN, NOISE):
         assert unlike["detected"][kind]["share"] >= 0.9, (kind, unlike["detected"])
     assert {"chelsea", "astronaut", "china"} <= set(find_photographs())
@@ -76,7 +76,7 @@ def test_pictures_that_are_no_galaxies_are_found_and_test_galaxies_are_not(
     assert reference is not None
     cat = embedder.form.prepare(np.asarray(Image.open(find_photographs()["chelsea"]).convert("RGB")), "cat")
     found = reference.novelty(embedder.embed([cat])[0])
-    assert found is not None and found.is_unlike and found.share == 0 and found.num_validation == 80
+    assert found is not None and found.is_unlike and found.share == 0 and found.num_validation == 70
     assert found.threshold == pytest.approx(unlike["threshold"])
 
 
@@ -84,9 +84,9 @@ def test_pictures_that_are_no_galaxies_are_found_and_test_galaxies_are_not(
 def test_neighbours_have_the_thumbnails_of_their_galaxies(simulated: tuple[TrainedModel, Path, dict[str, Any]]) -> None:
     trained, folder, measured = simulated
     reference, shards, embedder = Reference.open(folder), read_shards(trained), Embedder(trained)
-    assert reference is not None and len(reference) == 80 and measured["reference"]["thumbnails"]
+    assert reference is not None and len(reference) == 140 and measured["reference"]["thumbnails"]
     chosen = choose_galaxies(shards, "train", 1000, by_class=True)
-    for row in (0, 17, 79):
+    for row in (0, 17, 139):
         ((_, (pixels,)),) = read_samples(shards, "train", chosen.samples[row : row + 1], (embedder.form.factor,))
         first, *others = reference.nearest(embedder.embed([pixels])[0], k=4)
         assert (first.id, first.label, len(others)) == (chosen.ids[row], chosen.labels[row], 3)
@@ -222,7 +222,7 @@ def test_damaged_files_are_an_error_and_a_damaged_sheet_gives_no_thumbnails(tmp_
 
 @pytest.mark.parametrize("shape", [(300, 20), (40, 60)], ids=["more galaxies than features", "more features than galaxies"])
 def test_distance_is_that_of_the_covariance_matrix(shape: tuple[int, int]) -> None:
-    """With all components it is Mahalanobis's; with fewer, the others have their mean variance."""
+    """Components have their variances, all other directions the mean of theirs, so that the total variance is kept."""
     draws = np.random.default_rng(1)
     data = (draws.normal(size=shape) @ draws.normal(size=(shape[1], shape[1])) + 5).astype(np.float32)
     gaussian = fit_gaussian(data)
@@ -231,7 +231,7 @@ def test_distance_is_that_of_the_covariance_matrix(shape: tuple[int, int]) -> No
     covariance = (gaussian.components.T * gaussian.variances) @ gaussian.components + gaussian.rest * across
     centred = data - data.mean(axis=0)
     wanted = np.sqrt((centred @ np.linalg.inv(covariance) * centred).sum(axis=1) / shape[1])
-    assert num == min(shape[0] - 1, shape[1] - 1)
+    assert num == min(shape[0] // 4, shape[1] - 1)
     assert gaussian.distances(data) == pytest.approx(wanted, rel=1e-3)
     assert np.trace(covariance) == pytest.approx(np.trace(np.cov(data.T)), rel=1e-3)
     assert gaussian.distances(np.full((1, shape[1]), np.nan)).tolist() == [np.inf]

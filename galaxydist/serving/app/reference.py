@@ -173,10 +173,11 @@ class Reference:
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Without a file object numpy would leave the file open where it is no archive.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             _check(arrays)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise PublishedFolderError(f"{path} is damaged ({error}): publish the run again") from error
         return cls(folder, arrays)
 
