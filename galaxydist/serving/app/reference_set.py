@@ -187,7 +187,7 @@ class Reference:
     @property
     def num_features(self) -> int:
         """D, length of an embedding."""
-        return self._directions_ND.shape[1]
+        return int(self._directions_ND.shape[1])
 
     def nearest(self, embedding_D: ArrayLike, k: int = 6) -> list[Neighbour]:
         """Return the k most similar training galaxies, the most similar first.
