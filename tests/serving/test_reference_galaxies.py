@@ -7,20 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.loading.decode import read_samples
-from galaxydist.loading.training_data import find_cache, find_manifest
-from galaxydist.prediction.image_form import ImageForm
+from galaxydist.loading.training_data import build_augment, find_cache, find_manifest
+from galaxydist.models.features import extract_features
 from galaxydist.prediction.trained_model import TrainedModel, open_trained_model
 from galaxydist.serving.app.published_model import EXAMPLES, REFERENCE, THUMBNAILS, PublishedFolderError
-from galaxydist.serving.app.reference_set import THUMBNAIL_SIDE, Gaussian, Reference, read_examples
+from galaxydist.serving.app.reference_set import THUMBNAIL_SIDE, Reference, picture_statistics, read_examples
 from galaxydist.serving.reference_galaxies import (
     FALSE_ALARMS,
-    Embedder,
+    SHRINKAGE,
+    GalaxyReader,
     choose_galaxies,
     find_threshold,
     fit_gaussian,
@@ -72,30 +74,37 @@ def test_pictures_that_are_no_galaxies_are_found_and_test_galaxies_are_not(
         assert unlike["detected"][kind]["share"] >= 0.9, (kind, unlike["detected"])
     assert {"chelsea", "astronaut", "china"} <= set(find_photographs())
     # Through the reader, as the app asks.
-    reference, embedder = Reference.open(folder), Embedder(trained)
+    reference, reader = Reference.open(folder), GalaxyReader(trained, read_shards(trained))
     assert reference is not None
-    cat = embedder.form.prepare(np.asarray(Image.open(find_photographs()["chelsea"]).convert("RGB")), "cat")
-    found = reference.novelty(embedder.embed([cat])[0])
+    (cat,) = reader.prepare([np.asarray(Image.open(find_photographs()["chelsea"]).convert("RGB"))])
+    found = reference.novelty(cat)
     assert found is not None and found.is_unlike and found.share == 0 and found.num_validation == 70
     assert found.threshold == pytest.approx(unlike["threshold"])
+    with pytest.raises(ValueError, match="size"):
+        reference.novelty(np.zeros((256, 256, 3), np.uint8))
 
 
 @pytest.mark.slow
 def test_neighbours_have_the_thumbnails_of_their_galaxies(simulated: tuple[TrainedModel, Path, dict[str, Any]]) -> None:
     trained, folder, measured = simulated
-    reference, shards, embedder = Reference.open(folder), read_shards(trained), Embedder(trained)
+    reference, shards = Reference.open(folder), read_shards(trained)
     assert reference is not None and len(reference) == 140 and measured["reference"]["thumbnails"]
-    chosen = choose_galaxies(shards, "train", 1000, by_class=True)
+    reader, chosen = GalaxyReader(trained, shards), choose_galaxies(shards, "train", 1000, by_class=True)
+    seen = [*reader.read(chosen)]
+    embeddings = reader.embed(seen)
     for row in (0, 17, 139):
-        ((_, (pixels,)),) = read_samples(shards, "train", chosen.samples[row : row + 1], (embedder.form.factor,))
-        first, *others = reference.nearest(embedder.embed([pixels])[0], k=4)
+        first, *others = reference.nearest(embeddings[row], k=4)
         assert (first.id, first.label, len(others)) == (chosen.ids[row], chosen.labels[row], 3)
         assert first.similarity == pytest.approx(1, abs=1e-3) and all(one.similarity <= first.similarity for one in others)
         assert first.thumbnail is not None and first.thumbnail.shape == (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)
-        margin = round((1 - trained.recipe.data.crop) / 2 * len(pixels))
-        seen = Image.fromarray(pixels[margin : len(pixels) - margin, margin : len(pixels) - margin])
-        wanted = np.asarray(seen.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS), np.float64)
+        side = THUMBNAIL_SIDE, THUMBNAIL_SIDE
+        wanted = np.asarray(Image.fromarray(seen[row]).resize(side, Image.Resampling.LANCZOS), np.float64)
         assert np.abs(first.thumbnail - wanted).mean() < 4  # compressed as JPEG
+    # The embedding is that of the whole preparation of an evaluation.
+    ((_, (pixels,)),) = read_samples(shards, "train", chosen.samples[:1], (reader.factor,))
+    normalise = build_augment(trained.recipe, trained.trained_on, threads=1).normalise
+    expected = extract_features(trained.model, normalise(torch.from_numpy(pixels[None])))
+    assert embeddings[:1] == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -137,7 +146,7 @@ def test_data_of_unknown_licence_give_no_images_and_few_validation_galaxies_no_t
     reference = Reference.open(tmp_path)
     assert reference is not None and np.bincount(reference.labels).tolist() == [10, 10, 10]
     embedding = np.ones(reference.num_features)
-    assert reference.novelty(embedding) is None and reference.nearest(embedding)[0].thumbnail is None
+    assert reference.novelty(np.zeros((32, 32, 3), np.uint8)) is None and reference.nearest(embedding)[0].thumbnail is None
     assert reference.nearest(np.full(reference.num_features, np.nan)) == []
     with pytest.raises(ValueError, match="values"):
         reference.nearest(embedding[1:])
@@ -160,18 +169,16 @@ def test_missing_shards_are_named_and_leave_nothing(blob_model: TrainedModel, tm
 def write_arrays(folder: Path, **changes: Any) -> Path:
     """Write galaxies drawn at random, as the writer does, and return the folder."""
     draws = np.random.default_rng(0)
-    embeddings = draws.normal(size=(40, 6)).astype(np.float32)
-    gaussian = fit_gaussian(embeddings)
+    statistics = draws.normal(size=(40, 6)).astype(np.float32)
+    gaussian = fit_gaussian(statistics)
     arrays: dict[str, Any] = {
         "format": np.int64(1),
-        "embeddings": embeddings.astype(np.float16),
+        "embeddings": draws.normal(size=(40, 5)).astype(np.float16),
         "labels": np.zeros(40, np.int32),
         "ids": np.array([f"g{row}" for row in range(40)]),
         "mean": gaussian.mean,
-        "components": gaussian.components,
-        "variances": gaussian.variances,
-        "rest": np.float32(gaussian.rest),
-        "distances": np.sort(gaussian.distances(embeddings)).astype(np.float32),
+        "whitening": gaussian.whitening,
+        "distances": np.sort(gaussian.distances(statistics)).astype(np.float32),
         "threshold": np.float64(2.0),
     }
     np.savez(folder / REFERENCE, **arrays | changes)
@@ -183,12 +190,12 @@ def write_arrays(folder: Path, **changes: Any) -> Path:
     [
         {"format": np.int64(99)},
         {"embeddings": np.zeros((39, 6), np.float16)},
-        {"embeddings": np.full((40, 6), np.nan, np.float16)},
+        {"embeddings": np.full((40, 5), np.nan, np.float16)},
         {"ids": np.array([object()] * 40)},
         {"labels": np.zeros(40)},
-        {"components": np.zeros((5, 7), np.float32)},
-        {"variances": np.zeros(5, np.float32)},
-        {"rest": np.zeros(3, np.float32)},
+        {"whitening": np.zeros((5, 7), np.float32)},
+        {"distances": np.zeros(0, np.float32)},
+        {"threshold": np.zeros(3)},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -220,21 +227,28 @@ def test_damaged_files_are_an_error_and_a_damaged_sheet_gives_no_thumbnails(tmp_
         read_examples(tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(300, 20), (40, 60)], ids=["more galaxies than features", "more features than galaxies"])
-def test_distance_is_that_of_the_covariance_matrix(shape: tuple[int, int]) -> None:
-    """Components have their variances, all other directions the mean of theirs, so that the total variance is kept."""
+def test_distance_is_mahalanobis_distance_with_a_little_of_the_unit_matrix() -> None:
     draws = np.random.default_rng(1)
-    data = (draws.normal(size=shape) @ draws.normal(size=(shape[1], shape[1])) + 5).astype(np.float32)
-    gaussian = fit_gaussian(data)
-    num = len(gaussian.variances)
-    across = np.eye(shape[1]) - gaussian.components.T @ gaussian.components
-    covariance = (gaussian.components.T * gaussian.variances) @ gaussian.components + gaussian.rest * across
-    centred = data - data.mean(axis=0)
-    wanted = np.sqrt((centred @ np.linalg.inv(covariance) * centred).sum(axis=1) / shape[1])
-    assert num == min(shape[0] // 4, shape[1] - 1)
-    assert gaussian.distances(data) == pytest.approx(wanted, rel=1e-3)
-    assert np.trace(covariance) == pytest.approx(np.trace(np.cov(data.T)), rel=1e-3)
-    assert gaussian.distances(np.full((1, shape[1]), np.nan)).tolist() == [np.inf]
+    data = (draws.normal(size=(300, 20)) @ draws.normal(size=(20, 20)) + 5).astype(np.float32)
+    spread = data.std(axis=0)
+    correlation = (1 - SHRINKAGE) * np.corrcoef(data.T) + SHRINKAGE * np.eye(20)
+    covariance, centred = correlation * spread * spread[:, None], data - data.mean(axis=0)
+    wanted = np.sqrt((centred @ np.linalg.inv(covariance) * centred).mean(axis=1))
+    assert fit_gaussian(data).distances(data) == pytest.approx(wanted, rel=1e-3)
+    # Statistics that never change, and fewer galaxies than statistics.
+    data[:, 3] = 7
+    few = fit_gaussian(data[:10])
+    off = data[:1].copy()
+    off[0, 3] = 8
+    assert few.distances(data[:10]).max() < 5 < few.distances(off)[0]
+
+
+def test_statistics_do_not_change_when_a_picture_is_turned_or_flipped() -> None:
+    picture = np.random.default_rng(4).integers(0, 256, (40, 40, 3), np.uint8)
+    turned = [np.rot90(flipped, number) for number in range(4) for flipped in (picture, picture[:, ::-1])]
+    found = picture_statistics(np.stack(turned))
+    assert found == pytest.approx(np.broadcast_to(found[:1], found.shape), abs=2e-3)
+    assert np.isfinite(picture_statistics(np.zeros((1, 32, 32, 3), np.uint8))).all()
 
 
 def test_threshold_lets_a_further_galaxy_pass_as_often_as_promised() -> None:
@@ -263,19 +277,3 @@ def test_5_000_galaxies_of_2_048_features_are_searched_in_milliseconds(tmp_path:
     for row in range(20):
         assert reference.nearest(embeddings[row])[0].id == str(row)
     assert (time.process_time() - spent) / 20 < 0.1
-
-
-def test_gaussian_of_one_direction_is_usable() -> None:
-    data = np.zeros((50, 8), np.float32)
-    data[:, 0] = np.arange(50)
-    gaussian = fit_gaussian(data)
-    assert isinstance(gaussian, Gaussian) and gaussian.rest > 0
-    off = data[:1].copy()
-    off[0, 3] = 10
-    assert gaussian.distances(data).max() < 1 < gaussian.distances(off)[0]
-
-
-def test_pictures_of_any_size_are_prepared(blob_model: TrainedModel) -> None:
-    form = ImageForm.of(blob_model.stored, blob_model.recipe.data, resize=True)
-    for kind, pixels in ((PLAIN, np.zeros((9, 300, 3), np.uint8)), (NOISE, np.zeros((256, 256, 3), np.uint8))):
-        assert form.prepare(pixels, kind).shape == (form.size, form.size, 3)
