@@ -195,6 +195,7 @@ def _convert(trained: TrainedModel, model: nn.Module) -> tuple[TracedOutputs, An
         try:
             program = torch.onnx.export(
                 traced.program,
+                dynamic_shapes=({0: "batch"},),  # for the name
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,

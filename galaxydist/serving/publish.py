@@ -42,6 +42,7 @@ from galaxydist.serving.app.published_model import (
     AppConfig,
     PictureForm,
 )
+from galaxydist.serving.export import checked_galaxies, export_onnx, export_program
 from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm
 from galaxydist.serving.whole_folder import check_target, whole_folder
 from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
@@ -228,15 +229,15 @@ class Publication:
         save_file(tensors, self.folder / WEIGHTS, metadata)
 
     def _export(self) -> None:
-        export = _find("export")
-        if export is None:
+        if not (self.options.onnx or self.options.program):
             return
+        images_BCHW = checked_galaxies(self.trained, self.environ, self.options.choice.trained_on)
         if self.options.onnx:
-            found = export.export_onnx(self.trained, self.folder / ONNX, describe_onnx(self._app))
+            found = export_onnx(self.trained, self.folder / ONNX, describe_onnx(self._app), images_BCHW)
             self._app = dataclasses.replace(self._app, saliency=found.saliency)
             logger.info("ONNX: logits within %.1e of PyTorch's", found.max_difference)
         if self.options.program:
-            difference = export.export_program(self.trained, self.folder / PROGRAM)
+            difference = export_program(self.trained, self.folder / PROGRAM, images_BCHW)
             logger.info("torch.export: logits within %.1e of PyTorch's", difference)
 
     def _collect_results(self) -> dict[str, Any]:
