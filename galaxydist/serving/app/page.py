@@ -11,6 +11,7 @@ from .answer_view import AnswerView, message_html
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
 from .reference import Example, Reference, read_examples
+from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
 TITLE = "Galaxy morphology"
 LEAD = (
@@ -156,9 +157,8 @@ def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
         model = gr.Dropdown(desk.names, value=first, label="Model", visible=len(desk.names) > 1, elem_id="gd-model")
         line = gr.HTML(notice(desk.model(first)), elem_id="gd-notice")
         model.change(lambda name: notice(desk.model(name)), model, line, **EVENT)
-        with gr.Tabs():
-            with gr.Tab("One picture"):
-                _add_one_picture(desk, model)
+        with gr.Tabs(), gr.Tab("One picture"):
+            _add_one_picture(desk, model)
     return page
 
 
@@ -187,9 +187,20 @@ def _add_one_picture(desk: Desk, model: gr.Dropdown) -> None:
     for dataset in examples.values():
         dataset.click(events.take_example, [dataset, model], shown, api_name=False, **EVENT)
     if len(examples) > 0 and len(desk.names) > 1:
-        model.change(
-            lambda name: [gr.update(visible=key == name) for key in examples], model, [*examples.values()], **EVENT
-        )
+        model.change(lambda name: [gr.update(visible=key == name) for key in examples], model, [*examples.values()], **EVENT)
+
+
+def input_kinds(event: Any) -> list[str]:
+    """Return the kinds of the inputs of an event, for the filter of requests."""
+    kinds = []
+    for block in event.inputs:
+        if isinstance(block, gr.State):
+            kinds.append(STATE_INPUT)
+        elif isinstance(block, gr.File):
+            kinds.append(FILES_INPUT if block.file_count == "multiple" else FILE_INPUT)
+        else:
+            kinds.append(VALUE_INPUT)
+    return kinds
 
 
 def build_theme() -> Any:

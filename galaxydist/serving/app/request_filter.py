@@ -7,10 +7,12 @@ route but those of the page. Bad requests get a short answer and leave no traceb
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 # Types of ASGI, the interface between a server and a Python application.
 Scope = MutableMapping[str, Any]
@@ -20,7 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
-UPLOAD, JOIN, FILE = f"{API}/upload", f"{API}/queue/join", f"{API}/file="
+UPLOAD, JOIN, QUEUE_DATA, FILE = f"{API}/upload", f"{API}/queue/join", f"{API}/queue/data", f"{API}/file="
 READ = {
     "/",
     "/config",
@@ -29,17 +31,22 @@ READ = {
     "/robots.txt",
     "/theme.css",
     f"{API}/info",
-    f"{API}/queue/data",
+    QUEUE_DATA,
     f"{API}/startup-events",
     f"{API}/upload_progress",
 }
 READ_BELOW = ("/assets/", "/static/", f"{API}/heartbeat/", FILE)
 WRITE = {UPLOAD, JOIN, f"{API}/cancel", f"{API}/reset"}
-EVENT_KEYS = ("data", "event_data", "fn_index", "session_hash", "trigger_id")
+# Kinds of inputs of an event: one uploaded file or None, a list of them or None, a value that only the server knows, and a text
+# of at most MAX_TEXT characters, a number, a truth value or None.
+FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT = "file", "files", "state", "value"
+MAX_TEXT, MAX_FILES = 1000, 10_000
 # A request without an upload is small: texts, numbers and names of uploaded files.
 MAX_JSON_BYTES = 1 << 20
 # Uploads of this many times the limit of one may lie on the disk at the same time.
 STORED_UPLOADS = 20
+# A part of an upload that gets nothing for this time is no longer being uploaded.
+PART_KEPT_S = 600
 # The browser itself asks no other host. gradio's page has inline scripts, and builds functions from templates.
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
@@ -55,13 +62,16 @@ class FilterOptions:
 
     Args:
         folder: of uploads and of the files that the page offers, absolute and without links.
-        num_inputs: returns the number of inputs of each event of the page, by its number.
+        inputs: returns the kinds of the inputs of each event of the page, by its number: ``FILE_INPUT``, ``FILES_INPUT``,
+            ``STATE_INPUT`` or ``VALUE_INPUT``.
+        is_waiting: returns True for a session that waits for an answer.
         max_upload: bytes of one upload: a picture, a zip, or several pictures together.
         is_alone: no request of the browser leaves for another host; not so with a share link, whose page comes from there.
     """
 
     folder: Path
-    num_inputs: Callable[[], Mapping[int, int]]
+    inputs: Callable[[], Mapping[int, Sequence[str]]]
+    is_waiting: Callable[[str], bool]
     max_upload: int
     is_alone: bool = True
 
@@ -97,6 +107,10 @@ class RequestFilter:
             await self._app(scope, receive, answer.hide_full_queue if scope["path"] == JOIN else answer.send)
         except RefusedError as error:
             await answer.refuse(error.status, str(error))
+        except (TypeError, KeyError, ValueError):
+            if scope["path"] != UPLOAD:
+                raise
+            await answer.refuse(400, "this is no upload of files")
 
     async def _check(self, scope: Scope, receive: Receive) -> Receive:
         """Return what the application reads the request from.
@@ -110,6 +124,8 @@ class RequestFilter:
                 raise RefusedError(404, "not found")
             if path.startswith(FILE) and not self._is_ours(path.removeprefix(FILE)):
                 raise RefusedError(403, "only files of this page are served")
+            if path == QUEUE_DATA and not self._options.is_waiting(_session(scope)):
+                raise RefusedError(404, "nothing is waited for")
             return receive
         if method != "POST" or path not in WRITE:
             raise RefusedError(404, "not found")
@@ -119,7 +135,7 @@ class RequestFilter:
                 raise RefusedError(413, f"the upload is larger than the limit of {self._options.max_upload >> 20} MB")
             if _size_of(self._options.folder) + length > STORED_UPLOADS * self._options.max_upload:
                 raise RefusedError(503, BUSY)
-            return receive
+            return _whole(receive)
         if length > MAX_JSON_BYTES:
             raise RefusedError(413, "the request is too large: files are uploaded, not sent in a request")
         content = self._check_json(await _read(receive), is_event=path == JOIN)
@@ -139,17 +155,39 @@ class RequestFilter:
             raise RefusedError(400, "the request is not an object of JSON")
         if not is_event:
             return content
-        content = {key: content[key] for key in EVENT_KEYS if key in content}
         session, number, data = (content.get(key) for key in ("session_hash", "fn_index", "data"))
         if not isinstance(session, str) or not 0 < len(session) <= 100:
             raise RefusedError(400, "the request has no session_hash")
-        expected = self._options.num_inputs().get(number) if type(number) is int else None
-        if expected is None or not isinstance(data, list) or len(data) != expected:
+        kinds = self._options.inputs().get(number) if type(number) is int else None
+        if kinds is None or not isinstance(data, list) or len(data) != len(kinds):
             raise RefusedError(400, "the page has no such event")
-        for found in _objects(content):
-            if {"path", "url"} & found.keys() and not self._is_ours(found.get("path")):
-                raise RefusedError(403, "a file has to be uploaded: no path and no URL is opened")
-        return content
+        checked = [self._check_input(kind, value) for kind, value in zip(kinds, data, strict=True)]
+        return {"data": checked, "fn_index": number, "session_hash": session}
+
+    def _check_input(self, kind: str, value: object) -> object:
+        """Return an input of an event, as little as gradio needs of it."""
+        if kind == STATE_INPUT or value is None:
+            return None
+        if kind == FILE_INPUT:
+            return self._check_file(value)
+        if kind == FILES_INPUT:
+            if not isinstance(value, list) or len(value) > MAX_FILES:
+                raise RefusedError(400, "files have to be given as a list")
+            return [self._check_file(one) for one in value]
+        if isinstance(value, str) and len(value) <= MAX_TEXT:
+            return value
+        if isinstance(value, bool | int | float):
+            return value
+        raise RefusedError(400, "a value has to be a text or a number")
+
+    def _check_file(self, value: object) -> dict[str, Any]:
+        """Return an uploaded file as gradio names it, without the address of the file, which nothing may open."""
+        path = value.get("path") if isinstance(value, dict) else None
+        name = value.get("orig_name") if isinstance(value, dict) else None
+        if not self._is_ours(path):
+            raise RefusedError(403, "a file has to be uploaded: no path and no URL is opened")
+        name = name[-MAX_TEXT:] if isinstance(name, str) else None
+        return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
     def _is_ours(self, path: object) -> bool:
         """Return True for the path of an existing file in the folder of uploads."""
@@ -220,6 +258,21 @@ async def _read(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
+def _whole(receive: Receive) -> Receive:
+    """Return a receiver that refuses an upload that its sender breaks off, where gradio would log a traceback."""
+    is_done = False
+
+    async def receive_part() -> Message:
+        nonlocal is_done
+        message = await receive()
+        if message["type"] == "http.disconnect" and not is_done:
+            raise RefusedError(400, "the upload has ended early")
+        is_done = is_done or not message.get("more_body")
+        return message
+
+    return receive_part
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a receiver that gives a body that was read already, and then what comes after it."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -230,25 +283,24 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _objects(value: object) -> Iterable[dict[str, Any]]:
-    """Yield all objects inside a value of JSON; it has been parsed, so that its depth has a limit."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            yield found
-            waiting.extend(found.values())
-        elif isinstance(found, list):
-            waiting.extend(found)
+def _session(scope: Scope) -> str:
+    """Return the session that the query of a request names, or an empty text."""
+    return parse_qs(scope["query_string"].decode("ascii", "replace")).get("session_hash", [""])[0]
 
 
 def _size_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder; files that go meanwhile do not count."""
+    """Return the bytes of all files in a folder, and delete the parts of uploads that were broken off long ago."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
+            path = Path(parent) / name
             try:
-                total += (Path(parent) / name).lstat().st_size
-            except OSError:
+                facts = path.lstat()
+                # A whole upload has a folder of its own.
+                if parent == str(folder) and time.time() - facts.st_mtime > PART_KEPT_S:
+                    path.unlink()
+                else:
+                    total += facts.st_size
+            except OSError:  # deleted meanwhile
                 continue
     return total

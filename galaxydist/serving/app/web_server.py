@@ -92,7 +92,8 @@ def serve(
         page.delete_cache = (DELETE_EVERY_S, KEPT_S)
         limits = FilterOptions(
             folder=folder,
-            num_inputs=lambda: {number: len(event.inputs) for number, event in page.fns.items()},
+            inputs=lambda: {number: page_module.input_kinds(event) for number, event in page.fns.items()},
+            is_waiting=lambda session: session in page._queue.pending_messages_per_session,
             max_upload=options.max_upload_mb << 20,
             is_alone=not options.is_shared,
         )
