@@ -22,6 +22,7 @@ from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.training.loop import TrainLoop
+from galaxydist.training.resume import Prune
 from galaxydist.training.trainer import Trainer
 
 # Number of different batches; they are repeated, with other augmentation.
@@ -167,6 +168,18 @@ class WatchedTrainer(Trainer):
     ) -> None:
         super().__init__(resolved, world, environ)
         self._build_watch = build_watch
+        self._is_over = False
+
+    def run(self, prune: Prune | None = None) -> int:
+        """Train until the watch returns True.
+
+        Raises:
+            KeyboardInterrupt: a signal has stopped the training before.
+        """
+        stop_signal = super().run(prune)
+        if stop_signal and not self._is_over:
+            raise KeyboardInterrupt
+        return stop_signal
 
     def _build_loop(self, stack: contextlib.ExitStack) -> TrainLoop:
         loop = super()._build_loop(stack)
@@ -175,6 +188,7 @@ class WatchedTrainer(Trainer):
         def watch(step: int) -> None:
             step_done(step)
             if is_over(step):
+                self._is_over = True
                 self.stop.signal_number = signal.SIGTERM
 
         loop.step_done = watch

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from galaxydist.errors import UserError
+from galaxydist.surveys.licences import is_non_commercial, spdx
 
 # Lengths of the texts of an origin: they stand in every manifest, which is read whole.
 MAX_LENGTH = 20_000
@@ -59,7 +60,7 @@ class DataOrigin:
     @property
     def is_non_commercial(self) -> bool:
         """True if the licence's name says that the data are for non-commercial use only."""
-        return bool(re.search(r"\bNC\b|\bnon-?\s?commercial", self.licence or "", re.IGNORECASE))
+        return is_non_commercial(self.licence)
 
     def describe(self) -> dict[str, str]:
         """Return one line of text for each known value, by its name; a non-commercial licence is called that."""
@@ -67,14 +68,6 @@ class DataOrigin:
         if self.is_non_commercial:
             lines["licence"] += " (non-commercial use only)"
         return lines
-
-
-def spdx(licence: str) -> str:
-    """Return a licence as SPDX writes it where it is a common one: ``cc-by-4.0`` and ``CC BY 4.0`` as ``CC-BY-4.0``."""
-    words = re.sub(r"[\s_-]+", "-", licence.strip())
-    if re.fullmatch(r"cc-?(by|0)[\w.-]*|mit", words, re.IGNORECASE):
-        return words.upper()
-    return licence.strip()
 
 
 _GALAXY_ZOO = "labels: Galaxy Zoo (Lintott et al. 2008, MNRAS 389, 1179; Lintott et al. 2011, MNRAS 410, 166)"
@@ -123,6 +116,17 @@ def known_origin(dataset: str) -> DataOrigin | None:
         if any(re.fullmatch(rf"{_letters(name)}(fold\d+of\d+)?", _letters(dataset)) for name in names):
             return origin
     return None
+
+
+# Layer of the Legacy Surveys' viewer from which the images of data sets were cut: henrysky/Galaxy10's downloader asks for
+# layer=dr8, whose present name is ls-dr8, at 0.262 arcsec/pixel.
+_LAYERS = {"galaxy10_decals": "ls-dr8", "gz10": "ls-dr8", "mmu_gz10": "ls-dr8", "multimodal_universe_gz10": "ls-dr8"}
+
+
+def legacy_layer(dataset: str) -> str | None:
+    """Return the layer of the Legacy Surveys' viewer that a known data set's images were cut from; None for others."""
+    found = (layer for name, layer in _LAYERS.items() if re.fullmatch(rf"{_letters(name)}(fold\d+of\d+)?", _letters(dataset)))
+    return next(found, None)
 
 
 def _letters(name: str) -> str:

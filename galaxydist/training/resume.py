@@ -17,6 +17,7 @@ from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder, compare_recipes, plain, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:  # torch, which a login node need not load
     from galaxydist.distributed import World
@@ -84,15 +85,21 @@ OF_ONE_RANK = (
 )
 
 
+# Value of a recipe key that the version of one process does not have.
+UNKNOWN_KEY = "unknown"
+
+
 def check_same_recipe(world: "World", recipe: Recipe, manifest: Manifest) -> None:
-    """Check that all processes were started with the recipe and the shards of rank 0; all call it.
+    """Check that all processes were started with the version, the recipe and the shards of rank 0; all call it.
 
     Raises:
         EveryRankError: they were not; the text names the keys and values of the first process that differs.
     """
-    own = {key: value for key, value in plain(flatten(recipe)).items() if key not in OF_ONE_RANK} | {"shards": manifest.hash[:16]}
+    own = {key: value for key, value in plain(flatten(recipe)).items() if key not in OF_ONE_RANK}
+    own = {"galaxydist": __version__, "shards": manifest.hash[:16], **own}
     main = world.run_on_main(lambda: own)
-    changes = [f"{key}={own[key]} (on rank 0 {main[key]})" for key in own if own[key] != main[key]]
+    pairs = {key: (own.get(key, UNKNOWN_KEY), main.get(key, UNKNOWN_KEY)) for key in {**own, **main}}
+    changes = [f"{key}={here} (on rank 0 {there})" for key, (here, there) in pairs.items() if here != there]
     for rank, found in enumerate(world.all_gather(changes)):
         if found:
             raise EveryRankError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from galaxydist.bench.common import Lap
 from galaxydist.bench.startup import last_step
+from galaxydist.bench.tracking_speed import Switching
 from galaxydist.bench.trainer_speed import TOLERANCES, Turns, bare_turns, compare_losses
 from galaxydist.cli.main import main
 
@@ -141,3 +143,16 @@ def test_bench_tracking_compares_steps_with_and_without_wandb(capsys: pytest.Cap
     assert (result["task"], result["rounds"], result["steps"]) == ("tracking", 2, 3)
     assert result["ratio_low"] <= result["ratio"] <= result["ratio_high"] and result["step_s"] > 0
     assert result["rows"] > 0, "wandb has stored rows of the turns in which it is on"
+
+
+def test_ctrl_c_in_a_benchmark_of_steps_ends_it_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: Switching, step: int) -> bool:
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(Switching, "__call__", interrupt)
+    assert main(["bench", "tracking", "--rounds", "1", "--steps", "3", "--image-size", "32", "--batch-size", "4"]) == 130
+    assert capsys.readouterr().err.endswith("galaxydist: interrupted\n")

@@ -37,6 +37,8 @@ OTHER_OPTIONS = {
     "--preserve-status",
     "--signal",
 }
+# Files of a published model, whose names look like keys.
+FILE_ENDINGS = (".json", ".safetensors", ".onnx", ".pt2")
 # Commands whose words are a recipe and its overrides.
 RECIPE_COMMANDS = ("train", "submit", "plan", "evaluate", "gallery", "launch.py")
 
@@ -46,9 +48,9 @@ def test_the_readme_has_at_most_200_lines_and_10_kb() -> None:
     assert len(text.splitlines()) <= 200 and len(text) <= 10_000
 
 
-def test_the_tree_of_the_readme_names_every_folder_of_the_package() -> None:
-    tree = README.read_text(encoding="utf-8").split("galaxydist/\n", 1)[1].split("```")[0]
-    named = set(re.findall(r"^    (\w+)/ ", tree, re.MULTILINE))
+def test_the_floors_of_the_architecture_name_every_folder_of_the_package() -> None:
+    floors = re.findall(r"^\| \d+ \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for floor in floors for name in re.findall(r"`(\w+)/`", floor)}
     assert named == {path.parent.name for path in (ROOT / "galaxydist").glob("*/__init__.py")}
 
 
@@ -93,7 +95,7 @@ def test_keys_and_options_of_the_pages_exist(page: Path) -> None:
     keys = {
         key
         for key in re.findall(r"\b(\w+\.\w+)=", text) + re.findall(r"`(\w+\.\w+)`", text)
-        if key.split(".")[0] in RECIPE.sections and not key.endswith(".json")
+        if key.split(".")[0] in RECIPE.sections and not key.endswith(FILE_ENDINGS)
     }
     assert keys <= set(RECIPE.fields) | set(RECIPE.sections)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - OTHER_OPTIONS

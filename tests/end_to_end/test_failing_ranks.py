@@ -15,6 +15,7 @@ from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import Evaluator
+from galaxydist.training import resume
 from tests.helpers.forked_runs import ROOT, Ranks, forked, train, wait_for_exits
 from tests.helpers.runs import ACCELERATE_2, LAUNCH, TORCHRUN_2, count_errors, quick_settings, read_evaluation, run_here
 from tests.helpers.scripts.failing_model import block_for_ever
@@ -78,8 +79,12 @@ def test_a_rank_that_fails_alone_ends_the_run_at_once_with_its_message(
 
 
 def train_otherwise(settings: list[str]) -> int:
-    """Rank 1 gets another weight decay, and a cache of its own."""
-    return train([*settings, "optim.weight_decay=0.5", "data.cache_dir=elsewhere"] if os.environ["RANK"] == "1" else settings)
+    """Rank 1 gets another weight decay, a cache of its own, and an older version that lacks a key."""
+    if os.environ["RANK"] == "1":
+        resume.__version__ = "0.0.1"
+        resume.OF_ONE_RANK = (*resume.OF_ONE_RANK, "train.tf32")
+        settings = [*settings, "optim.weight_decay=0.5", "data.cache_dir=elsewhere"]
+    return train(settings)
 
 
 @pytest.mark.multiprocess
@@ -88,7 +93,9 @@ def test_ranks_with_different_recipes_are_refused_with_one_message(blobs: Path, 
     with forked(train_otherwise, settings, folder=tmp_path / "out", size=2) as run:
         assert exit_codes(run) == [2, 2], run.text("err")
         assert count_errors(run.text("err")) == 1
-        assert "Rank 1 was started with other settings than rank 0: optim.weight_decay=0.5 (on rank 0 " in run.said(0, "err")
+        said = run.said(0, "err")
+        assert "Rank 1 was started with other settings than rank 0: galaxydist=0.0.1 (on rank 0 " in said
+        assert "optim.weight_decay=0.5 (on rank 0 " in said and "train.tf32=unknown (on rank 0 " in said
         assert "cache_dir" not in run.text("err")
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,7 @@ import pytest
 from mini_cluster import MiniCluster
 
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.search.search_files import SearchRecord, read_trial, trial_dir
+from galaxydist.cluster.search.search_files import SearchRecord, read_trial, trial_dir, trial_number
 from galaxydist.cluster.search.search_space import draw
 from galaxydist.cluster.search.search_study import JOURNAL_NAME
 from tests.helpers.cluster_runs import ClusterRun, decisions, go_on, hold_trial
@@ -38,6 +38,11 @@ def reported_epochs(root: Path) -> dict[int, list[int]]:
     return epochs
 
 
+def set_nodes(slurm: MiniCluster, state: str) -> None:
+    for node in slurm.nodes:
+        slurm.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
+
+
 @pytest.mark.parametrize(("num_trials", "poor"), [(4, [3]), pytest.param(12, [8, 11], marks=pytest.mark.nightly)])
 def test_search_prunes_poor_trials_and_a_preempted_one_reads_its_values_back(
     mini_cluster: MiniCluster, blobs: Path, tmp_path: Path, num_trials: int, poor: list[int]
@@ -46,13 +51,16 @@ def test_search_prunes_poor_trials_and_a_preempted_one_reads_its_values_back(
     run = ClusterRun(mini_cluster, tmp_path, blobs, train__ema=None, model__drop_rate=None, **changes)
     write_search(tmp_path / "sw.yaml", run.arguments, num_trials, SEEDS[num_trials])
     command = ("sweep", "sw.yaml", "cluster=mini", "cluster.nodes=1", "cluster.cpus_per_task=2", "--yes")
+    set_nodes(mini_cluster, "drain")  # no trial starts, and ends, before the first ones are looked at
     answer = run.galaxydist(*command)
     assert answer.returncode == 0 and "best trial  none is complete yet" in answer.stdout, answer.stderr
     root = tmp_path / "runs" / "sw"
     folders = [trial_dir(root, number) for number in range(num_trials)]
     jobs = {JobFiles(folder).jobs()[0].job_id: folder for folder in folders}
 
-    preempted, pids = hold_trial(mini_cluster, jobs, "n1")
+    set_nodes(mini_cluster, "resume")
+    not_these = [job for job, folder in jobs.items() if trial_number(folder) in poor]
+    preempted, pids = hold_trial(mini_cluster, jobs, "n1", others=not_these)
     values = read_trial(jobs[preempted])
     options = ("--partition=high", "--nodelist=n1", "--cpus-per-task=2", "--mem=1000", "--time=1")
     other = submit(mini_cluster, "sleep 1", *options, folder=tmp_path)
@@ -62,7 +70,7 @@ def test_search_prunes_poor_trials_and_a_preempted_one_reads_its_values_back(
     assert (record.job_id, record.decision) == (preempted, "requeue")
     cancelled = []
     if num_trials > 4:
-        job, _ = hold_trial(mini_cluster, jobs, "n1", "n2", others=(preempted,))
+        job, _ = hold_trial(mini_cluster, jobs, "n1", "n2", others=(preempted, *not_these))
         mini_cluster.run("scancel", job)
         cancelled = [jobs[job]]
     wait_for(lambda: not mini_cluster.run("squeue", "-h"), lambda: f"the end of the array: {run.said()}")
@@ -83,8 +91,7 @@ def test_search_prunes_poor_trials_and_a_preempted_one_reads_its_values_back(
     assert decisions(JobFiles(jobs[preempted]).restarts()) == ["requeue", "finished"]
     ends = JobFiles(folders[poor[0]]).restarts()
     assert [(end.decision, end.reason) for end in ends] == [("finished", "a search has pruned the run")], ends
-    epochs = reported_epochs(root)
-    assert epochs == {number: [1] if number in poor else [*range(1, EPOCHS + 1)] for number in range(num_trials)}
+    assert reported_epochs(root) == {number: [1] if number in poor else [*range(1, EPOCHS + 1)] for number in range(num_trials)}
 
     answer = run.galaxydist(*command)
     assert answer.returncode == 0, answer.stderr

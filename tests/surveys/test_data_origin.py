@@ -13,7 +13,7 @@ from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.data_origin import DataOrigin, known_origin, origin_of, spdx, state_origin
+from galaxydist.surveys.data_origin import DataOrigin, known_origin, origin_of, state_origin
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.report_runs import write_sweep
 from tests.helpers.runs import quick_settings, run_here
@@ -40,20 +40,6 @@ def test_known_data_sets_have_a_licence_and_works_to_cite() -> None:
     for name in ("galaxy10_decals", "simulated", "gz2", "gz_decals", "gz_evo", "multimodal_universe-gz10"):
         origin = known_origin(name)
         assert origin is not None and origin.licence and origin.citation
-
-
-@pytest.mark.parametrize(
-    ("licence", "is_non_commercial"),
-    [("cc-by-nc-4.0", True), ("free for non-commercial use", True), ("Noncommercial", True), ("CC-BY-4.0", False), (None, False)],
-)
-def test_a_non_commercial_licence_is_recognised(licence: str | None, is_non_commercial: bool) -> None:
-    assert DataOrigin(licence).is_non_commercial == is_non_commercial
-
-
-def test_licences_are_written_as_spdx_writes_them() -> None:
-    names = {"cc-by-4.0": "CC-BY-4.0", " CC BY-NC SA 4.0": "CC-BY-NC-SA-4.0", "cc0-1.0": "CC0-1.0", "mit": "MIT"}
-    assert {name: spdx(name) for name in names} == names
-    assert spdx("My own licence: ask me ") == "My own licence: ask me"
 
 
 def test_the_users_statement_comes_before_the_sources_and_both_before_the_name() -> None:

@@ -94,8 +94,8 @@ class AppConfig:
         Raises:
             TypeError, KeyError, AttributeError: values are missing or unknown.
         """
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-        form = {name: tuple(value) if isinstance(value, list) else value for name, value in plain["form"].items()}
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        form: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain["form"].items()}
         return cls(**{**values, "form": PictureForm(**form)})
 
 
