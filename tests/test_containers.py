@@ -29,7 +29,16 @@ DEFINITIONS = ("train.def", "app.def")
 # https://apptainer.org/docs/user/latest/definition_files.html
 SECTIONS = {"labels", "files", "post", "environment", "runscript", "test", "help"}
 # Parts of a folder that must not reach an image: large, private, or of another machine.
-OUTSIDE = (".git/config", ".env", ".venv/bin/python", "data/hdf5/x.h5", "runs/vit/recipe.json", "wandb/settings", "tests/x.py", "shared/x")
+OUTSIDE = (
+    ".git/config",
+    ".env",
+    ".venv/bin/python",
+    "data/hdf5/x.h5",
+    "runs/vit/recipe.json",
+    "wandb/settings",
+    "tests/x.py",
+    "shared/x",
+)
 
 
 def stages() -> dict[str, list[Any]]:
@@ -75,14 +84,15 @@ def test_the_images_of_the_dockerfile_run_as_a_user_on_what_the_builder_is_sent(
         (target / "x.py" if (ROOT / path).is_dir() else target).touch()
     (tmp_path / "galaxydist" / "__pycache__").mkdir()
     (tmp_path / "galaxydist" / "__pycache__" / "x.pyc").touch()
-    sent = exclude_paths(str(tmp_path), (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines())
+    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    sent = exclude_paths(str(tmp_path), patterns)
     assert all((ROOT / source).exists() and source in sent for source in sources)
     assert not sent & {*OUTSIDE, "galaxydist/__pycache__/x.pyc"}
     assert {"recipes/vit.yaml", "slurm/clusters/a100.yaml"} <= sent
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    included = needed["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"}
-    assert {*included, *(needed["project"][key] for key in ("readme",)), "galaxydist", "LICENSE"} <= kept, "the wheel is built from these"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    kept = {line.removeprefix("!") for line in patterns if line.startswith("!")}
+    assert {*included, project["project"]["readme"], "galaxydist", "LICENSE"} <= kept, "the wheel is built from these"
 
 
 def test_the_app_is_alone_with_its_port_and_says_that_it_is_well() -> None:
@@ -128,7 +138,7 @@ def test_requirements_of_the_images_are_pinned() -> None:
     names = {Requirement(line).name for line in listed if line}
     assert {"torch", "onnxscript", "s3fs"} <= names
     (app,) = (words[4:] for words in installed if words[:2] == ["pip", "install"] and "gradio" in words)
-    assert not {name for name in (*names, *app)} - pinned
+    assert not {*names, *app} - pinned
 
 
 def test_the_jobset_fits_its_schema_and_starts_as_many_processes_as_it_says() -> None:

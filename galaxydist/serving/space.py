@@ -1,15 +1,16 @@
 """A Hugging Face Space with the app: published models, the app's own modules and the Space's header in one folder.
 
 A Space is a repository whose README.md begins with its configuration
-(https://huggingface.co/docs/hub/spaces-config-reference). It installs gradio (``sdk_version``) and requirements.txt, and runs app.py.
-It needs neither torch nor the rest of this package, and writes nothing but temporary files.
+(https://huggingface.co/docs/hub/spaces-config-reference). The Hub installs gradio (``sdk_version``) and requirements.txt and runs
+app.py. It needs neither torch nor the rest of this package, and writes nothing but temporary files.
 """
 
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 from galaxydist.atomic_files import write_bytes
 from galaxydist.errors import UserError
+from galaxydist.prediction.published_folder import is_published
 from galaxydist.serving import app
 from galaxydist.serving.app.published_model import (
     CARD,
@@ -28,6 +30,7 @@ from galaxydist.serving.app.published_model import (
     PublishedFolderError,
     read_config,
 )
+from galaxydist.serving.publish import PublishOptions, publish
 from galaxydist.serving.whole_folder import check_target, whole_folder
 from galaxydist.version import __version__
 
@@ -65,12 +68,44 @@ class SpaceReport:
         models: titles of its models.
         num_bytes: of all files.
         gradio: version that the Space installs.
+        notes: sentences for the user: what is missing and why.
     """
 
     folder: Path
     models: tuple[str, ...]
     num_bytes: int
     gradio: str
+    notes: tuple[str, ...] = ()
+
+
+def publish_space(sources: Sequence[Path], out: Path, environ: Mapping[str, str], options: PublishOptions) -> SpaceReport:
+    """Publish runs, and write a Space with their models.
+
+    Args:
+        sources: run folders and published folders.
+        out: the folder to write.
+        environ: the process's environment.
+        options: of each publication; the title is that of the Space, and of its model if there is one only.
+
+    Raises:
+        UserError: as in ``publish`` and ``write_space``.
+    """
+    check_target(out, overwrite=options.overwrite, is_ours=is_space, names=WRITTEN)
+    for package in ("gradio", *PACKAGES):
+        installed_version(package)
+    each = replace(options, title=options.title if len(sources) == 1 else None, onnx=True, program=False, overwrite=False)
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="galaxydist-space-") as temporary:
+        published = []
+        for number, source in enumerate(sources):
+            if is_published(source):
+                published.append(source)
+                continue
+            folder = Path(temporary) / str(number) / source.resolve().name
+            notes += [f"{source}: {note}" for note in publish(source, folder, environ, each).notes]
+            published.append(folder)
+        report = write_space(published, out, title=options.title, overwrite=options.overwrite)
+    return replace(report, notes=tuple(notes))
 
 
 def write_space(published: Sequence[Path], out: Path, *, title: str | None = None, overwrite: bool = False) -> SpaceReport:
@@ -83,8 +118,8 @@ def write_space(published: Sequence[Path], out: Path, *, title: str | None = Non
         overwrite: replace a Space that this function wrote.
 
     Raises:
-        UserError: a folder is not published or has no ONNX file, ``out`` exists, gradio or onnxruntime is not installed, or the disk
-            is full.
+        UserError: a folder is not published or has no ONNX file, ``out`` exists, gradio or onnxruntime is not installed, or the
+            disk is full.
     """
     check_target(out, overwrite=overwrite, is_ours=is_space, names=WRITTEN)
     gradio, requirements = installed_version("gradio"), [f"{name}=={installed_version(name)}" for name in PACKAGES]
@@ -195,9 +230,15 @@ def build_header(title: str, gradio: str, licences: Iterable[str]) -> dict[str, 
 def describe_space(header: Mapping[str, Any], configs: Mapping[str, AppConfig]) -> str:
     """Return the text of the Space's README.md below its configuration."""
     lines = [f"# {plain(header['title'])}", ""]
-    lines += ["Give a picture of one galaxy in the middle; a network names its morphological class. It runs on ONNX, without torch.", ""]
+    lines += [
+        "Give a picture of one galaxy in the middle; a network names its morphological class. It runs on ONNX, without torch.",
+        "",
+    ]
     if any(config.is_non_commercial for config in configs.values()):
-        lines += ["**For non-commercial use only**, because of the licence of training data or of starting weights (see below).", ""]
+        lines += [
+            "**For non-commercial use only**, because of the licence of training data or of starting weights (see below).",
+            "",
+        ]
     for name, config in configs.items():
         lines += [f"## {plain(config.title)}", ""]
         facts = {

@@ -15,7 +15,7 @@ from .published_model import CONFIG, PublishedFolderError, read_config
 from .web_server import LOOPBACK, ServerOptions, serve
 
 if TYPE_CHECKING:
-    from .served_model import ServedModel
+    from .model import ServedModel
 
 USAGE = """usage: python -m galaxy_app.standalone FOLDER ...
 
@@ -60,13 +60,15 @@ def open_models(folders: Sequence[Path]) -> dict[str, "ServedModel"]:
     Raises:
         PublishedFolderError: one of them cannot be opened.
     """
-    from .served_model import ServedModel
+    from .model import ServedModel
 
     return {name: ServedModel.open(folder) for name, folder in zip(names_of(folders), folders, strict=True)}
 
 
 def listening_options(environ: Mapping[str, str]) -> ServerOptions:
-    """Return the address of the page: GRADIO_SERVER_NAME and GRADIO_SERVER_PORT; without them all addresses in a Space, else loopback.
+    """Return the address of the page: that of GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
+
+    Without the name it is loopback; in a Space, which has a container of its own, all addresses.
 
     Raises:
         PublishedFolderError: the port is no number.
