@@ -45,6 +45,7 @@ from galaxydist.serving.app.published_model import (
 from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm
 from galaxydist.serving.whole_folder import check_target, whole_folder
 from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
+from galaxydist.surveys.licences import is_non_commercial, model_licence
 from galaxydist.tracking.run_info import nested, without_secrets
 from galaxydist.version import __version__
 
@@ -255,7 +256,7 @@ class Publication:
         return results
 
     def _timm_keys(self) -> dict[str, Any]:
-        keys = build_timm_keys(self.trained, self._app.form, self.trained.started_from.licence)
+        keys = build_timm_keys(self.trained, self._app.form, licence_of(self.trained))
         if keys is None:
             return {}
         reason = compare_with_timm(self.trained, keys, self.folder / WEIGHTS)
@@ -313,9 +314,16 @@ def describe_app(trained: TrainedModel, title: str | None) -> AppConfig:
         dataset=stored.dataset,
         licence=origin.licence,
         citation=origin.citation,
-        is_non_commercial=origin.is_non_commercial or DataOrigin(trained.started_from.licence).is_non_commercial,
+        is_non_commercial=is_non_commercial(licence_of(trained)),
         layer=legacy_layer(stored.dataset),
     )
+
+
+def licence_of(trained: TrainedModel) -> str | None:
+    """Return the strictest of the licences of a model's training data and of the weights that it started from."""
+    data = None if trained.stored.origin is None else trained.stored.origin.licence
+    record = trained.started_from
+    return model_licence([data, *([record.licence] if record.source is not None else [])])
 
 
 def describe_onnx(app: AppConfig) -> dict[str, str]:
