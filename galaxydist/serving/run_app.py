@@ -3,6 +3,7 @@
 A process of its own publishes, since that needs torch; meanwhile this one imports gradio, and stays small afterwards.
 """
 
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,16 @@ from galaxydist.log import set_up_logging
 from galaxydist.runs.folder import RunFolder
 from galaxydist.serving.app.model import ServedModel
 from galaxydist.serving.app.published_model import CONFIG, PublishedFolderError
-from galaxydist.serving.app.web_server import LOOPBACK, RunningServer, ServerOptions, import_page, serve
+from galaxydist.serving.app.web_server import (
+    FIRST_PORT,
+    LOOPBACK,
+    NUM_PORTS,
+    RunningServer,
+    ServerOptions,
+    find_port,
+    import_page,
+    serve,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +69,16 @@ def run_app(sources: Sequence[Path], options: AppOptions, environ: MutableMappin
         UserError: a package is missing, a source is neither a run nor published, a run cannot be published, or the port is taken.
     """
     check_packages()
+    try:
+        port = find_port(options.server.host, options.server.port)
+    except OSError as error:
+        raise UserError(_explain_port(options.server, error)) from error
+    server_options = replace(options.server, port=port)
     with ExitStack() as stack:
         models = stack.enter_context(open_models(sources, environ, trust_code=options.trust_code))
-        try:
-            server = stack.enter_context(serve(models, options.server, environ))
-        except OSError as error:
-            raise UserError(_explain_port(options.server, error)) from error
+        server = stack.enter_context(serve(models, server_options, environ))
         ended = stack.enter_context(_told_to_end())
-        for line in address_lines(server, options.server):
+        for line in address_lines(server, server_options):
             show(line)
         with suppress(KeyboardInterrupt):
             ended.wait()
@@ -210,9 +222,15 @@ def address_lines(server: RunningServer, options: ServerOptions) -> list[str]:
 
 
 def _explain_port(options: ServerOptions, error: OSError) -> str:
-    if options.port is None:
-        return f"no port is free on {options.host} ({error}); give another one with --port, or another --host"
-    return f"--port {options.port} is not free on {options.host}: another program uses it, or it is reserved; give another --port"
+    if error.errno == errno.EADDRINUSE:
+        if options.port is None:
+            return f"ports {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} of {options.host} are in use: give --port N"
+        return f"--port {options.port} of {options.host} is in use by another program: give another --port, or none"
+    if error.errno == errno.EACCES:
+        return f"--port {options.port} is reserved on this machine: give one of 1024 or more"
+    return (
+        f"--host {options.host} is not an address of this machine ({error.strerror}): give 127.0.0.1, 0.0.0.0 or one of its own"
+    )
 
 
 @contextmanager

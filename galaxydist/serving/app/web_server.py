@@ -1,6 +1,8 @@
 """Server of the page: gradio on one address, with limits, behind the filter of its requests, until it is stopped."""
 
+import errno
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ IGNORED = (
 KEPT_S, DELETE_EVERY_S = 600, 60
 # Pictures that are labelled at the same time, and sessions that are remembered.
 AT_THE_SAME_TIME, SESSIONS = 2, 1000
+# Ports that are tried without a choice: gradio's own.
+FIRST_PORT, NUM_PORTS = 7860, 100
 # Time for answers that are just being sent, and for the server's thread to end.
 GRACE_S, STOPPING_S = 1, 10.0
 
@@ -81,8 +85,9 @@ def serve(
 
     Raises:
         ImportError: gradio is not installed.
-        OSError: the port is not free.
+        OSError: the port is not free, or the address is not one of this machine.
     """
+    port = find_port(options.host, options.port)
     folder = Path(tempfile.mkdtemp(prefix="galaxydist-app-")).resolve()
     try:
         environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -99,7 +104,7 @@ def serve(
         )
         try:
             page.launch(
-                **_launch_arguments(options),
+                **_launch_arguments(options, port),
                 # Starlette takes a class with its arguments.
                 app_kwargs={"middleware": [(RequestFilter, (), {"options": limits})]},
                 theme=page_module.build_theme(),
@@ -134,10 +139,31 @@ def import_page(environ: MutableMapping[str, str], host: str = LOOPBACK) -> Any:
     return page
 
 
-def _launch_arguments(options: ServerOptions) -> dict[str, Any]:
+def find_port(host: str, port: int | None) -> int:
+    """Return a port that is free: this one, or without one the first free one from ``FIRST_PORT`` on.
+
+    Raises:
+        OSError: it is not free, or the address is not one of this machine.
+    """
+    candidates = [port] if port is not None else [*range(FIRST_PORT, FIRST_PORT + NUM_PORTS)]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for number in candidates:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: a port that was just left is free
+            try:
+                probe.bind((host, number))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or number == candidates[-1]:
+                    raise
+                continue
+            return number
+    raise AssertionError("the last candidate is returned or raised")
+
+
+def _launch_arguments(options: ServerOptions, port: int) -> dict[str, Any]:
     return {
         "server_name": options.host,
-        "server_port": options.port,
+        "server_port": port,
         "share": options.is_shared,
         "max_file_size": options.max_upload_mb << 20,
         "allowed_paths": [],
@@ -161,8 +187,8 @@ def _launch_arguments(options: ServerOptions) -> dict[str, Any]:
 
 def _stop(page: Any) -> None:
     """End the server and its thread: Python crashes at its exit if the thread still runs then."""
-    server = page.server
-    if server is None:
+    server = getattr(page, "server", None)
+    if server is None:  # it has not started
         return
     server.config.timeout_graceful_shutdown = GRACE_S
     page.close(verbose=False)
