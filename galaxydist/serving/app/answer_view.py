@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .batch_table import BatchTable
+from .batch_table import FIRST_COLUMNS, LAST_COLUMNS, BatchTable
 from .model import Answer
 from .pictures import Picture
 from .published_model import AppConfig
@@ -150,13 +150,17 @@ class AnswerView:
 def table_html(table: BatchTable) -> str:
     """Return the answers about many pictures as an element of the page: the first rows, and a link to the CSV of all."""
     link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(table.to_csv().encode()).decode()}"
-    count, columns = len(table.rows), table.columns
+    count = len(table.rows)
+    # The probabilities of all classes are in the CSV only: the page shows what fits on it.
+    shown = [number for number, name in enumerate(table.columns) if name in (*FIRST_COLUMNS, *LAST_COLUMNS)]
     num_failed = sum(bool(row.problem) for row in table.rows)
     lines = [f"{count} {'picture' if count == 1 else 'pictures'}, {num_failed} not labelled.", *table.notes]
     if count > MAX_ROWS:
         lines.append(f"The first {MAX_ROWS} are shown; the CSV has all of them.")
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in table.cells()[:MAX_ROWS])
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in (table.columns[number] for number in shown))
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cells[number])}</td>' for number in shown)}</tr>" for cells in table.cells()[:MAX_ROWS]
+    )
     return (
         f'<section class="gd-answer" aria-live="polite"><p>{" ".join(map(escape, lines))}</p>'
         f'<p><a class="gd-link" download="galaxies.csv" href="{link}">Download the table (CSV)</a></p>'
