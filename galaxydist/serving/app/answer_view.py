@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .batch_table import FIRST_COLUMNS, LAST_COLUMNS, BatchTable
 from .model import Answer
 from .pictures import Picture
 from .published_model import AppConfig
@@ -26,6 +27,8 @@ SALIENCY_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 20
 OPACITY = 0.6
 # Classes with a bar of their own; a model of hundreds shows the most probable ones.
 MAX_BARS = 12
+# Rows of a table that the page shows.
+MAX_ROWS = 200
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class AnswerView:
         known_label: class of an example; None for a user's picture.
         neighbours: most similar first.
         novelty: distance from the training galaxies; None: the model does not know them.
+        notes: sentences before those of the answer.
     """
 
     config: AppConfig
@@ -47,6 +51,7 @@ class AnswerView:
     known_label: str | None = None
     neighbours: Sequence[Neighbour] = ()
     novelty: Novelty | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_unlike(self) -> bool | None:
@@ -66,7 +71,7 @@ class AnswerView:
             "views_that_agree": answer.agreement,
             "views_from_to": [round(float(views.min()), 6), round(float(views.max()), 6)],
             "unlike_training_galaxies": self.is_unlike,
-            "notes": list(answer.notes),
+            "notes": [*self.notes, *answer.notes],
         }
 
     def to_html(self) -> str:
@@ -80,9 +85,10 @@ class AnswerView:
         if novelty is None or not novelty.is_unlike:
             return ""
         farther = round(novelty.share * novelty.num_validation)
+        verb = "is" if farther == 1 else "are"
         return (
             '<div class="gd-banner" role="alert"><strong>This picture is unlike the training galaxies:</strong> '
-            f"{farther or 'none'} of {novelty.num_validation:,} validation galaxies {'is' if farther == 1 else 'are'} as far from "
+            f"{farther or 'none'} of {novelty.num_validation:,} validation galaxies {verb} as far from "
             "them. The classes below are what the network answers anyway: do not rely on them.</div>"
         )
 
@@ -95,7 +101,7 @@ class AnswerView:
             else "Not calibrated: networks tend to be too confident. `galaxydist evaluate` calibrates a run."
         )
         known = f'<p class="gd-known">Its label: {escape(self.known_label)}</p>' if self.known_label else ""
-        notes = "".join(f'<p class="gd-note">{escape(note)}</p>' for note in self.answer.notes)
+        notes = "".join(f'<p class="gd-note">{escape(note)}</p>' for note in (*self.notes, *self.answer.notes))
         return (
             f'<p class="gd-picture-name">{escape(self.picture.name)}</p><h2>{escape(self.answer.class_name)}</h2>'
             f'<p class="gd-confidence">{value}, <span title="{escape(text)}">{kind}</span></p>{known}{notes}'
@@ -139,6 +145,28 @@ class AnswerView:
             image = "" if found.thumbnail is None else f'<img src="{data_uri(found.thumbnail)}" alt="training galaxy {number}">'
             figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
         return f'<h3>Most similar training galaxies</h3><div class="gd-similar">{"".join(figures)}</div>'
+
+
+def table_html(table: BatchTable) -> str:
+    """Return the answers about many pictures as an element of the page: the first rows, and a link to the CSV of all."""
+    link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(table.to_csv().encode()).decode()}"
+    count = len(table.rows)
+    # The probabilities of all classes are in the CSV only: the page shows what fits on it.
+    shown = [number for number, name in enumerate(table.columns) if name in (*FIRST_COLUMNS, *LAST_COLUMNS)]
+    num_failed = sum(bool(row.problem) for row in table.rows)
+    lines = [f"{count} {'picture' if count == 1 else 'pictures'}, {num_failed} not labelled.", *table.notes]
+    if count > MAX_ROWS:
+        lines.append(f"The first {MAX_ROWS} are shown; the CSV has all of them.")
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in (table.columns[number] for number in shown))
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cells[number])}</td>' for number in shown)}</tr>" for cells in table.cells()[:MAX_ROWS]
+    )
+    return (
+        f'<section class="gd-answer" aria-live="polite"><p>{" ".join(map(escape, lines))}</p>'
+        f'<p><a class="gd-link" download="galaxies.csv" href="{link}">Download the table (CSV)</a></p>'
+        f'<div class="gd-scroll" tabindex="0"><table class="gd-table"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></section>"
+    )
 
 
 def message_html(text: str) -> str:

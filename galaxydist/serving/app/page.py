@@ -1,13 +1,18 @@
 """The page on which pictures are labelled: one picture, many pictures, a place on the sky, and a text about the model."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gradio as gr
+import numpy as np
+from numpy.typing import NDArray
 
-from .answer_view import AnswerView, message_html
+from .answer_view import AnswerView, message_html, table_html
+from .batch_table import label_many
+from .cutout import CutoutError, CutoutForm, fetch_cutout
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
 from .reference import Example, Reference, read_examples
@@ -21,7 +26,10 @@ LEAD = (
 EMPTY = '<p class="gd-empty">The answer appears here.</p>'
 NO_PICTURE = "There is no picture: choose a file."
 GONE = "The picture is no longer on the server: give it again."
+NO_CUTOUT = "The pictures that this model was trained on are no cutouts of the Legacy Surveys with a known pixel scale."
 NUM_NEIGHBOURS = 6
+# Files of one upload that are open at the same time.
+MAX_FILES = 300
 # Events take the values as the browser sends them: gradio itself would open the files.
 EVENT = {"preprocess": False, "api_visibility": "undocumented"}
 
@@ -55,14 +63,19 @@ class Desk:
     def examples(self, name: str) -> list[Example]:
         return self._examples[name]
 
-    def look_at(self, name: object, picture: Picture, known_label: str | None = None) -> AnswerView:
+    def look_at(self, name: object, picture: Picture, known_label: str | None = None, notes: tuple[str, ...] = ()) -> AnswerView:
         """Return what a model says about a picture, with the training galaxies that are similar."""
         model, reference = self.model(name), self._references[self.known(name)]
         (answer,) = model.predict([picture])
-        if reference is None:
-            return AnswerView(model.config, picture, answer, known_label)
-        neighbours = reference.nearest(answer.embedding, NUM_NEIGHBOURS)
-        return AnswerView(model.config, picture, answer, known_label, neighbours, reference.novelty(answer.embedding))
+        neighbours = [] if reference is None else reference.nearest(answer.embedding, NUM_NEIGHBOURS)
+        novelty = None if reference is None else reference.novelty(answer.embedding)
+        return AnswerView(model.config, picture, answer, known_label, neighbours, novelty, notes)
+
+    def is_unlike(self, name: object, embedding: NDArray[np.float32]) -> bool | None:
+        """Return True for the embedding of a picture that is unlike the training galaxies; None if that is not known."""
+        reference = self._references[self.known(name)]
+        novelty = None if reference is None else reference.novelty(embedding)
+        return None if novelty is None else novelty.is_unlike
 
     def read_example(self, name: object, number: object) -> tuple[Picture, str]:
         """Return an example of a model and its label.
@@ -107,6 +120,55 @@ class _OnePicture:
         return view.to_html(), upload, view.to_dict()
 
 
+class _ManyPictures:
+    """Events of the tab for many pictures."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def take_uploads(self, uploads: object, name: object, progress: Any = gr.Progress()) -> tuple[str, None]:  # noqa: B008
+        """Answer uploaded pictures and archives, and make room for the next ones."""
+        try:
+            with ExitStack() as stack:
+                table = label_many(
+                    self._desk.model(name),
+                    open_uploads(uploads, stack),
+                    is_unlike=lambda embedding: self._desk.is_unlike(name, embedding),
+                    progress=lambda done, total: progress((done, total), desc="labelled", unit="pictures"),
+                )
+        except PictureError as error:
+            return message_html(str(error)), None
+        return table_html(table), None
+
+
+class _SkyPosition:
+    """Events of the tab for a position on the sky."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def take_position(self, ra: object, dec: object, name: object) -> str:
+        """Answer the cutout at a position."""
+        form = CutoutForm.of(self._desk.model(name).config)
+        try:
+            if form is None:
+                raise CutoutError(NO_CUTOUT)
+            cutout = fetch_cutout(_text(ra), _text(dec), form)
+        except CutoutError as error:
+            return message_html(str(error))
+        notes = (cutout.caption, *cutout.notes)
+        return self._desk.look_at(name, cutout.picture, notes=notes).to_html()
+
+    def describe(self, name: object) -> str:
+        """Return the cutouts that a model was trained on."""
+        form = CutoutForm.of(self._desk.model(name).config)
+        return f'<p class="gd-note">{escape(NO_CUTOUT if form is None else f"As in the training: {form}.")}</p>'
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
 def _problem(error: PictureError) -> tuple[Any, ...]:
     return message_html(str(error)), None, {"problem": str(error)}
 
@@ -125,6 +187,32 @@ def read_upload(upload: object) -> tuple[bytes, str]:
         raise PictureError(GONE) from None
     name = upload.get("orig_name")
     return data, name if isinstance(name, str) else Path(path).name
+
+
+def open_uploads(uploads: object, stack: ExitStack) -> list[tuple[str, BinaryIO]]:
+    """Return names and open files of several uploads.
+
+    Args:
+        uploads: as the page sends them.
+        stack: closes the files.
+
+    Raises:
+        PictureError: there is none, there are too many, or one has been deleted meanwhile.
+    """
+    if not isinstance(uploads, list) or not uploads:
+        raise PictureError("There is no picture: choose files.")
+    if len(uploads) > MAX_FILES:
+        raise PictureError(
+            f"{len(uploads)} files were given, of which at most {MAX_FILES} are taken: put them into one zip archive."
+        )
+    found: list[tuple[str, BinaryIO]] = []
+    for upload in uploads:
+        path, name = Path(upload["path"]), upload.get("orig_name")
+        try:
+            found.append((name if isinstance(name, str) else path.name, stack.enter_context(path.open("rb"))))
+        except OSError:
+            raise PictureError(GONE) from None
+    return found
 
 
 def notice(model: ServedModel) -> str:
@@ -157,8 +245,14 @@ def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
         model = gr.Dropdown(desk.names, value=first, label="Model", visible=len(desk.names) > 1, elem_id="gd-model")
         line = gr.HTML(notice(desk.model(first)), elem_id="gd-notice")
         model.change(lambda name: notice(desk.model(name)), model, line, **EVENT)
-        with gr.Tabs(), gr.Tab("One picture"):
-            _add_one_picture(desk, model)
+        with gr.Tabs():
+            with gr.Tab("One picture"):
+                _add_one_picture(desk, model)
+            with gr.Tab("Many pictures"):
+                _add_many_pictures(desk, model)
+            if any(CutoutForm.of(desk.model(name).config) for name in desk.names):
+                with gr.Tab("Sky position"):
+                    _add_sky_position(desk, model)
     return page
 
 
@@ -188,6 +282,30 @@ def _add_one_picture(desk: Desk, model: gr.Dropdown) -> None:
         dataset.click(events.take_example, [dataset, model], shown, api_name=False, **EVENT)
     if len(examples) > 0 and len(desk.names) > 1:
         model.change(lambda name: [gr.update(visible=key == name) for key in examples], model, [*examples.values()], **EVENT)
+
+
+def _add_many_pictures(desk: Desk, model: gr.Dropdown) -> None:
+    gr.HTML('<p class="gd-note">Several files, or one zip archive of pictures: a table, and the same as CSV.</p>')
+    drop = gr.File(label="Pictures or a zip", file_count="multiple", height=140, elem_id="gd-drop-many")
+    answer = gr.HTML(elem_id="gd-table")
+    # One table after the other: single pictures of others are answered in between.
+    drop.upload(
+        _ManyPictures(desk).take_uploads, [drop, model], [answer, drop], api_name="label_many", concurrency_limit=1, **EVENT
+    )
+
+
+def _add_sky_position(desk: Desk, model: gr.Dropdown) -> None:
+    events = _SkyPosition(desk)
+    form = gr.HTML(events.describe(desk.names[0]))
+    with gr.Row():
+        ra = gr.Textbox(label="Right ascension (degrees, or 10:00:27.9)", elem_id="gd-ra")
+        dec = gr.Textbox(label="Declination (degrees, or +02:12:21)", elem_id="gd-dec")
+    button = gr.Button("Fetch and label", variant="primary", elem_id="gd-fetch")
+    answer = gr.HTML(elem_id="gd-sky")
+    gr.on(
+        [button.click, ra.submit, dec.submit], events.take_position, [ra, dec, model], answer, api_name="label_position", **EVENT
+    )
+    model.change(events.describe, model, form, api_name=False, **EVENT)
 
 
 def input_kinds(event: Any) -> list[str]:
