@@ -20,6 +20,8 @@ settings.load_profile("quick")
 
 # As galaxydist sets it for itself, before torch is imported: threads that spin while they wait take the cores from one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests import onnxruntime themselves; see serving/app/onnx_runtime.py.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 # Workers of the test run share the cores: threads that wait for one another on cores that are busy with another worker are slow.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):

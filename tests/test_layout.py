@@ -27,6 +27,7 @@ SHORT = {
     "log.py": "ground floor",
     "models/features.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
+    "serving/app/onnx_runtime.py": "the only importer of onnxruntime",
     "surveys/official_split.py": "reader of shipped data",
     "training/health/guard_process.py": "a script that imports nothing of the package",
     "version.py": "read by the build",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
-from galaxydist.cli import bench, cluster, dashboard, data, encoders, evaluate, jobs, predict, recipes, track, train
+from galaxydist.cli import bench, cluster, dashboard, data, encoders, evaluate, jobs, predict, recipes, share, track, train
 from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_command
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         train.add_parser,
         evaluate.add_evaluate,
         predict.add_predict,
+        share.add_publish,
         evaluate.add_gallery,
         evaluate.add_report,
         encoders.add_probe,

@@ -301,14 +301,28 @@ def load_model(recipe: Recipe, checkpoint: Checkpoint, *, trust_code: bool = Fal
     Raises:
         UserError: the function is not trusted, or fails.
     """
-    # The weights come from the checkpoint: the run's starting weights are not needed.
-    config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
-    record = ModelRecord.from_dict(checkpoint.state.get("model"))
     num_classes = len(checkpoint.state["data"]["class_names"])
+    model = rebuild_model(recipe, ModelRecord.from_dict(checkpoint.state.get("model")), num_classes, trust_code=trust_code)
+    model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
+    return model
+
+
+def rebuild_model(recipe: Recipe, record: ModelRecord, num_classes: int, *, trust_code: bool = False) -> nn.Module:
+    """Return a run's model with random weights, on the CPU; the run's starting weights are not needed.
+
+    Args:
+        recipe: of the run.
+        record: of the run's model.
+        num_classes: K.
+        trust_code: run the function that the recipe names, if it names one.
+
+    Raises:
+        UserError: the function is not trusted, or fails.
+    """
+    config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
     model = build_model(config, num_classes, recipe.data.image_size, record=record, trust_code=trust_code)
     if record.code is not None and record.code != source_hash(config.name):
         logger.warning("model.name=%s: its source has changed since the run", config.name)
-    model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
     return model
 
 

@@ -17,7 +17,15 @@ from galaxydist.models.d4_cnn import D4CNN
 from galaxydist.models.hub_weights import find_weights, read_published, read_record, shipped_path
 from galaxydist.models.own_function import build_own_model, source_hash
 from galaxydist.models.performance import cudnn_benchmark
-from galaxydist.models.reference import VGG_HIDDEN, VGG_MAP, MlpHead, ReferenceCNN, build_reference_vit
+from galaxydist.models.reference import (
+    VGG_HIDDEN,
+    VGG_MAP,
+    VIT_BASE,
+    MlpHead,
+    ReferenceCNN,
+    build_reference_vit,
+    reference_vit_arguments,
+)
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, ModelRecord, architecture_of, check_config, timm_name
 from galaxydist.models.weights import Statistics, check_settings, load_weights, read_statistics, read_weights
 from galaxydist.recipe.model_names import parse_model_name
@@ -228,16 +236,47 @@ def _build_own(num_classes: int, image_size: int, config: ModelConfig) -> nn.Mod
 def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfig) -> nn.Module:
     import timm
 
-    options: dict[str, Any] = {}
-    if config.name.startswith("vit"):
-        # The position embedding has the recipe's image size; for other sizes (in the app) it is resampled at run time.
-        options = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": image_size % PATCH_SIZE > 0}
+    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    model: nn.Module = timm.create_model(name, num_classes=num_classes, **rates, **_timm_options(config, image_size))
+    return model
+
+
+def _timm_options(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """Return the arguments of a named architecture of timm."""
+    if not config.name.startswith("vit"):
+        return {}
+    # The position embedding has the recipe's image size; for other sizes (in the app) it is resampled at run time.
+    options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": image_size % PATCH_SIZE > 0}
     if config.name == "vit_scratch":
         # Without pretraining the average of all tokens learns faster than a class token (Beyer et al. 2022, arXiv:2205.01580).
         options |= {"class_token": False, "global_pool": "avg"}
-    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
-    model: nn.Module = timm.create_model(name, num_classes=num_classes, **rates, **options)
-    return model
+    return options
+
+
+def timm_arguments(config: ModelConfig, record: ModelRecord, image_size: int) -> tuple[str, dict[str, Any]] | None:
+    """Return timm's name of the architecture without a tag, and its arguments beside the number of classes and the rates.
+
+    Args:
+        config: of the model.
+        record: of the run's model.
+        image_size: pixels.
+
+    Returns:
+        None for architectures that timm cannot build: our own, those with another head, own functions.
+
+    Raises:
+        UserError: the architecture does not take images of this size.
+    """
+    if config.name == "reference_vit":
+        return VIT_BASE, reference_vit_arguments(image_size)
+    name = timm_name(config)
+    if name is not None:
+        return None if "vgg" in config.name else (name.partition(".")[0], _timm_options(config, image_size))
+    if record.architecture is None:
+        return None
+    from galaxydist.models.timm_models import size_options
+
+    return record.architecture, {**record.arguments, **size_options(config, record, image_size)}
 
 
 def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:

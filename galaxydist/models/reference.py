@@ -45,6 +45,8 @@ class MlpHead(nn.Module):
 
 CNN_CHANNELS = (512, 256, 128, 128, 64)
 VIT_PATCH, VIT_WIDTH, VIT_LAYERS, VIT_HEADS = 25, 256, 6, 8
+# A name under which timm builds a plain ViT of any sizes.
+VIT_BASE = "vit_small_patch16_224"
 # Widths of the hidden layers (ours). VGG's own 4,096 would mean 120 million weights for 14,188 galaxies.
 VGG_HIDDEN = {"reference_vgg16": (512, 256), "reference_vgg19": (512,)}
 VGG_MAP = 7  # height and width of VGG's last feature map at 224 pixels, which its classifier flattens
@@ -96,16 +98,19 @@ def build_reference_vit(num_classes: int, image_size: int, drop_rate: float, dro
     """
     from timm.models import VisionTransformer
 
-    vit: nn.Module = VisionTransformer(
-        img_size=image_size,
-        patch_size=VIT_PATCH,
-        num_classes=num_classes,
-        embed_dim=VIT_WIDTH,
-        depth=VIT_LAYERS,
-        num_heads=VIT_HEADS,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-        dynamic_img_size=True,
-        dynamic_img_pad=image_size % VIT_PATCH > 0,
-    )
+    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    vit: nn.Module = VisionTransformer(num_classes=num_classes, **reference_vit_arguments(image_size), **rates)
     return vit
+
+
+def reference_vit_arguments(image_size: int) -> dict[str, Any]:
+    """Return timm's arguments of the published ViT; with them timm builds it from ``VIT_BASE``, too."""
+    return {
+        "img_size": image_size,
+        "patch_size": VIT_PATCH,
+        "embed_dim": VIT_WIDTH,
+        "depth": VIT_LAYERS,
+        "num_heads": VIT_HEADS,
+        "dynamic_img_size": True,
+        "dynamic_img_pad": image_size % VIT_PATCH > 0,
+    }

@@ -89,11 +89,11 @@ def build_timm_model(
         UserError: timm has no such model, or it does not take the image size or a rate, or the weights do not fit.
     """
     check_timm_name(str(record.architecture), None)
-    published = {key: value for key, value in record.pretrained_cfg.items() if key not in _SOURCE_KEYS}
+    published = without_sources(record.pretrained_cfg)
     if (published.get("input_size") or (3,))[0] != 3:
         raise UserError(f"model.name={config.name}: it takes images of {published['input_size'][0]} channels, ours have 3")
-    rates = {name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(config, name))}
-    options = {**record.arguments, **rates, **_size_options(config, record, published, rates, image_size)}
+    rates = _rates(config)
+    options = {**record.arguments, **rates, **size_options(config, record, image_size)}
     head_size = num_classes
     if tensors is not None:
         head_size = _stored_classes(tensors, published)
@@ -126,14 +126,22 @@ def check_logits(name: str, model: nn.Module, num_classes: int, image_size: int)
         )
 
 
-def _size_options(
-    config: "ModelConfig", record: ModelRecord, published: Mapping[str, Any], rates: Mapping[str, float], image_size: int
-) -> dict[str, Any]:
+def without_sources(pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's facts about weights without the places from which timm would load them."""
+    return {key: value for key, value in pretrained_cfg.items() if key not in _SOURCE_KEYS}
+
+
+def _rates(config: "ModelConfig") -> dict[str, float]:
+    return {name: rate for name in ("drop_rate", "drop_path_rate") if (rate := getattr(config, name))}
+
+
+def size_options(config: "ModelConfig", record: ModelRecord, image_size: int) -> dict[str, Any]:
     """Return the arguments with which the model takes images of this size, tried on the meta device.
 
     Raises:
         UserError: there are none, or the model does not take a rate.
     """
+    published, rates = without_sources(record.pretrained_cfg), _rates(config)
     native = int((published.get("input_size") or (3, 224, 224))[-1])
     errors: list[str] = []
     for options in _size_choices(published, image_size):

@@ -44,11 +44,18 @@ def write_weights(
     from safetensors.torch import save
 
     bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_bytes(path, save(bare, describe_weights(statistics, config, data)))
+
+
+def describe_weights(
+    statistics: Statistics | None = None, config: ModelConfig | None = None, data: DataConfig | None = None
+) -> dict[str, str]:
+    """Return the metadata of a safetensors file; the arguments are those of ``write_weights``."""
     metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
     if config is not None:
         settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
         metadata[MODEL_KEY] = json.dumps(settings | ({name: getattr(data, name) for name in DATA_SETTINGS} if data else {}))
-    replace_bytes(path, save(bare, metadata))
+    return metadata
 
 
 def check_settings(path: Path, config: ModelConfig) -> None:

@@ -17,15 +17,14 @@ from tqdm import tqdm
 from galaxydist.devices import uses_gpu
 from galaxydist.distributed import World, open_world
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import read_run_recipe
 from galaxydist.loading.device_prefetch import DevicePrefetcher, HostCopy
 from galaxydist.loading.loader import Batch, Chunks, RankInfo
 from galaxydist.prediction.chunk_files import CSV, PARQUET, Chunk, ChunkPlan, Output, WorkFolder
 from galaxydist.prediction.image_form import ImageForm
+from galaxydist.prediction.published_folder import open_model, read_model_recipe
 from galaxydist.prediction.sources import PredictionSource, ReadSettings, ShardsToLabel, damage_of
-from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, precision_on
+from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, precision_on
 from galaxydist.rank_store import LONG_TIMEOUT
-from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import writer_lock
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def label_source(
     processes. The output does not depend on the number of processes.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a published folder.
         open_source: opens the galaxies, on every process.
         out: the file to write, ``.csv`` or ``.parquet``.
         environ: the process's environment.
@@ -102,12 +101,12 @@ def label_source(
         UserError: there is no run; the output exists; images of another size or scale; no readable image; a full disk.
     """
     options = options or LabelOptions()
-    recipe = read_run_recipe(RunFolder(run))
+    recipe = read_model_recipe(run)
     precision = precision_on(recipe, has_gpu=uses_gpu(environ))
     # A process that has labelled its share waits for the others, whose images may lie on a slower disk.
     with open_world(precision, environ, timeout=LONG_TIMEOUT, threads=recipe.train.threads) as world:
         world.run_on_main(lambda: check_output(out, overwrite=options.overwrite))
-        trained = world.run_on_all(lambda: open_trained_model(run, environ, options.choice))
+        trained = world.run_on_all(lambda: open_model(run, environ, options.choice))
         if world.is_main:
             for note in trained.notes:
                 logger.warning("%s", note)

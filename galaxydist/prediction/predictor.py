@@ -20,7 +20,8 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import softmax
 from galaxydist.loading.device_prefetch import HostCopy
 from galaxydist.prediction.image_form import ImageForm
-from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model, resolved_precision
+from galaxydist.prediction.published_folder import open_model
+from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, resolved_precision
 from galaxydist.surveys.image_files import decode_opened, read_image
 from galaxydist.surveys.pixel_scaling import PixelScaling, to_eight_bits
 
@@ -252,18 +253,18 @@ def load_predictor(
     device: str | torch.device | None = None,
     choice: ModelChoice | None = None,
 ) -> Predictor:
-    """Open the model of a run folder; its notes are logged as warnings.
+    """Open the model of a run folder or of a published folder; its notes are logged as warnings.
 
     Args:
-        run: the run folder.
+        run: the folder.
         environ: the process's environment.
         device: device of the model; None: the GPU of this process's local rank under a launcher, else the first GPU, or the CPU.
         choice: checkpoint and test-time augmentation; None: the recipe's.
 
     Raises:
-        UserError: there is no run or no checkpoint, or the device cannot be used.
+        UserError: there is no run or no checkpoint, a published file is damaged, or the device cannot be used.
     """
-    trained = open_trained_model(Path(run), environ, choice)
+    trained = open_model(Path(run), environ, choice)
     for note in trained.notes:
         logger.warning("%s", note)
     return Predictor(trained, _find_device(device, environ))

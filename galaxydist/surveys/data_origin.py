@@ -118,6 +118,17 @@ def known_origin(dataset: str) -> DataOrigin | None:
     return None
 
 
+# Layer of the Legacy Surveys' viewer from which the images of data sets were cut: henrysky/Galaxy10's downloader asks for
+# layer=dr8, whose present name is ls-dr8, at 0.262 arcsec/pixel.
+_LAYERS = {"galaxy10_decals": "ls-dr8", "gz10": "ls-dr8", "mmu_gz10": "ls-dr8", "multimodal_universe_gz10": "ls-dr8"}
+
+
+def legacy_layer(dataset: str) -> str | None:
+    """Return the layer of the Legacy Surveys' viewer that a known data set's images were cut from; None for others."""
+    found = (layer for name, layer in _LAYERS.items() if re.fullmatch(rf"{_letters(name)}(fold\d+of\d+)?", _letters(dataset)))
+    return next(found, None)
+
+
 def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 

@@ -36,6 +36,8 @@ OTHER_OPTIONS = {
     "--preserve-status",
     "--signal",
 }
+# Files of a published model, whose names look like keys.
+FILE_ENDINGS = (".json", ".safetensors", ".onnx", ".pt2")
 # Commands whose words are a recipe and its overrides.
 RECIPE_COMMANDS = ("train", "submit", "plan", "evaluate", "gallery", "launch.py")
 
@@ -92,7 +94,7 @@ def test_keys_and_options_of_the_pages_exist(page: Path) -> None:
     keys = {
         key
         for key in re.findall(r"\b(\w+\.\w+)=", text) + re.findall(r"`(\w+\.\w+)`", text)
-        if key.split(".")[0] in RECIPE.sections and not key.endswith(".json")
+        if key.split(".")[0] in RECIPE.sections and not key.endswith(FILE_ENDINGS)
     }
     assert keys <= set(RECIPE.fields) | set(RECIPE.sections)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - OTHER_OPTIONS

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .onnx_runtime import import_onnxruntime
 from .pictures import Picture, Pixels, decode_smaller
 from .published_model import CONFIG, ONNX, AppConfig, PictureForm, PublishedFolderError, read_config
 
@@ -91,7 +92,7 @@ class ServedModel:
         Raises:
             PublishedFolderError: it is no published model, has no ONNX file, or a file is damaged.
         """
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
 
         config = read_config(folder)
         path = folder / ONNX
@@ -125,7 +126,7 @@ class ServedModel:
         return answers
 
     def _answer(self, pictures: Sequence[Picture], *, saliency: bool) -> list[Answer]:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
 
         form = self.config.form
         images = np.concatenate([views_of(normalise(prepare(picture, form), form)) for picture in pictures])

@@ -1,0 +1,95 @@
+"""``galaxydist publish``: give a trained model to others as one folder."""
+
+import argparse
+import os
+import re
+from typing import TYPE_CHECKING
+
+from galaxydist.cli.jobs import find_folder
+from galaxydist.cli.options import Commands, add_command, add_trust_code, local_path, non_negative_int
+from galaxydist.errors import UserError
+
+if TYPE_CHECKING:
+    from galaxydist.serving.publish import PublishReport
+
+EPILOG = """examples:
+  galaxydist publish runs/vit-0123abcd published/vit
+  galaxydist publish runs/vit-0123abcd published/vit --repo me/galaxy-vit --name "ViT-S on Galaxy10 DECaLS"
+  galaxydist publish runs/vit-0123abcd published/vit --overwrite --no-program
+
+The folder holds weights (safetensors), preprocessing and class names (config.json), ONNX, a torch.export archive, a model card
+and stored training galaxies. It is what the Hugging Face Hub takes; galaxydist.load_predictor opens it without the run.
+"""
+_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def add_publish(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "publish",
+        run_publish,
+        "write a trained model as a folder for others",
+        description="Write the model of a run as one folder for others: weights, preprocessing, ONNX, model card.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="run folder, or its name in ./runs")
+    parser.add_argument("out", type=local_path, metavar="DIR", help="folder to write")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="checkpoint (default: the recipe's)")
+    parser.add_argument("--name", metavar="TITLE", help="name of the model for people (default: recipe and data set)")
+    parser.add_argument("--no-onnx", action="store_true", help="leave out the ONNX file, which the app runs")
+    parser.add_argument("--no-program", action="store_true", help="leave out the archive of torch.export")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="repository on the Hugging Face Hub, for the commands in the card")
+    parser.add_argument("--overwrite", action="store_true", help="replace a published folder")
+    parser.add_argument(
+        "--reference",
+        type=non_negative_int,
+        metavar="N",
+        help="number of training galaxies whose embeddings are stored, 0 for none (default: %(default)s)",
+        default=1000,
+    )
+    parser.add_argument(
+        "--trained-on", metavar="FILE", help="manifest of the training data, if its shards have moved (a path or URL)"
+    )
+    add_trust_code(parser)
+
+
+def run_publish(arguments: argparse.Namespace) -> None:
+    """Write the folder, and print its files and the commands that use it."""
+    if arguments.repo is not None and not _REPO.fullmatch(arguments.repo):
+        raise UserError(f"--repo {arguments.repo}: a repository is written OWNER/NAME, with letters, digits, '-', '_' and '.'")
+    if arguments.name is not None and not (arguments.name.strip() and arguments.name.isprintable()):
+        raise UserError("--name: give a name of printable characters")
+
+    from galaxydist.prediction.trained_model import ModelChoice
+    from galaxydist.serving.publish import PublishOptions, publish
+
+    options = PublishOptions(
+        ModelChoice(arguments.checkpoint, None, arguments.trained_on, arguments.trust_code),
+        title=None if arguments.name is None else arguments.name.strip(),
+        onnx=not arguments.no_onnx,
+        program=not arguments.no_program,
+        repo=arguments.repo,
+        overwrite=arguments.overwrite,
+        reference=arguments.reference,
+    )
+    report = publish(find_folder(arguments.run_folder), arguments.out, os.environ, options)
+    print(render_report(report, arguments.repo))
+
+
+def render_report(report: "PublishReport", repo: str | None) -> str:
+    """Return what was written, with sizes, and the commands that load and upload it."""
+    width = max(map(len, report.sizes))
+    trust = ", trust_code=True" if report.needs_code else ""
+    lines = [f"published: {report.folder}"]
+    lines += [f"  {name:{width}}  {_readable(size):>9}" for name, size in report.sizes.items()]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += ["load it in Python:", f'  galaxydist.load_predictor("{report.folder}"{trust})']
+    if report.loads_in_timm:
+        lines.append(f'  timm.create_model("local-dir:{report.folder}", pretrained=True)')
+    lines += ["upload it to the Hugging Face Hub:", f"  hf upload {repo or 'OWNER/NAME'} {report.folder} ."]
+    return "\n".join(lines)
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"

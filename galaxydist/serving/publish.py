@@ -1,0 +1,396 @@
+"""Publication of a run: weights, preprocessing, ONNX, model card and reference galaxies in one folder for others.
+
+``serving/app/published_model.py`` describes the files. ``config.json`` is written last, with the SHA-256 of the others.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from galaxydist.atomic_files import to_json, write_bytes
+from galaxydist.errors import UserError
+from galaxydist.evaluation.evaluator import find_checkpoint
+from galaxydist.models.weights import describe_weights
+from galaxydist.prediction.image_form import ImageForm
+from galaxydist.prediction.published_folder import PART, PublishedRecord, file_hash, is_published, read_record
+from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model
+from galaxydist.recipe.fields import RECIPE
+from galaxydist.recipe.identity import flatten
+from galaxydist.recipe.model_names import parse_model_name
+from galaxydist.recipe.schema import Recipe
+from galaxydist.runs.folder import RunFolder
+from galaxydist.serving.app.published_model import (
+    CARD,
+    CONFIG,
+    EXAMPLES,
+    ONNX,
+    PROGRAM,
+    REFERENCE,
+    RESULTS,
+    THUMBNAILS,
+    WEIGHTS,
+    AppConfig,
+    PictureForm,
+)
+from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm
+from galaxydist.serving.whole_folder import check_target, whole_folder
+from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
+from galaxydist.surveys.licences import is_non_commercial, model_licence
+from galaxydist.tracking.run_info import nested, without_secrets
+from galaxydist.version import __version__
+
+logger = logging.getLogger(__name__)
+
+# All files and folders that a publication may write, and what the Hub's clients add to a copy.
+WRITTEN = (CONFIG, WEIGHTS, ONNX, PROGRAM, CARD, RESULTS, REFERENCE, THUMBNAILS, EXAMPLES, ".gitattributes", ".cache")
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LIBRARIES = ("torch", "timm", "safetensors")
+# Run settings on which the last bits of the logits depend.
+_KEPT_RUN_FIELDS = ("train.channels_last",)
+# Parts of the deviations below which the preparation divides by 0.001 (loading/augment.py).
+MIN_STD = 1e-3
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """Options of a publication.
+
+    Args:
+        choice: checkpoint, test-time augmentation, place of the training shards, trust in code.
+        title: name of the model for people; None: recipe and data set.
+        onnx: write the ONNX file, which the app runs.
+        program: write the archive of ``torch.export``.
+        repo: ``OWNER/NAME`` on the Hub, for the commands in the model card.
+        overwrite: replace a published folder.
+        reference: number of training galaxies whose embeddings are stored; 0: none.
+    """
+
+    choice: ModelChoice = field(default_factory=ModelChoice)
+    title: str | None = None
+    onnx: bool = True
+    program: bool = True
+    repo: str | None = None
+    overwrite: bool = False
+    reference: int = 1000
+
+    def content(self) -> dict[str, Any]:
+        """Return the options that change what is written, as plain values."""
+        plain = dataclasses.asdict(dataclasses.replace(self, overwrite=False))
+        return {**plain, "choice": {name: str(value) for name, value in plain["choice"].items()}}
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """Result of a publication.
+
+    Args:
+        folder: the published folder.
+        sizes: bytes by file, folders summed.
+        notes: sentences for the user: what is missing and why.
+        loads_in_timm: ``timm.create_model("local-dir:DIR")`` loads it.
+        needs_code: loading it runs a function of the user's own.
+        is_new: it was written now.
+    """
+
+    folder: Path
+    sizes: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    loads_in_timm: bool = False
+    needs_code: bool = False
+    is_new: bool = True
+
+
+def publish(run: Path, out: Path, environ: Mapping[str, str], options: PublishOptions | None = None) -> PublishReport:
+    """Write the published folder of a run; it appears only when it is whole.
+
+    Args:
+        run: the run folder.
+        out: the folder to write.
+        environ: the process's environment.
+        options: parts, title and checkpoint.
+
+    Raises:
+        UserError: there is no run or no checkpoint; the folder exists; packages for ONNX are missing; the model cannot be
+            exported; a full disk.
+    """
+    options = options or PublishOptions()
+    check_target(out, overwrite=options.overwrite, is_ours=is_published, names=WRITTEN)
+    check_packages(options)
+    made_from = hash_inputs(run, options)
+    trained = open_trained_model(run, environ, options.choice)
+    trained.model.eval()
+    with whole_folder(out) as folder:
+        written = Publication(run, trained, options, folder, environ)
+        written.write(made_from)
+    needs_code = parse_model_name(trained.recipe.model.name).kind == "function"
+    return PublishReport(out, sizes_of(out), tuple(written.notes), written.loads_in_timm, needs_code)
+
+
+def publish_once(run: Path, out: Path, environ: Mapping[str, str], options: PublishOptions | None = None) -> PublishReport:
+    """Publish a run unless the folder has been made of the same checkpoint, evaluation, options and version already.
+
+    Args:
+        run, out, environ, options: as in ``publish``; a folder that is not up to date is replaced.
+
+    Raises:
+        UserError: as in ``publish``.
+    """
+    options = options or PublishOptions()
+    if is_published(out):
+        try:
+            record = read_record(out)
+        except UserError:
+            record = None  # a damaged folder, or one of another version, is replaced
+        if record is not None and record.made_from == hash_inputs(run, options):
+            return PublishReport(out, sizes_of(out), is_new=False)
+    return publish(run, out, environ, dataclasses.replace(options, overwrite=True))
+
+
+def hash_inputs(run: Path, options: PublishOptions) -> str:
+    """Return a hash of what a publication is made from: checkpoint, evaluations, options and versions.
+
+    Raises:
+        UserError: there is no run or no checkpoint.
+    """
+    folder = RunFolder(run)
+    recipe = folder.read_recipe().recipe
+    checkpoint = find_checkpoint(folder, options.choice.checkpoint or str(recipe.get("eval.checkpoint", "best")))
+    files = sorted([*folder.evaluation_dir.glob("*.json"), *folder.evaluation_dir.glob("*.parquet"), folder.result_path])
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    versions = {"galaxydist": __version__, **{name: version(name) for name in LIBRARIES}}
+    parts = [checkpoint.name, state, options.content(), versions, dict(recipe)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_packages(options: PublishOptions) -> None:
+    """Refuse to write ONNX without the packages for it.
+
+    Raises:
+        UserError: packages are missing; the text has the command that installs them.
+    """
+    missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    if options.onnx and missing:
+        raise UserError(
+            f"the ONNX file needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'galaxydist[export]', or publish without it: --no-onnx"
+        )
+
+
+class Publication:
+    """Writes the files of one published folder.
+
+    Args:
+        run: the run folder.
+        trained: its model, in evaluation mode.
+        options: parts and title.
+        folder: an empty folder.
+    """
+
+    def __init__(
+        self, run: Path, trained: TrainedModel, options: PublishOptions, folder: Path, environ: Mapping[str, str]
+    ) -> None:
+        self.run, self.trained, self.options, self.folder, self.environ = run, trained, options, folder, environ
+        self.notes = list(trained.notes)
+        self.loads_in_timm = False
+        self._app = describe_app(trained, options.title)
+
+    def write(self, made_from: str) -> None:
+        """Write all files, ``config.json`` last."""
+        self._write_weights()
+        self._export()
+        results = self._collect_results()
+        keys = self._timm_keys()
+        record = self._record(made_from)
+        if results:
+            write_bytes(self.folder / RESULTS, to_json(results).encode())
+        record = dataclasses.replace(record, files=hash_files(self.folder))
+        config = {**keys, PART: record.to_dict(), "app": self._app.to_dict()}
+        card = _find("model_card")
+        if card is not None:
+            write_bytes(self.folder / CARD, card.model_card(config, results).encode())
+        write_bytes(self.folder / CONFIG, to_json(config).encode())
+
+    def _write_weights(self) -> None:
+        trained = self.trained
+        # Copies, because a file cannot hold one memory under two names.
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in trained.model.state_dict().items()}
+        metadata = describe_weights(trained.trained_on.statistics, trained.recipe.model, trained.recipe.data)
+        save_file(tensors, self.folder / WEIGHTS, metadata)
+
+    def _export(self) -> None:
+        export = _find("export")
+        if export is None:
+            return
+        if self.options.onnx:
+            found = export.export_onnx(self.trained, self.folder / ONNX, describe_onnx(self._app))
+            self._app = dataclasses.replace(self._app, saliency=found.saliency)
+            logger.info("ONNX: logits within %.1e of PyTorch's", found.max_difference)
+        if self.options.program:
+            difference = export.export_program(self.trained, self.folder / PROGRAM)
+            logger.info("torch.export: logits within %.1e of PyTorch's", difference)
+
+    def _collect_results(self) -> dict[str, Any]:
+        card, reference = _find("model_card"), _find("reference_galaxies")
+        results = {} if card is None else dict(card.collect_results(RunFolder(self.run), self.trained))
+        if reference is not None and self.options.reference:
+            try:
+                results |= reference.write_reference(
+                    self.trained,
+                    self.folder,
+                    self.environ,
+                    count=self.options.reference,
+                    manifest=self.options.choice.trained_on,
+                )
+            except UserError as error:
+                self.notes.append(f"no training galaxies are stored, so that neither similar nor unlike ones are found: {error}")
+        return results
+
+    def _timm_keys(self) -> dict[str, Any]:
+        keys = build_timm_keys(self.trained, self._app.form, licence_of(self.trained))
+        if keys is None:
+            return {}
+        reason = compare_with_timm(self.trained, keys, self.folder / WEIGHTS)
+        if reason is not None:
+            self.notes.append(f"timm does not load the folder: {reason}")
+            return {}
+        self.loads_in_timm = True
+        return keys
+
+    def _record(self, made_from: str) -> PublishedRecord:
+        trained = self.trained
+        return PublishedRecord(
+            version=__version__,
+            run=trained.path.absolute().name,
+            recipe=plain_recipe(trained.recipe, trained.stored.dataset),
+            seed=trained.recipe.seed,
+            data=dataclasses.replace(trained.trained_on, stored=trained.stored).to_dict(),
+            model=_without_paths(trained.started_from.to_dict()),
+            checkpoint=trained.checkpoint,
+            step=trained.step,
+            temperature=trained.temperature,
+            libraries={name: version(name) for name in LIBRARIES},
+            repo=self.options.repo,
+            made_from=made_from,
+        )
+
+
+def _find(name: str) -> Any:
+    """Return a module of this package; None if there is none."""
+    full = f"galaxydist.serving.{name}"
+    return importlib.import_module(full) if importlib.util.find_spec(full) is not None else None
+
+
+def describe_app(trained: TrainedModel, title: str | None) -> AppConfig:
+    """Return the part ``app`` of ``config.json``, without the method of the saliency maps."""
+    recipe, stored = trained.recipe, trained.stored
+    form = ImageForm.of(stored, recipe.data)
+    origin = stored.origin or DataOrigin()
+    red, green, blue = (max(std, MIN_STD) for std in trained.trained_on.channel_std)
+    return AppConfig(
+        title=title or f"{recipe.name} on {stored.dataset}",
+        classes=tuple(name.replace("_", " ") for name in trained.class_names),
+        form=PictureForm(
+            image_size=recipe.data.image_size,
+            stored_size=stored.image_size,
+            factor=form.factor,
+            crop=recipe.data.crop,
+            mean=trained.trained_on.channel_mean,
+            std=(red, green, blue),
+            source_sides=stored.source_sides,
+            pixel_scale=stored.pxscale,
+        ),
+        temperature=trained.temperature,
+        tta=recipe.eval.tta,
+        dataset=stored.dataset,
+        licence=origin.licence,
+        citation=origin.citation,
+        is_non_commercial=is_non_commercial(licence_of(trained)),
+        layer=legacy_layer(stored.dataset),
+    )
+
+
+def licence_of(trained: TrainedModel) -> str | None:
+    """Return the strictest of the licences of a model's training data and of the weights that it started from."""
+    data = None if trained.stored.origin is None else trained.stored.origin.licence
+    record = trained.started_from
+    return model_licence([data, *([record.licence] if record.source is not None else [])])
+
+
+def describe_onnx(app: AppConfig) -> dict[str, str]:
+    """Return the metadata of the ONNX file: all that a program needs to prepare a picture and to name a class."""
+    form = app.form
+    values = {
+        "title": app.title,
+        "classes": list(app.classes),
+        "mean": list(form.mean),
+        "std": list(form.std),
+        "image_size": form.image_size,
+        "stored_size": form.stored_size,
+        "factor": form.factor,
+        "crop": form.crop,
+        "pixel_scale": None if form.pixel_scale is None else list(form.pixel_scale),
+        "temperature": app.temperature,
+        "licence": app.licence,
+        "galaxydist": __version__,
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items() if value is not None}
+
+
+def plain_recipe(recipe: Recipe, dataset: str) -> dict[str, Any]:
+    """Return the recipe as nested plain values that ``from_dict`` reads, without secrets and without paths of this machine.
+
+    Settings that change the execution of a run only, and not its numbers, are left out.
+
+    Args:
+        recipe: of the run.
+        dataset: name of the data set in the shards, which counts if the recipe names shards by their place.
+    """
+    values = {
+        key: value for key, value in flatten(recipe).items() if RECIPE.fields[key].kind == "result" or key in _KEPT_RUN_FIELDS
+    }
+    if values.get("model.weights"):
+        values["model.weights"] = Path(values["model.weights"]).name
+    if values["data.manifest"] is not None:
+        values["data.dataset"] = dataset
+        values["data.manifest"] = values["data.manifest"] if "://" in values["data.manifest"] else None
+    values["model.name"] = _without_path(values["model.name"])
+    return nested(values)
+
+
+def _without_path(name: str) -> str:
+    """Return a model's name or source; of a local folder, the last part only."""
+    try:
+        reference = parse_model_name(name)
+    except ValueError:
+        return name
+    return f"local-dir:{Path(reference.name).name}" if reference.kind == "local-dir" else name
+
+
+def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    source = record.get("source")
+    return {**without_secrets(record), "source": None if source is None else _without_path(str(source))}
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of all files of a folder but its model card, by their paths."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {name: file_hash(path) for path in files if (name := path.relative_to(folder).as_posix()) not in (CARD, CONFIG)}
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file of a folder, and of each of its folders."""
+    found: dict[str, int] = {}
+    for path in sorted(folder.iterdir()):
+        files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+        found[path.name] = sum(file.stat().st_size for file in files)
+    return found

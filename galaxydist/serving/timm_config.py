@@ -1,0 +1,101 @@
+"""timm's keys of a published ``config.json``: with them ``timm.create_model("local-dir:DIR")`` loads the model.
+
+timm's own preparation of a picture (``timm.data.create_transform``) then uses the run's mean, deviation, crop and size. The keys
+are written only if the model that timm builds from them gives the same logits.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galaxydist.atomic_files import to_json
+from galaxydist.counter_rng import uniform
+from galaxydist.errors import first_line
+from galaxydist.models.build import evaluation_mode, timm_arguments
+from galaxydist.prediction.trained_model import TrainedModel
+from galaxydist.serving.app.published_model import CONFIG, WEIGHTS, PictureForm
+
+# timm's facts about an architecture that hold for other weights of it, too.
+_KEPT = ("first_conv", "classifier", "min_input_size")
+# Largest difference of the logits, relative to their largest value.
+TOLERANCE = 1e-5
+
+
+def build_timm_keys(trained: TrainedModel, form: PictureForm, licence: str | None) -> dict[str, Any] | None:
+    """Return the keys at the top of ``config.json``; None for a model that timm cannot build.
+
+    Args:
+        trained: the model.
+        form: preparation of a picture.
+        licence: of the weights; None: unknown.
+    """
+    recipe = trained.recipe
+    found = timm_arguments(recipe.model, trained.started_from, recipe.data.image_size)
+    if found is None:
+        return None
+    architecture, arguments = found
+    model: Any = trained.model
+    published = getattr(model, "pretrained_cfg", None) or {}
+    pretrained_cfg = {
+        **{name: published[name] for name in _KEPT if published.get(name) is not None},
+        "input_size": [3, form.image_size, form.image_size],
+        "fixed_input_size": _has_fixed_size(published, arguments),
+        "interpolation": "bilinear",
+        "crop_pct": form.crop,
+        "crop_mode": "center",
+        "mean": list(form.mean),
+        "std": list(form.std),
+        "num_classes": len(trained.class_names),
+        "pool_size": None,
+        **({"license": licence} if licence else {}),
+    }
+    return {
+        "architecture": architecture,
+        "num_classes": len(trained.class_names),
+        "num_features": getattr(model, "num_features", None),
+        "label_names": list(trained.class_names),
+        **({"model_args": dict(arguments)} if arguments else {}),
+        "pretrained_cfg": pretrained_cfg,
+    }
+
+
+def _has_fixed_size(published: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    is_flexible = arguments.get("dynamic_img_size") or arguments.get("strict_img_size") is False
+    return bool(published.get("fixed_input_size", "img_size" in arguments)) and not is_flexible
+
+
+def compare_with_timm(trained: TrainedModel, keys: Mapping[str, Any], weights: Path) -> str | None:
+    """Build the model with timm alone, from these keys and the published weights, and compare its logits of two images.
+
+    Returns:
+        None if they are equal, otherwise the reason why timm cannot be used.
+    """
+    import timm
+
+    with tempfile.TemporaryDirectory(prefix="galaxydist-timm-") as name:
+        folder = Path(name)
+        (folder / CONFIG).write_text(to_json(dict(keys)), encoding="utf-8")
+        (folder / WEIGHTS).symlink_to(weights.absolute())
+        try:
+            built: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except Exception as error:  # of any model of timm
+            return f"timm cannot build it ({type(error).__name__}: {first_line(error)})"
+    size = trained.recipe.data.image_size
+    draws = uniform(0, torch.arange(2 * 3 * size * size).numpy())
+    images_BCHW = torch.from_numpy(draws).float().reshape(2, 3, size, size)
+    ours_BK, theirs_BK = _logits(trained.model, images_BCHW), _logits(built, images_BCHW)
+    if ours_BK.shape != theirs_BK.shape:
+        return f"timm's model returns {tuple(theirs_BK.shape)}, ours {tuple(ours_BK.shape)}"
+    difference = float((ours_BK - theirs_BK).abs().max() / ours_BK.abs().max().clamp(min=1.0))
+    return None if difference <= TOLERANCE else f"the logits of timm's model differ by {difference:.3g} of the largest"
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    with evaluation_mode(model):
+        logits_BK: Tensor = model(images_BCHW)
+    return logits_BK
