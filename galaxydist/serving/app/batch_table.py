@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .model import PICTURES_AT_ONCE, VIEWS, ServedModel
 from .pictures import MAX_BYTES, Picture, PictureError, read_picture, safe_name
+from .reference_set import Reference
 
 # Column names of the table before and after those of the classes.
 FIRST_COLUMNS, PROBABILITY, LAST_COLUMNS = ("name", "predicted", "confidence"), "p_", ("agreement", "unlike", "problem")
@@ -116,7 +117,7 @@ def label_many(
     model: ServedModel,
     uploads: Sequence[tuple[str, BinaryIO]],
     *,
-    is_unlike: Callable[[NDArray[np.float32]], bool | None] = lambda _embedding: None,
+    reference: Reference | None = None,
     limits: BatchLimits | None = None,
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
 ) -> BatchTable:
@@ -125,7 +126,7 @@ def label_many(
     Args:
         model: that answers.
         uploads: names and contents of files; names are only shown.
-        is_unlike: returns True for the embedding of a picture that is unlike the training galaxies; None: not known.
+        reference: training galaxies of the model, for pictures that are unlike them; None: not known.
         limits: of the table; None: the default ones.
         progress: called after each batch with the numbers of rows so far and of all (None: unknown); may raise to stop.
 
@@ -152,9 +153,9 @@ def label_many(
         except PictureError as error:
             rows[-1] = BatchRow(safe_name(name), problem=str(error))
         if len(waiting) >= PICTURES_AT_ONCE:
-            _answer(model, waiting, rows, is_unlike)
+            _answer(model, waiting, rows, reference)
             progress(len(rows), total)
-    _answer(model, waiting, rows, is_unlike)
+    _answer(model, waiting, rows, reference)
     progress(len(rows), total)
     if not rows:
         raise PictureError("There is no picture in it: choose several pictures, or one zip archive of pictures.")
@@ -163,22 +164,18 @@ def label_many(
     return BatchTable(model.config.classes, rows, notes)
 
 
-def _answer(
-    model: ServedModel,
-    waiting: list[tuple[int, Picture]],
-    rows: list[BatchRow],
-    is_unlike: Callable[[NDArray[np.float32]], bool | None],
-) -> None:
+def _answer(model: ServedModel, waiting: list[tuple[int, Picture]], rows: list[BatchRow], reference: Reference | None) -> None:
     """Fill the rows of the pictures that wait, which then wait no more."""
     answers = model.predict([picture for _, picture in waiting], saliency=False)
     for (number, picture), answer in zip(waiting, answers, strict=True):
+        novelty = None if reference is None else reference.novelty(answer.seen)
         rows[number] = BatchRow(
             picture.name,
             answer.class_name,
             answer.confidence,
             answer.probabilities,
             answer.agreement,
-            is_unlike(answer.embedding),
+            None if novelty is None else novelty.is_unlike,
         )
     waiting.clear()
 
@@ -258,4 +255,5 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _no_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    line = re.sub(r"[\x00-\x1f]+", " ", text)
+    return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line
