@@ -133,7 +133,7 @@ def check_space(space: Path, published_run: PublishedRun, python: Path, folder: 
 
 @contextmanager
 def running(python: Path, space: Path, temporary: Path) -> Iterator[str]:
-    """Run a Space with the variables of the Hub, but on loopback; yields its address. At the end it gets SIGTERM, and must end well."""
+    """Run a Space as the Hub does, but on loopback; yields its address. At the end it gets SIGTERM, and must end well."""
     hub = {"SPACE_ID": "me/galaxies", "SYSTEM": "spaces", "GRADIO_SERVER_NAME": "127.0.0.1"}
     command, environ = [str(python), "app.py"], plain_environment(temporary) | hub
     process = subprocess.Popen(command, cwd=space, env=environ, stderr=subprocess.PIPE, text=True)
