@@ -73,6 +73,7 @@ class PublishOptions:
         repo: ``OWNER/NAME`` on the Hub, for the commands in the model card.
         overwrite: replace a published folder.
         reference: number of training galaxies whose embeddings are stored; 0: none.
+        quick_reference: store fewer of them and measure nothing with them, for the app's first start.
     """
 
     choice: ModelChoice = field(default_factory=ModelChoice)
@@ -82,6 +83,7 @@ class PublishOptions:
     repo: str | None = None
     overwrite: bool = False
     reference: int = 1000
+    quick_reference: bool = False
 
     def content(self) -> dict[str, Any]:
         """Return the options that change what is written, as plain values."""
@@ -250,6 +252,7 @@ class Publication:
                     self.environ,
                     count=self.options.reference,
                     manifest=self.options.choice.trained_on,
+                    quick=self.options.quick_reference,
                 )
             except UserError as error:
                 self.notes.append(f"no training galaxies are stored, so that neither similar nor unlike ones are found: {error}")

@@ -19,6 +19,7 @@ from PIL import Image
 from .onnx_runtime import import_onnxruntime
 from .pictures import Picture, Pixels, decode_smaller
 from .published_model import CONFIG, ONNX, AppConfig, PictureForm, PublishedFolderError, read_config
+from .reference_set import picture_statistics
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -43,6 +44,7 @@ class Answer:
         confidence: its probability.
         views: 8 x K float32, the probabilities of each flip and quarter turn alone; the first is the picture as it is.
         embedding: D float32, the features behind the last layer but one.
+        statistics: S float32, of the pixels that the network sees: they tell pictures that are unlike the training galaxies.
         saliency: H x W float32 of the picture, 0 to 1: the parts that spoke for the class (Grad-CAM: 0 is no evidence) or were
             most attended (rollout); 0 outside of what the network sees. None: not asked for, or the model has no such method.
         notes: sentences about the picture and its preparation.
@@ -54,6 +56,7 @@ class Answer:
     confidence: float
     views: Floats
     embedding: Floats
+    statistics: Floats
     saliency: Floats | None = None
     notes: tuple[str, ...] = ()
 
@@ -129,7 +132,9 @@ class ServedModel:
         onnxruntime = import_onnxruntime()
 
         form = self.config.form
-        images = np.concatenate([views_of(normalise(prepare(picture, form), form)) for picture in pictures])
+        seen = np.stack([prepare(picture, form) for picture in pictures])
+        images = np.concatenate([views_of(normalise(pixels, form)) for pixels in seen])
+        statistics = picture_statistics(seen)
         shows = saliency and self.config.saliency is not None
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = 3
@@ -139,10 +144,10 @@ class ServedModel:
         for number, picture in enumerate(pictures):
             mine = slice(number * VIEWS, (number + 1) * VIEWS)
             raw = maps[0][mine][0] if shows else None
-            answers.append(self._one(picture, logits[mine], embedding[mine][0], raw))
+            answers.append(self._one(picture, logits[mine], (embedding[mine][0], statistics[number]), raw))
         return answers
 
-    def _one(self, picture: Picture, logits_VK: Floats, embedding: Floats, raw_Mhw: Floats | None) -> Answer:
+    def _one(self, picture: Picture, logits_VK: Floats, features: tuple[Floats, Floats], raw_Mhw: Floats | None) -> Answer:
         config = self.config
         temperature = config.temperature or 1.0
         doubles_VK = np.asarray(logits_VK, np.float64)
@@ -162,7 +167,8 @@ class ServedModel:
             class_name=config.classes[label],
             confidence=float(probabilities[label]),
             views=np.exp(_log_softmax(doubles_VK / temperature)).astype(np.float32),
-            embedding=np.asarray(embedding, np.float32),
+            embedding=np.asarray(features[0], np.float32),
+            statistics=features[1],
             saliency=shown,
             notes=(*picture.notes, *form_notes(picture, config.form)),
         )
