@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from galaxydist.atomic_files import to_json, write_bytes
 from galaxydist.errors import UserError
@@ -225,7 +225,7 @@ class Publication:
         # Copies, because a file cannot hold one memory under two names.
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in trained.model.state_dict().items()}
         metadata = describe_weights(trained.trained_on.statistics, trained.recipe.model, trained.recipe.data)
-        save_file(tensors, self.folder / WEIGHTS, metadata)
+        write_bytes(self.folder / WEIGHTS, save(tensors, metadata))
 
     def _export(self) -> None:
         export = _find("export")
