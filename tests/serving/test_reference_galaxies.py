@@ -77,11 +77,11 @@ def test_pictures_that_are_no_galaxies_are_found_and_test_galaxies_are_not(
     reference, reader = Reference.open(folder), GalaxyReader(trained, read_shards(trained))
     assert reference is not None
     (cat,) = reader.prepare([np.asarray(Image.open(find_photographs()["chelsea"]).convert("RGB"))])
-    found = reference.novelty(picture_statistics(cat[None])[0])
+    found = reference.novelty(cat)
     assert found is not None and found.is_unlike and found.share == 0 and found.num_validation == 70
     assert found.threshold == pytest.approx(unlike["threshold"])
-    with pytest.raises(ValueError, match="statistics"):
-        reference.novelty(picture_statistics(np.zeros((1, 256, 256, 3), np.uint8))[0])
+    with pytest.raises(ValueError, match="size"):
+        reference.novelty(np.zeros((256, 256, 3), np.uint8))
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_data_of_unknown_licence_give_no_images_and_few_validation_galaxies_no_t
     reference = Reference.open(tmp_path)
     assert reference is not None and np.bincount(reference.labels).tolist() == [10, 10, 10]
     embedding = np.ones(reference.num_features)
-    assert reference.novelty(np.zeros(90)) is None and reference.nearest(embedding)[0].thumbnail is None
+    assert reference.novelty(np.zeros((32, 32, 3), np.uint8)) is None and reference.nearest(embedding)[0].thumbnail is None
     assert reference.nearest(np.full(reference.num_features, np.nan)) == []
     with pytest.raises(ValueError, match="values"):
         reference.nearest(embedding[1:])

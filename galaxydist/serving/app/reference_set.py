@@ -243,22 +243,20 @@ class Reference:
             Neighbour(str(self.ids[row]), int(self.labels[row]), float(similarity_N[row]), self.thumbnail(row)) for row in order
         ]
 
-    def novelty(self, statistics_S: ArrayLike) -> Novelty | None:
+    def novelty(self, picture: Pixels) -> Novelty | None:
         """Return the distance of a picture from the training galaxies; None if it was not published.
 
         Args:
-            statistics_S: of the picture (:func:`picture_statistics`).
+            picture: T x T x 3 uint8, as the network sees it before the normalisation.
 
         Raises:
-            ValueError: statistics of another length, of a picture that is not of the network's size.
+            ValueError: a picture of another size.
         """
         if self._gaussian is None:
             return None
-        statistics_1S = np.asarray(statistics_S, np.float32)[None]
-        if statistics_1S.shape != (1, len(self._gaussian.mean)):
-            raise ValueError(
-                f"{statistics_1S[0].shape} statistics of a picture, and the stored ones are {len(self._gaussian.mean)}"
-            )
+        statistics_1S = picture_statistics(picture[None])
+        if statistics_1S.shape[1] != len(self._gaussian.mean):
+            raise ValueError(f"a picture of the shape {picture.shape} is not of the network's size")
         distance = float(self._gaussian.distances(statistics_1S)[0])
         count = len(self._distances)
         share = (count - int(np.searchsorted(self._distances, distance, side="left"))) / count
