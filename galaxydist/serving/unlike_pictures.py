@@ -111,7 +111,7 @@ def _plot(draws: Draws, is_dark: bool) -> Pixels:
     for item in (axes.title, axes.xaxis.label, axes.yaxis.label):
         item.set_color(ink)
     axes.tick_params(colors=ink)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3].copy()
 

@@ -1,9 +1,10 @@
-"""Training galaxies stored with a published model: the most similar ones to a picture, and whether it is like them at all.
+"""Training galaxies stored with a published model: the most similar ones to a picture, and pictures that are unlike all.
 
-A picture is called unlike the training galaxies if its embedding is farther from them than those of nearly all validation
-galaxies. The distance is Mahalanobis's (Lee et al. 2018, arXiv:1807.03888, equation 2, with one Gaussian for all classes). The
-covariance is that of probabilistic principal components (Tipping & Bishop 1999, J. R. Stat. Soc. B 61, 611, equations 7 and 8):
-the largest ones, and the mean variance of the others in all other directions.
+Similar galaxies are those whose embeddings point into the same direction. An embedding does not say whether a picture is like
+them at all: a fine-tuned network can give a drawing the embedding of a galaxy (measured in docs/sharing.md). So statistics of the
+pixels decide, after the marginal statistics of Portilla & Simoncelli (2000, Int. J. Comput. Vis. 40, 49): a picture is called
+unlike the training galaxies if its Mahalanobis distance from them is larger than that of nearly all validation galaxies (Lee et
+al. 2018, arXiv:1807.03888, equation 2, with one Gaussian for all classes).
 """
 
 import io
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,32 +38,66 @@ _PER_SHEET = SHEET_SIDE**2
 _KEPT_SHEETS = 8
 # Arrays of ``reference.npz``: number of dimensions and kind of the values.
 _ARRAYS = {"embeddings": (2, "f"), "labels": (1, "i"), "ids": (1, "U")}
-_GAUSSIAN = {"mean": (1, "f"), "components": (2, "f"), "variances": (1, "f"), "rest": (0, "f"), "distances": (1, "f")}
+_GAUSSIAN = {"mean": (1, "f"), "whitening": (2, "f"), "distances": (1, "f"), "threshold": (0, "f")}
+# Radii that divide a picture into rings, in half-sides; the last one lies beyond the corners.
+_RINGS = (0.0, 0.15, 0.35, 0.6, 0.85, 1.5)
+# Added to spreads (full scale 1) before their logarithms: less than one grey level of 255.
+_SMALLEST_SPREAD = 0.003
+# Width in pixels below which a picture is not halved further.
+_SMALLEST_WIDTH = 8
+
+
+def picture_statistics(images_BHWC: Pixels) -> Floats:
+    """Return statistics of pictures that do not change if these are turned or flipped: B x S float32.
+
+    They are the mean and the spread of each channel in rings around the centre, and, at the full size and at each half of it, the
+    spread of the channels and of their differences (R - G and G - B), and the mean size of the steps between neighbouring pixels
+    in them. Of spreads and steps it is the logarithm.
+
+    Args:
+        images_BHWC: uint8, square, as the network sees them before the normalisation.
+    """
+    images_BCHW = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    size = images_BCHW.shape[2]
+    offsets = np.arange(size) - (size - 1) / 2
+    radius_HW = np.hypot(offsets[:, None], offsets) / (size / 2)
+    found = []
+    for inner, outer in pairwise(_RINGS):
+        ring = images_BCHW[:, :, (radius_HW >= inner) & (radius_HW < outer)]
+        found += [ring.mean(axis=2), _logarithm(ring.std(axis=2))]
+    planes = np.concatenate([images_BCHW, images_BCHW[:, :2] - images_BCHW[:, 1:]], axis=1)
+    while True:
+        across, down = np.diff(planes, axis=3), np.diff(planes, axis=2)
+        found.append(_logarithm(planes.std(axis=(2, 3))))
+        found.append(_logarithm(np.sqrt(((across**2).mean(axis=(2, 3)) + (down**2).mean(axis=(2, 3))) / 2)))
+        found.append(_logarithm((np.abs(across).mean(axis=(2, 3)) + np.abs(down).mean(axis=(2, 3))) / 2))
+        half = planes.shape[2] // 2
+        if half < _SMALLEST_WIDTH:
+            return np.concatenate(found, axis=1)
+        blocks = planes[:, :, : 2 * half, : 2 * half].reshape(len(planes), -1, half, 2, half, 2)
+        planes = blocks.mean(axis=(3, 5))
+
+
+def _logarithm(spreads: Floats) -> Floats:
+    return np.asarray(np.log(spreads + np.float32(_SMALLEST_SPREAD)), np.float32)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal distribution of embeddings: principal components, and one variance in all other directions.
+    """Normal distribution of the statistics of the training galaxies.
 
     Args:
-        mean: D float32.
-        components: P x D float32, orthonormal.
-        variances: P float32, of the components.
-        rest: variance in each other direction.
+        mean: S float32.
+        whitening: S x S float32: whitening @ (statistics - mean) has unit covariance.
     """
 
     mean: Floats
-    components: Floats
-    variances: Floats
-    rest: float
+    whitening: Floats
 
-    def distances(self, embeddings_BD: ArrayLike) -> NDArray[np.float64]:
-        """Return B Mahalanobis distances over the square root of D: about 1 for a typical training galaxy; nan becomes inf."""
-        centred_BD = np.asarray(embeddings_BD, np.float64) - self.mean
-        along_BP = centred_BD @ self.components.T.astype(np.float64)
-        across_B = np.maximum((centred_BD**2).sum(axis=1) - (along_BP**2).sum(axis=1), 0)
-        squares_B = (along_BP**2 / self.variances).sum(axis=1) + across_B / self.rest
-        return np.asarray(np.nan_to_num(np.sqrt(squares_B / len(self.mean)), nan=np.inf), np.float64)
+    def distances(self, statistics_BS: ArrayLike) -> NDArray[np.float64]:
+        """Return B Mahalanobis distances over the square root of S: about 1 for a typical training galaxy."""
+        white_BS = (np.asarray(statistics_BS, np.float64) - self.mean) @ self.whitening.T.astype(np.float64)
+        return np.asarray(np.sqrt((white_BS**2).mean(axis=1)), np.float64)
 
 
 @dataclass(frozen=True)
@@ -157,8 +193,7 @@ class Reference:
         self._directions_ND = unit_vectors(embeddings_ND - self._centre)
         self._gaussian: Gaussian | None = None
         if "mean" in arrays:
-            mean, components, variances, rest = (arrays[name] for name in ("mean", "components", "variances", "rest"))
-            self._gaussian = Gaussian(mean, components, variances, float(rest))
+            self._gaussian = Gaussian(arrays["mean"], arrays["whitening"])
             self._distances, self._threshold = arrays["distances"], float(arrays["threshold"])
         self._sheet = lru_cache(maxsize=_KEPT_SHEETS)(self._read_sheet)
 
@@ -173,10 +208,11 @@ class Reference:
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Without a file object numpy would leave the file open where it is no archive.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             _check(arrays)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise PublishedFolderError(f"{path} is damaged ({error}): publish the run again") from error
         return cls(folder, arrays)
 
@@ -186,7 +222,7 @@ class Reference:
     @property
     def num_features(self) -> int:
         """D, length of an embedding."""
-        return self._directions_ND.shape[1]
+        return int(self._directions_ND.shape[1])
 
     def nearest(self, embedding_D: ArrayLike, k: int = 6) -> list[Neighbour]:
         """Return the k most similar training galaxies, the most similar first.
@@ -207,15 +243,21 @@ class Reference:
             Neighbour(str(self.ids[row]), int(self.labels[row]), float(similarity_N[row]), self.thumbnail(row)) for row in order
         ]
 
-    def novelty(self, embedding_D: ArrayLike) -> Novelty | None:
+    def novelty(self, picture: Pixels) -> Novelty | None:
         """Return the distance of a picture from the training galaxies; None if it was not published.
 
+        Args:
+            picture: T x T x 3 uint8, as the network sees it before the normalisation.
+
         Raises:
-            ValueError: an embedding of another length.
+            ValueError: a picture of another size.
         """
         if self._gaussian is None:
             return None
-        distance = float(self._gaussian.distances(self._vector(embedding_D)[None])[0])
+        statistics_1S = picture_statistics(picture[None])
+        if statistics_1S.shape[1] != len(self._gaussian.mean):
+            raise ValueError(f"a picture of the shape {picture.shape} is not of the network's size")
+        distance = float(self._gaussian.distances(statistics_1S)[0])
         count = len(self._distances)
         share = (count - int(np.searchsorted(self._distances, distance, side="left"))) / count
         return Novelty(distance, self._threshold, share, count)
@@ -265,18 +307,16 @@ def _check(arrays: Mapping[str, NDArray[Any]]) -> None:
     """
     if int(arrays["format"]) != REFERENCE_FORMAT:
         raise ValueError(f"its format is {int(arrays['format'])}, and this version reads {REFERENCE_FORMAT}")
-    expected = _ARRAYS | (_GAUSSIAN | {"threshold": (0, "f")} if "mean" in arrays else {})
+    expected = _ARRAYS | (_GAUSSIAN if "mean" in arrays else {})
     for name, (ndim, kind) in expected.items():
         if arrays[name].ndim != ndim or arrays[name].dtype.kind != kind:
             raise ValueError(f"{name} has {arrays[name].ndim} dimensions of {arrays[name].dtype}")
         if kind == "f" and not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} is not finite")
-    num, length = arrays["embeddings"].shape
+    num = len(arrays["embeddings"])
     if not num == len(arrays["labels"]) == len(arrays["ids"]) or num == 0:
         raise ValueError(f"it has {num} embeddings, {len(arrays['labels'])} labels and {len(arrays['ids'])} ids")
     if "mean" in arrays:
-        shape = (len(arrays["variances"]), length)
-        if arrays["mean"].shape != (length,) or arrays["components"].shape != shape or len(arrays["distances"]) == 0:
-            raise ValueError("the distribution of its embeddings has another length than they")
-        if min(float(arrays["rest"]), *arrays["variances"].tolist(), 1.0) <= 0:
-            raise ValueError("a variance is not positive")
+        length = len(arrays["mean"])
+        if arrays["whitening"].shape != (length, length) or len(arrays["distances"]) == 0:
+            raise ValueError(f"mean has {length} values, and whitening the shape {arrays['whitening'].shape}")
