@@ -258,4 +258,5 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def _no_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    line = re.sub(r"[\x00-\x1f]+", " ", text)
+    return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line

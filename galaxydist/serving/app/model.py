@@ -345,10 +345,16 @@ def _check_session(path: Path, config: AppConfig, session: Any) -> None:
     size, num_classes = config.form.image_size, len(config.classes)
     inputs = {one.name: one.shape[1:] for one in session.get_inputs()}
     outputs = {one.name: one.shape[1:] for one in session.get_outputs()}
-    if inputs != {"images": [3, size, size]} or outputs.get("logits") != [num_classes] or "embedding" not in outputs:
+    is_free = not any(isinstance(one.shape[0], int) for one in session.get_inputs())
+    if (
+        not is_free
+        or inputs != {"images": [3, size, size]}
+        or outputs.get("logits") != [num_classes]
+        or "embedding" not in outputs
+    ):
         raise PublishedFolderError(
-            f"{path} does not belong to its {CONFIG}: it takes {inputs} and gives {outputs}, where images of 3 x {size} x {size} "
-            f"and {num_classes} classes are expected. Publish the run again"
+            f"{path} does not belong to its {CONFIG}: it takes {inputs} and gives {outputs}, where any number of images of "
+            f"3 x {size} x {size} and {num_classes} classes are expected. Publish the run again"
         )
     if config.saliency is not None and "saliency" not in outputs:
         raise PublishedFolderError(f"{path} has no saliency maps, which its {CONFIG} promises. Publish the run again")
