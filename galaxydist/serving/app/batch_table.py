@@ -116,7 +116,7 @@ def label_many(
     model: ServedModel,
     uploads: Sequence[tuple[str, BinaryIO]],
     *,
-    is_unlike: Callable[[NDArray[np.float32]], bool | None] = lambda _embedding: None,
+    is_unlike: Callable[[Picture], bool | None] = lambda _picture: None,
     limits: BatchLimits | None = None,
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
 ) -> BatchTable:
@@ -125,7 +125,7 @@ def label_many(
     Args:
         model: that answers.
         uploads: names and contents of files; names are only shown.
-        is_unlike: returns True for the embedding of a picture that is unlike the training galaxies; None: not known.
+        is_unlike: returns True for a picture that is unlike the training galaxies; None: not known.
         limits: of the table; None: the default ones.
         progress: called after each batch with the numbers of rows so far and of all (None: unknown); may raise to stop.
 
@@ -167,7 +167,7 @@ def _answer(
     model: ServedModel,
     waiting: list[tuple[int, Picture]],
     rows: list[BatchRow],
-    is_unlike: Callable[[NDArray[np.float32]], bool | None],
+    is_unlike: Callable[[Picture], bool | None],
 ) -> None:
     """Fill the rows of the pictures that wait, which then wait no more."""
     answers = model.predict([picture for _, picture in waiting], saliency=False)
@@ -178,7 +178,7 @@ def _answer(
             answer.confidence,
             answer.probabilities,
             answer.agreement,
-            is_unlike(answer.embedding),
+            is_unlike(picture),
         )
     waiting.clear()
 

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import gradio as gr
-import numpy as np
-from numpy.typing import NDArray
 
 from .answer_view import AnswerView, message_html, table_html
 from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
-from .model import ServedModel
+from .model import ServedModel, prepare
 from .pictures import READABLE, Picture, PictureError, read_picture
-from .reference import Example, Reference, read_examples
+from .reference_set import Example, Novelty, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
 TITLE = "Galaxy morphology"
@@ -68,14 +66,16 @@ class Desk:
         model, reference = self.model(name), self._references[self.known(name)]
         (answer,) = model.predict([picture])
         neighbours = [] if reference is None else reference.nearest(answer.embedding, NUM_NEIGHBOURS)
-        novelty = None if reference is None else reference.novelty(answer.embedding)
-        return AnswerView(model.config, picture, answer, known_label, neighbours, novelty, notes)
+        return AnswerView(model.config, picture, answer, known_label, neighbours, self._novelty(name, picture), notes)
 
-    def is_unlike(self, name: object, embedding: NDArray[np.float32]) -> bool | None:
-        """Return True for the embedding of a picture that is unlike the training galaxies; None if that is not known."""
-        reference = self._references[self.known(name)]
-        novelty = None if reference is None else reference.novelty(embedding)
+    def is_unlike(self, name: object, picture: Picture) -> bool | None:
+        """Return True for a picture that is unlike the training galaxies; None if that is not known."""
+        novelty = self._novelty(name, picture)
         return None if novelty is None else novelty.is_unlike
+
+    def _novelty(self, name: object, picture: Picture) -> Novelty | None:
+        reference = self._references[self.known(name)]
+        return None if reference is None else reference.novelty(prepare(picture, self.model(name).config.form))
 
     def read_example(self, name: object, number: object) -> tuple[Picture, str]:
         """Return an example of a model and its label.
@@ -133,7 +133,7 @@ class _ManyPictures:
                 table = label_many(
                     self._desk.model(name),
                     open_uploads(uploads, stack),
-                    is_unlike=lambda embedding: self._desk.is_unlike(name, embedding),
+                    is_unlike=lambda picture: self._desk.is_unlike(name, picture),
                     progress=lambda done, total: progress((done, total), desc="labelled", unit="pictures"),
                 )
         except PictureError as error:
