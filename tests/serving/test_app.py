@@ -162,7 +162,7 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.
         first.evaluate("document.querySelector('#gd-model input').focus()")
-        for key in ("ArrowDown", "ArrowDown", "Enter"):
+        for key in ("ArrowDown", "Enter"):
             first.press(key)
         first.wait_for("document.querySelector('#gd-answer').innerText.includes('not calibrated')")
         assert "non-commercial" in first.evaluate("document.querySelector('#gd-notice').innerText")

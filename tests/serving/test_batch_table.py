@@ -42,7 +42,7 @@ def test_files_and_an_archive_of_them_get_the_answers_of_single_pictures(model: 
     done: list[tuple[int, int | None]] = []
     files = [(name, io.BytesIO(data)) for name, data in galaxies.items()]
     table = label_many(model, files, progress=lambda count, total: done.append((count, total)))
-    packed = label_many(model, [("all.zip", archive(galaxies))], is_unlike=lambda embedding: bool(embedding.sum() < np.inf))
+    packed = label_many(model, [("all.zip", archive(galaxies))], is_unlike=lambda picture: picture.pixels.size > 0)
     single = [model.predict([read_picture(data)], saliency=False)[0] for data in galaxies.values()]
     for row, other, answer in zip(table.rows, packed.rows, single, strict=True):
         assert (row.predicted, row.problem, row.is_unlike, other.is_unlike) == (answer.class_name, "", None, True)

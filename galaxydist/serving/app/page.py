@@ -244,7 +244,7 @@ def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
         gr.HTML(f'<div class="gd-head"><h1>{TITLE}</h1><p>{LEAD}</p></div>')
         model = gr.Dropdown(desk.names, value=first, label="Model", visible=len(desk.names) > 1, elem_id="gd-model")
         line = gr.HTML(notice(desk.model(first)), elem_id="gd-notice")
-        model.change(lambda name: notice(desk.model(name)), model, line, **EVENT)
+        model.change(lambda name: notice(desk.model(name)), model, line, api_name=False, **EVENT)
         with gr.Tabs():
             with gr.Tab("One picture"):
                 _add_one_picture(desk, model)
@@ -280,8 +280,14 @@ def _add_one_picture(desk: Desk, model: gr.Dropdown) -> None:
     model.change(events.change_model, [model, upload], shown, api_name="change_model", **EVENT)
     for dataset in examples.values():
         dataset.click(events.take_example, [dataset, model], shown, api_name=False, **EVENT)
-    if len(examples) > 0 and len(desk.names) > 1:
-        model.change(lambda name: [gr.update(visible=key == name) for key in examples], model, [*examples.values()], **EVENT)
+    if examples and len(desk.names) > 1:
+        model.change(
+            lambda name: {dataset: gr.update(visible=key == name) for key, dataset in examples.items()},
+            model,
+            [*examples.values()],
+            api_name=False,
+            **EVENT,
+        )
 
 
 def _add_many_pictures(desk: Desk, model: gr.Dropdown) -> None:
