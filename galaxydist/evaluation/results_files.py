@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
 from galaxydist.evaluation import plots
-from galaxydist.evaluation.metrics import ClassCurves, summarise
+from galaxydist.evaluation.metrics import ClassCurves, summarise, wilson_interval
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.text_table import format_headline, format_notes, format_table, headline, title_of
 from galaxydist.runs.metrics_file import MetricsFile
@@ -154,6 +154,30 @@ def read_evaluation(evaluation_dir: Path, split: str, tta: str = "none") -> dict
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION or "confusion" not in content:
         return None
     return content
+
+
+# Values of an evaluation that are published with a model.
+_PUBLISHED = (
+    *("dataset", "variant", "split", "tta", "manifest_hash", "checkpoint", "step", "count", "accuracy", "balanced_accuracy"),
+    *("macro_f1", "weighted_f1", "loss", "top2_accuracy", "roc_auc", "average_precision", "classes", "per_class", "confusion"),
+    *("calibration", "intervals", "without_validation"),
+)
+
+
+def published_values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of an evaluation that are published with a model, with intervals of each class's recall and precision.
+
+    Args:
+        evaluation: from ``write_evaluation`` or ``read_evaluation``.
+    """
+    found = {name: evaluation[name] for name in _PUBLISHED if name in evaluation}
+    per_class, confusion_KK = found["per_class"], found["confusion"]
+    intervals = {
+        name: [wilson_interval(confusion_KK[label][label], count) if count else None for label, count in enumerate(counts)]
+        for name, counts in (("recall", per_class["support"]), ("precision", per_class["predicted"]))
+    }
+    found["per_class"] = {**per_class, "intervals": intervals}
+    return found
 
 
 def render_evaluation(evaluation: Mapping[str, Any], evaluation_dir: Path) -> str:

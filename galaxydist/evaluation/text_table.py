@@ -1,6 +1,7 @@
-"""Result of an evaluation as text: title, headline numbers, notes and a table of classes."""
+"""Result of an evaluation as text: title, headline numbers, notes and a table of classes. Formats of numbers and of Markdown."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ _HEADLINES = (
     ("ROC area, mean", "roc_auc", ("roc_auc", "macro")),
     ("PR area, mean", "average_precision", ("average_precision", "macro")),
 )
+NOTHING = "\N{EN DASH}"
+# Characters that begin a link, emphasis, code, HTML, a formula, a table's cell or an escape in Markdown.
+_MARKDOWN = re.compile(r"([\\`*<>|~$&]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_]))")
+URL = re.compile(r"https?://[^\s<>\"|`]+")
 _COLUMNS = ("precision", "recall", "F1", "galaxies")
 
 
@@ -61,9 +66,8 @@ def format_headline(metrics: Mapping[str, Any]) -> str:
     for label, name, (*outer, key) in _HEADLINES:
         values: Mapping[str, Any] = functools.reduce(lambda values, key: values.get(key) or {}, outer, metrics)
         if key in values:
-            interval = intervals.get(name)
-            between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
-            lines.append(f"{label:<{width}} {three_decimals(values[key]):>7}{between}")
+            between = interval_text(metrics, name)
+            lines.append(f"{label:<{width}} {three_decimals(values[key]):>7}{'   ' if between else ''}{between}")
     lines[0] += f"   ({intervals['level']:.0%} intervals)" if intervals.get("accuracy") else ""
     return "\n".join(lines)
 
@@ -97,7 +101,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     lines = [f"{'class':<{width}}" + "".join(f"{column:>11}" for column in _COLUMNS) + "   most often taken for"]
     for label, name in enumerate(names):
         numbers = "".join(f"{three_decimals(per_class[key][label]):>11}" for key in ("precision", "recall", "f1"))
-        line = f"{name:<{width}}{numbers}{per_class['support'][label]:>11,}   {_taken_for(confusion_KK[label], label, names)}"
+        line = f"{name:<{width}}{numbers}{per_class['support'][label]:>11,}   {taken_for(confusion_KK[label], label, names)}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -115,10 +119,49 @@ def three_decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _taken_for(row_K: Sequence[int], label: int, names: Sequence[str]) -> str:
+def hours_text(hours: float | None) -> str:
+    """Format a duration, as ``3.2 h``, ``12.1 min`` or ``8 s``; None becomes a dash."""
+    if hours is None:
+        return NOTHING
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
+
+
+def interval_text(metrics: Mapping[str, Any], name: str) -> str:
+    """Return the 95 % interval of a metric as ``0.812 to 0.861``; '' where it was not computed."""
+    between = (metrics.get("intervals") or {}).get(name)
+    return f"{between[0]:.3f} to {between[1]:.3f}" if between else ""
+
+
+def taken_for(row_K: Sequence[int], label: int, names: Sequence[str]) -> str:
+    """Return the most frequent wrong prediction of a class with its share; '' if there is none.
+
+    Args:
+        row_K: row of the class in a confusion matrix.
+        label: of the class.
+        names: of the classes.
+    """
     others = [(count, -other) for other, count in enumerate(row_K) if other != label and count > 0]
     if not others:
         return ""
     count, other = max(others)
     share = 100 * count / sum(row_K)
     return f"{names[-other]} ({'<1' if share < 0.5 else f'{share:.0f}'} %)"
+
+
+def escape_markdown(text: str) -> str:
+    """Return text on one line that Markdown shows as it is, without links, emphasis, code, HTML, formulas and cells of tables."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def fenced(text: str, language: str) -> str:
+    """Return a block of code that the text cannot end."""
+    longest = max((len(found) for found in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def link(address: str) -> str:
+    """Return an address as a link; other text escaped."""
+    return f"<{address}>" if URL.fullmatch(address) else escape_markdown(address)

@@ -17,6 +17,7 @@ from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.running_jobs import is_held
 from galaxydist.cluster.slurm import Allocation, read_allocations
 from galaxydist.errors import UserError
+from galaxydist.evaluation.text_table import NOTHING, hours_text
 from galaxydist.runs.events import ENDS, Event, read_events
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
@@ -436,17 +437,7 @@ def _slurm_jobs(runs: Iterable[Path]) -> list[str]:
 
 # Tables.
 
-NOTHING = "\N{EN DASH}"
 HEAD = ("used", "training", "data wait", "checkpoints", "validation", "start-up", "lost", "unknown")
-
-
-def hours_text(hours: float | None) -> str:
-    """Format a duration, as ``3.2 h``, ``12.1 min`` or ``8 s``; None becomes a dash."""
-    if hours is None:
-        return NOTHING
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
 
 
 def hours_rows(runs: Sequence[RunHours]) -> tuple[list[str], list[list[str]]]:

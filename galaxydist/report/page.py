@@ -13,13 +13,12 @@ import numpy as np
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
 from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled, tidy
-from galaxydist.evaluation.text_table import readable
+from galaxydist.evaluation.text_table import NOTHING, escape_markdown, readable
 from galaxydist.galaxy import VARIANTS
 from galaxydist.gallery.gallery import gallery_sections
 from galaxydist.pages.html import TEMPLATES, figure_svg, render
 from galaxydist.report.claims import ClaimAnswer
 from galaxydist.report.collect import REGIMES, DatasetResults, Pairs, ReportData, RunFacts
-from galaxydist.report.cost import NOTHING
 from galaxydist.report.finished_runs import SplitResult
 from galaxydist.report.matrix import Table
 from galaxydist.report.statistics import ALPHA
@@ -32,7 +31,6 @@ from galaxydist.report.tables import (
     describe_table,
     ensemble_rows,
     escape_latex,
-    escape_markdown,
     number,
     p_text,
     percent,

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from galaxydist.evaluation.text_table import NOTHING, hours_text
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.collect import DatasetResults, ReportData
-from galaxydist.report.cost import NOTHING, hours_rows, hours_text
+from galaxydist.report.cost import hours_rows
 from galaxydist.report.finished_runs import FREE_KEYS, SCORES, Score
 from galaxydist.report.matrix import NOT_RUN, Cell, Table, TableRow, holm_adjusted
 from galaxydist.report.published_results import TrainTest
@@ -227,7 +228,7 @@ def settings_of(found: DatasetResults) -> dict[str, str]:
     return texts
 
 
-# Text that is safe in Markdown and LaTeX.
+# Text that is safe in LaTeX.
 
 _LATEX_ESCAPES: dict[str, str | int | None] = {
     "\\": r"\textbackslash{}",
@@ -243,12 +244,7 @@ _LATEX_ESCAPES: dict[str, str | int | None] = {
     "\N{MULTIPLICATION SIGN}": r"$\times$",
     "\N{NO-BREAK SPACE}": "~",
 }
-_MARKDOWN_ESCAPES: dict[str, str | int | None] = {"|": r"\|", "_": r"\_", "*": r"\*", "\n": " "}
 
 
 def escape_latex(text: str) -> str:
     return text.translate(str.maketrans(_LATEX_ESCAPES))
-
-
-def escape_markdown(text: str) -> str:
-    return text.translate(str.maketrans(_MARKDOWN_ESCAPES))

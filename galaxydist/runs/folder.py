@@ -318,11 +318,14 @@ FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
 def read_newest_state(checkpoints_dir: Path) -> dict[str, Any] | None:
     """Return the plain values of the newest readable checkpoint, without checking its files; None if there is none."""
     names = [match for path in checkpoints_dir.glob("step-*") if (match := FOLDER_NAME.fullmatch(path.name))]
-    for match in sorted(names, key=lambda match: int(match[2]), reverse=True):
-        try:
-            state: dict[str, Any] = json.loads((checkpoints_dir / match[0] / STATE_FILE).read_bytes())["content"]["state"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(state, dict) and isinstance(state.get("data"), dict):
-            return state
-    return None
+    newest_first = sorted(names, key=lambda match: int(match[2]), reverse=True)
+    return next((state for match in newest_first if (state := read_state(checkpoints_dir / match[0])) is not None), None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the plain values of a checkpoint, without checking its files; None if it cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_bytes())["content"]["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return state if isinstance(state, dict) and isinstance(state.get("data"), dict) else None

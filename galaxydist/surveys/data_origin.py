@@ -118,6 +118,16 @@ def known_origin(dataset: str) -> DataOrigin | None:
     return None
 
 
+def is_simulated(dataset: str) -> bool:
+    """Return True for a data set of this package's simulator, which has no observed galaxies."""
+    return known_origin(dataset) is not None and known_origin(dataset) == known_origin("simulated")
+
+
+def is_galaxy10(dataset: str) -> bool:
+    """Return True for Galaxy10 DECaLS, by its name here or in the Multimodal Universe."""
+    return known_origin(dataset) is not None and known_origin(dataset) in (known_origin("galaxy10_decals"), known_origin("gz10"))
+
+
 # Layer of the Legacy Surveys' viewer from which the images of data sets were cut: henrysky/Galaxy10's downloader asks for
 # layer=dr8, whose present name is ls-dr8, at 0.262 arcsec/pixel.
 _LAYERS = {"galaxy10_decals": "ls-dr8", "gz10": "ls-dr8", "mmu_gz10": "ls-dr8", "multimodal_universe_gz10": "ls-dr8"}

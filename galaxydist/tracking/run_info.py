@@ -7,9 +7,10 @@ from typing import Any
 
 from galaxydist.atomic_files import read_json
 from galaxydist.errors import UserError
+from galaxydist.prediction.card_sections import card_text
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.events import Event
-from galaxydist.runs.folder import BEST, LATEST, ORIGIN_KEY, RunFolder, read_newest_state
+from galaxydist.runs.folder import BEST, FOLDER_NAME, LATEST, ORIGIN_KEY, RunFolder, read_newest_state, read_state
 from galaxydist.runs.listing import JOBS_FILE, group_of, label_of
 from galaxydist.runs.metrics_file import read_tail_records
 from galaxydist.shards.manifest import Manifest
@@ -163,7 +164,7 @@ def build_end(folder: RunFolder, info: RunInfo, exit_code: int, events: Sequence
         figures={_name_of(path): path for path in sorted(folder.evaluation_dir.rglob("*.png"))},
         pages={_name_of(path): path for path in sorted(folder.evaluation_dir.rglob("*-gallery.html"))},
         model=model,
-        model_card=describe_model(info, summary, facts) if model is not None else "",
+        model_card=describe_model(info, folder, model, facts) if model is not None else "",
         events=events,
         facts=facts,
     )
@@ -185,26 +186,27 @@ def _evaluated_checkpoint(folder: RunFolder) -> Path | None:
     return None
 
 
-def describe_model(info: RunInfo, summary: Mapping[str, float], facts: Mapping[str, Any]) -> str:
-    """Return a card of the trained model in Markdown: architecture, data set with licence and citation, results."""
-    model, data = info.config.get("model", {}), info.dataset
-    rows = {
-        "architecture": model.get("name"),
-        "parameters": f"{facts['parameters']:,}" if isinstance(facts.get("parameters"), int) else None,
-        "recipe": info.job_type,
-        "seed": info.config.get("seed"),
-        "data set": f"{data.get('name', 'unknown')} ({data.get('variant', 'unknown')})",
-        "manifest (SHA-256)": data.get("manifest_hash"),
-        "licence of the data": data.get("licence", "not stated"),
-        "citation of the data": " ".join(str(data["citation"]).split()) if data.get("citation") else None,
-        "source of the data": data.get("url"),
-        "commit": facts.get("commit"),
-        "uncommitted changes": "yes" if facts.get("uncommitted_changes") else None,
+def describe_model(info: RunInfo, folder: RunFolder, checkpoint: Path, facts: Mapping[str, Any]) -> str:
+    """Return the text of the model card of a run's checkpoint, as a published folder has it, without the hours of the run."""
+    from galaxydist.evaluation.results_files import published_values, read_evaluation
+
+    state = read_state(checkpoint) or {}
+    data = dict(state.get("data") or {})
+    if not data.get("stored"):  # a checkpoint of an earlier version
+        origin = {name: info.dataset[name] for name in ("licence", "citation", "revision", "url") if info.dataset.get(name)}
+        data["stored"] = {"dataset": info.dataset.get("name"), "origin": origin}
+    match = FOLDER_NAME.fullmatch(checkpoint.name)
+    config = {
+        "galaxydist": {
+            "version": facts.get("galaxydist"),
+            "recipe": info.config,
+            "data": data,
+            "model": state.get("model"),
+            "step": int(match[1]) if match else None,
+        },
+        "app": {"title": info.name},
     }
-    lines = [f"# {info.name}", "", "Galaxy morphology classifier, trained with galaxydist.", ""]
-    lines += [f"- {name}: {value}" for name, value in rows.items() if value is not None]
-    if summary:
-        lines += ["", "| metric | value |", "|---|---|", *(f"| {name} | {value:.6g} |" for name, value in summary.items())]
-    if class_names := data.get("class_names"):
-        lines += ["", "Classes, in the order of the model's outputs: " + ", ".join(class_names) + "."]
-    return "\n".join(lines) + "\n"
+    tta = info.config.get("eval", {}).get("tta", "none")
+    test = read_evaluation(folder.evaluation_dir, "test", tta)
+    is_of_it = test is not None and test.get("checkpoint") == checkpoint.name
+    return card_text(config, {"test": published_values(test) if test is not None and is_of_it else None, "training": facts})

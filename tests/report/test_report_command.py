@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
+from galaxydist.evaluation.text_table import hours_text
 from galaxydist.report.collect import ZOOBOT_NOTE, ReportData, collect, cost_of, read_facts
-from galaxydist.report.cost import hours_text
 from galaxydist.report.finished_runs import read_finished_runs
 from galaxydist.report.page import render_report
 from galaxydist.report.tables import escape_latex, p_text, settings_of, signed

@@ -88,7 +88,7 @@ def assert_plots_and_artifacts(run_dir: Path, path: Path) -> None:
     assert used.type == "dataset" and used.use_after_commit and "manifest_hash" in used.metadata
     assert not model.use_after_commit and "best" in model.aliases
     card, weights = (entry.local_path for entry in model.manifest.contents)
-    assert "Galaxy morphology classifier" in Path(card).read_text() and "test/accuracy" in Path(card).read_text()
+    assert "Classifier of galaxy morphology" in Path(card).read_text() and "Accuracy on the 24 galaxies" in Path(card).read_text()
     assert Path(weights).is_relative_to(run_dir) and Path(weights).stat().st_size > 1000
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .model import PICTURES_AT_ONCE, VIEWS, ServedModel
 from .pictures import MAX_BYTES, Picture, PictureError, read_picture, safe_name
+from .reference_set import Reference
 
 # Column names of the table before and after those of the classes.
 FIRST_COLUMNS, PROBABILITY, LAST_COLUMNS = ("name", "predicted", "confidence"), "p_", ("agreement", "unlike", "problem")
@@ -116,7 +117,11 @@ def label_many(
     model: ServedModel,
     uploads: Sequence[tuple[str, BinaryIO]],
     *,
+<<<<<<< HEAD
     is_unlike: Callable[[Picture], bool | None] = lambda _picture: None,
+=======
+    reference: Reference | None = None,
+>>>>>>> main
     limits: BatchLimits | None = None,
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
 ) -> BatchTable:
@@ -125,7 +130,11 @@ def label_many(
     Args:
         model: that answers.
         uploads: names and contents of files; names are only shown.
+<<<<<<< HEAD
         is_unlike: returns True for a picture that is unlike the training galaxies; None: not known.
+=======
+        reference: training galaxies of the model, for pictures that are unlike them; None: not known.
+>>>>>>> main
         limits: of the table; None: the default ones.
         progress: called after each batch with the numbers of rows so far and of all (None: unknown); may raise to stop.
 
@@ -152,9 +161,9 @@ def label_many(
         except PictureError as error:
             rows[-1] = BatchRow(safe_name(name), problem=str(error))
         if len(waiting) >= PICTURES_AT_ONCE:
-            _answer(model, waiting, rows, is_unlike)
+            _answer(model, waiting, rows, reference)
             progress(len(rows), total)
-    _answer(model, waiting, rows, is_unlike)
+    _answer(model, waiting, rows, reference)
     progress(len(rows), total)
     if not rows:
         raise PictureError("There is no picture in it: choose several pictures, or one zip archive of pictures.")
@@ -163,22 +172,31 @@ def label_many(
     return BatchTable(model.config.classes, rows, notes)
 
 
+<<<<<<< HEAD
 def _answer(
     model: ServedModel,
     waiting: list[tuple[int, Picture]],
     rows: list[BatchRow],
     is_unlike: Callable[[Picture], bool | None],
 ) -> None:
+=======
+def _answer(model: ServedModel, waiting: list[tuple[int, Picture]], rows: list[BatchRow], reference: Reference | None) -> None:
+>>>>>>> main
     """Fill the rows of the pictures that wait, which then wait no more."""
     answers = model.predict([picture for _, picture in waiting], saliency=False)
     for (number, picture), answer in zip(waiting, answers, strict=True):
+        novelty = None if reference is None else reference.novelty(answer.seen)
         rows[number] = BatchRow(
             picture.name,
             answer.class_name,
             answer.confidence,
             answer.probabilities,
             answer.agreement,
+<<<<<<< HEAD
             is_unlike(picture),
+=======
+            None if novelty is None else novelty.is_unlike,
+>>>>>>> main
         )
     waiting.clear()
 

@@ -6,6 +6,7 @@ without galaxydist needs to prepare a picture and to name a class.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,3 +121,17 @@ def read_config(folder: Path) -> AppConfig:
         return AppConfig.from_dict(content["app"])
     except (TypeError, KeyError, AttributeError) as error:
         raise PublishedFolderError(f"{path} is damaged: {error!r}") from error
+
+
+def read_about(folder: Path) -> str:
+    """Return the text about a model in Markdown: its card without the header and the section on use; '' if there is no card.
+
+    The card is written by ``galaxydist publish``; its publisher may have changed it since.
+    """
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+    if text.startswith("---\n"):
+        text = text.partition("\n---\n")[2]
+    return re.sub(r"^## How to use\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL).strip()
