@@ -49,11 +49,7 @@ def test_files_and_an_archive_of_them_get_the_answers_of_single_pictures(model: 
     reference = Reference.open(model.folder)
     files = [(name, io.BytesIO(data)) for name, data in galaxies.items()]
     table = label_many(model, files, progress=lambda count, total: done.append((count, total)))
-<<<<<<< HEAD
-    packed = label_many(model, [("all.zip", archive(galaxies))], is_unlike=lambda picture: picture.pixels.size > 0)
-=======
     packed = label_many(model, [("all.zip", archive(galaxies))], reference=reference)
->>>>>>> main
     single = [model.predict([read_picture(data)], saliency=False)[0] for data in galaxies.values()]
     for row, other, answer in zip(table.rows, packed.rows, single, strict=True):
         assert (row.predicted, row.problem, row.is_unlike) == (answer.class_name, "", None)

@@ -117,11 +117,7 @@ def label_many(
     model: ServedModel,
     uploads: Sequence[tuple[str, BinaryIO]],
     *,
-<<<<<<< HEAD
-    is_unlike: Callable[[Picture], bool | None] = lambda _picture: None,
-=======
     reference: Reference | None = None,
->>>>>>> main
     limits: BatchLimits | None = None,
     progress: Callable[[int, int | None], None] = lambda _done, _total: None,
 ) -> BatchTable:
@@ -130,11 +126,7 @@ def label_many(
     Args:
         model: that answers.
         uploads: names and contents of files; names are only shown.
-<<<<<<< HEAD
-        is_unlike: returns True for a picture that is unlike the training galaxies; None: not known.
-=======
         reference: training galaxies of the model, for pictures that are unlike them; None: not known.
->>>>>>> main
         limits: of the table; None: the default ones.
         progress: called after each batch with the numbers of rows so far and of all (None: unknown); may raise to stop.
 
@@ -172,16 +164,7 @@ def label_many(
     return BatchTable(model.config.classes, rows, notes)
 
 
-<<<<<<< HEAD
-def _answer(
-    model: ServedModel,
-    waiting: list[tuple[int, Picture]],
-    rows: list[BatchRow],
-    is_unlike: Callable[[Picture], bool | None],
-) -> None:
-=======
 def _answer(model: ServedModel, waiting: list[tuple[int, Picture]], rows: list[BatchRow], reference: Reference | None) -> None:
->>>>>>> main
     """Fill the rows of the pictures that wait, which then wait no more."""
     answers = model.predict([picture for _, picture in waiting], saliency=False)
     for (number, picture), answer in zip(waiting, answers, strict=True):
@@ -192,11 +175,7 @@ def _answer(model: ServedModel, waiting: list[tuple[int, Picture]], rows: list[B
             answer.confidence,
             answer.probabilities,
             answer.agreement,
-<<<<<<< HEAD
-            is_unlike(picture),
-=======
             None if novelty is None else novelty.is_unlike,
->>>>>>> main
         )
     waiting.clear()
 

@@ -11,9 +11,9 @@ import gradio as gr
 from .answer_view import AnswerView, message_html, table_html
 from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
-from .model import ServedModel, prepare
+from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
-from .reference_set import Example, Novelty, Reference, read_examples
+from .reference_set import Example, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
 TITLE = "Galaxy morphology"
@@ -66,16 +66,11 @@ class Desk:
         model, reference = self.model(name), self._references[self.known(name)]
         (answer,) = model.predict([picture])
         neighbours = [] if reference is None else reference.nearest(answer.embedding, NUM_NEIGHBOURS)
-        return AnswerView(model.config, picture, answer, known_label, neighbours, self._novelty(name, picture), notes)
+        novelty = None if reference is None else reference.novelty(answer.seen)
+        return AnswerView(model.config, picture, answer, known_label, neighbours, novelty, notes)
 
-    def is_unlike(self, name: object, picture: Picture) -> bool | None:
-        """Return True for a picture that is unlike the training galaxies; None if that is not known."""
-        novelty = self._novelty(name, picture)
-        return None if novelty is None else novelty.is_unlike
-
-    def _novelty(self, name: object, picture: Picture) -> Novelty | None:
-        reference = self._references[self.known(name)]
-        return None if reference is None else reference.novelty(prepare(picture, self.model(name).config.form))
+    def reference(self, name: object) -> Reference | None:
+        return self._references[self.known(name)]
 
     def read_example(self, name: object, number: object) -> tuple[Picture, str]:
         """Return an example of a model and its label.
@@ -133,7 +128,7 @@ class _ManyPictures:
                 table = label_many(
                     self._desk.model(name),
                     open_uploads(uploads, stack),
-                    is_unlike=lambda picture: self._desk.is_unlike(name, picture),
+                    reference=self._desk.reference(name),
                     progress=lambda done, total: progress((done, total), desc="labelled", unit="pictures"),
                 )
         except PictureError as error:
