@@ -113,7 +113,7 @@ def open_models(
         folders = {source: find_published(source, Path(temporary)) for source in sources}
         runs = {source: folder for source, folder in folders.items() if folder != source}
         with _publishing(runs, environ, trust_code=trust_code) as wait:
-            import_page(environ)
+            import_page(environ, Path(temporary))
             wait()
         models: dict[str, ServedModel] = {}
         for source, folder in folders.items():
@@ -141,7 +141,7 @@ def find_published(source: Path, temporary: Path) -> Path:
         if os.access(source, os.W_OK):
             return source / PUBLISHED
         logger.warning("%s cannot be written: the run is published for this time only", source)
-        return temporary / f"{len(list(temporary.iterdir()))}-{source.name}"
+        return temporary / source.absolute().as_posix().strip("/").replace("/", "-")
     if (source / CONFIG).is_file():
         return source
     raise UserError(f"{source} is neither a run nor a published folder: give a run folder, or what `galaxydist publish` wrote")

@@ -18,7 +18,7 @@ from .batch_table import FIRST_COLUMNS, LAST_COLUMNS, BatchTable
 from .model import Answer
 from .pictures import Picture
 from .published_model import AppConfig
-from .reference import Neighbour, Novelty
+from .reference_set import Neighbour, Novelty
 
 # Width of the pictures in CSS pixels is at most 320; twice as many for sharp screens would make an answer of half a megabyte.
 SHOWN_SIDE, JPEG_QUALITY = 448, 88

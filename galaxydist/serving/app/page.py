@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import gradio as gr
-import numpy as np
-from numpy.typing import NDArray
 
 from .answer_view import AnswerView, message_html, table_html
 from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
-from .reference import Example, Reference, read_examples
+from .reference_set import Example, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
 TITLE = "Galaxy morphology"
@@ -68,14 +66,11 @@ class Desk:
         model, reference = self.model(name), self._references[self.known(name)]
         (answer,) = model.predict([picture])
         neighbours = [] if reference is None else reference.nearest(answer.embedding, NUM_NEIGHBOURS)
-        novelty = None if reference is None else reference.novelty(answer.embedding)
+        novelty = None if reference is None else reference.novelty(answer.seen)
         return AnswerView(model.config, picture, answer, known_label, neighbours, novelty, notes)
 
-    def is_unlike(self, name: object, embedding: NDArray[np.float32]) -> bool | None:
-        """Return True for the embedding of a picture that is unlike the training galaxies; None if that is not known."""
-        reference = self._references[self.known(name)]
-        novelty = None if reference is None else reference.novelty(embedding)
-        return None if novelty is None else novelty.is_unlike
+    def reference(self, name: object) -> Reference | None:
+        return self._references[self.known(name)]
 
     def read_example(self, name: object, number: object) -> tuple[Picture, str]:
         """Return an example of a model and its label.
@@ -133,7 +128,7 @@ class _ManyPictures:
                 table = label_many(
                     self._desk.model(name),
                     open_uploads(uploads, stack),
-                    is_unlike=lambda embedding: self._desk.is_unlike(name, embedding),
+                    reference=self._desk.reference(name),
                     progress=lambda done, total: progress((done, total), desc="labelled", unit="pictures"),
                 )
         except PictureError as error:
@@ -244,7 +239,7 @@ def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
         gr.HTML(f'<div class="gd-head"><h1>{TITLE}</h1><p>{LEAD}</p></div>')
         model = gr.Dropdown(desk.names, value=first, label="Model", visible=len(desk.names) > 1, elem_id="gd-model")
         line = gr.HTML(notice(desk.model(first)), elem_id="gd-notice")
-        model.change(lambda name: notice(desk.model(name)), model, line, **EVENT)
+        model.change(lambda name: notice(desk.model(name)), model, line, api_name=False, **EVENT)
         with gr.Tabs():
             with gr.Tab("One picture"):
                 _add_one_picture(desk, model)
@@ -280,8 +275,14 @@ def _add_one_picture(desk: Desk, model: gr.Dropdown) -> None:
     model.change(events.change_model, [model, upload], shown, api_name="change_model", **EVENT)
     for dataset in examples.values():
         dataset.click(events.take_example, [dataset, model], shown, api_name=False, **EVENT)
-    if len(examples) > 0 and len(desk.names) > 1:
-        model.change(lambda name: [gr.update(visible=key == name) for key in examples], model, [*examples.values()], **EVENT)
+    if examples and len(desk.names) > 1:
+        model.change(
+            lambda name: {dataset: gr.update(visible=key == name) for key, dataset in examples.items()},
+            model,
+            [*examples.values()],
+            api_name=False,
+            **EVENT,
+        )
 
 
 def _add_many_pictures(desk: Desk, model: gr.Dropdown) -> None:

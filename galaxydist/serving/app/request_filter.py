@@ -285,7 +285,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def _session(scope: Scope) -> str:
     """Return the session that the query of a request names, or an empty text."""
-    return parse_qs(scope["query_string"].decode("ascii", "replace")).get("session_hash", [""])[0]
+    query = parse_qs(str(scope["query_string"], "ascii", "replace"))
+    return query.get("session_hash", [""])[0]
 
 
 def _size_of(folder: Path) -> int:

@@ -90,8 +90,7 @@ def serve(
     port = find_port(options.host, options.port)
     folder = Path(tempfile.mkdtemp(prefix="galaxydist-app-")).resolve()
     try:
-        environ["GRADIO_TEMP_DIR"] = str(folder)
-        page_module = import_page(environ, options.host)
+        page_module = import_page(environ, folder, options.host)
         page = page_module.build_page(models)
         page.queue(api_open=False, max_size=options.max_waiting, default_concurrency_limit=AT_THE_SAME_TIME)
         page.delete_cache = (DELETE_EVERY_S, KEPT_S)
@@ -117,12 +116,13 @@ def serve(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def import_page(environ: MutableMapping[str, str], host: str = LOOPBACK) -> Any:
+def import_page(environ: MutableMapping[str, str], folder: Path, host: str = LOOPBACK) -> Any:
     """Import gradio, which takes seconds, and return the module of the page.
 
     Args:
         environ: the environment of this process. It gets no analytics, and no proxy to the page itself, which gradio asks at its
             start.
+        folder: for gradio's files; it makes some already when it is imported.
         host: that the page will be served on.
 
     Raises:
@@ -131,6 +131,7 @@ def import_page(environ: MutableMapping[str, str], host: str = LOOPBACK) -> Any:
     for name in IGNORED:
         environ.pop(name, None)
     environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    environ["GRADIO_TEMP_DIR"] = str(folder)
     for name in ("no_proxy", "NO_PROXY"):
         hosts = [*filter(None, environ.get(name, "").split(",")), LOOPBACK, "localhost", host]
         environ[name] = ",".join(dict.fromkeys(hosts))
