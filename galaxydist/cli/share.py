@@ -45,8 +45,7 @@ def add_publish(commands: Commands) -> None:
         "--reference",
         type=non_negative_int,
         metavar="N",
-        help="number of training galaxies whose embeddings are stored, 0 for none (default: %(default)s)",
-        default=1000,
+        help="largest number of training galaxies that are stored, 0 for none (default: 1,000)",
     )
     parser.add_argument(
         "--trained-on", metavar="FILE", help="manifest of the training data, if its shards have moved (a path or URL)"
@@ -71,7 +70,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
         program=not arguments.no_program,
         repo=arguments.repo,
         overwrite=arguments.overwrite,
-        reference=arguments.reference,
+        **({} if arguments.reference is None else {"reference": arguments.reference}),
     )
     report = publish(find_folder(arguments.run_folder), arguments.out, os.environ, options)
     print(render_report(report, arguments.repo))
