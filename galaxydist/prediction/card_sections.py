@@ -379,8 +379,8 @@ def limits(facts: CardFacts) -> Iterator[str]:
     others = {one["dataset"] for one in facts.results.get("others") or ()} - {facts.dataset}
     measured = f"only {', '.join(map(escape_markdown, sorted(others)))}, see above" if others else "none"
     yield (
-        f"It has learnt the depth, seeing and colours of the data set {escape_markdown(facts.dataset)}. Pictures of other surveys, "
-        f"depths or stretches differ from them; measured on other data: {measured}."
+        f"It has learnt the depth, seeing and colours of the data set {escape_markdown(facts.dataset)}. Pictures of other "
+        f"surveys, depths or stretches differ from them; measured on other data: {measured}."
     )
     is_detected = (facts.results.get("unlike") or {}).get("detected")
     measured = " Pictures that are no galaxies are recognised in part, as measured above." if is_detected else ""
