@@ -1,10 +1,13 @@
-"""Environment variables of launchers: ranks, SLURM's cores, job ids, and Accelerate's settings.
+"""Environment of this process: ranks of launchers, SLURM's cores, job ids, Accelerate's settings, and the way to a page here.
 
 This module does not import torch.
 """
 
+import getpass
 import math
+import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -247,3 +250,12 @@ def start_of(environ: Mapping[str, str]) -> str | None:
     """Return the id of one start of a job, such as ``123_4.0``; None outside a job."""
     job_id = job_of(environ)
     return f"{job_id}.{restart_of(environ)}" if job_id is not None else None
+
+
+def tunnel_command(port: int) -> str:
+    """Return the command that makes a page of this machine visible under the same port of a user's own one."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for its user
+        user = "USER"
+    return shlex.join(["ssh", "-N", "-L", f"{port}:localhost:{port}", f"{user}@{socket.gethostname()}"])

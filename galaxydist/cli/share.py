@@ -1,4 +1,4 @@
-"""``galaxydist publish``: give a trained model to others as one folder."""
+"""``galaxydist publish`` and ``galaxydist app``: give a trained model to others as one folder, and as a page."""
 
 import argparse
 import os
@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.jobs import find_folder
-from galaxydist.cli.options import Commands, add_command, add_trust_code, local_path, non_negative_int
+from galaxydist.cli.options import Commands, add_command, add_trust_code, local_path, non_negative_int, port_number, positive_int
+from galaxydist.cli.track import print_line
 from galaxydist.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ EPILOG = """examples:
 
 The folder holds weights (safetensors), preprocessing and class names (config.json), ONNX, a torch.export archive, a model card
 and stored training galaxies. It is what the Hugging Face Hub takes; galaxydist.load_predictor opens it without the run.
+"""
+APP_EPILOG = """examples:
+  galaxydist app runs/vit-0123abcd                      its page, on this machine only
+  galaxydist app runs/vit-0123abcd published/resnet50   a choice of two models
+  galaxydist app published/vit --port 8000
+
+A run is published into RUN/published at its first start, and again when its checkpoint or its evaluations have changed. Uploads
+lie in a temporary folder, and are deleted within minutes. Ctrl-C ends the page.
 """
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -74,6 +83,50 @@ def run_publish(arguments: argparse.Namespace) -> None:
     )
     report = publish(find_folder(arguments.run_folder), arguments.out, os.environ, options)
     print(render_report(report, arguments.repo))
+
+
+def add_app(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "app",
+        run_app_command,
+        "show a page on which a trained model labels pictures",
+        description="Show a page on which trained models label pictures, on this machine's loopback address until Ctrl-C.",
+        epilog=APP_EPILOG,
+    )
+    parser.add_argument("sources", nargs="+", metavar="RUN|DIR", help="run folder, or its name in ./runs, or a published folder")
+    parser.add_argument("--port", type=port_number, metavar="N", help="port of the page (default: 7860, or the next free one)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address that the page listens on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="also make a public link, through gradio's servers, for a week at most"
+    )
+    parser.add_argument(
+        "--max-upload",
+        type=positive_int,
+        default=100,
+        metavar="MB",
+        help="limit of an upload: a picture, a zip or several pictures together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--queue", type=positive_int, default=32, metavar="N", help="requests that may wait for an answer (default: %(default)s)"
+    )
+    add_trust_code(parser)
+
+
+def run_app_command(arguments: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from galaxydist.serving.app.web_server import ServerOptions
+    from galaxydist.serving.run_app import AppOptions, run_app
+
+    server = ServerOptions(arguments.host, arguments.port, arguments.share, arguments.max_upload, arguments.queue)
+    sources = list(dict.fromkeys(find_folder(text) for text in arguments.sources))
+    run_app(sources, AppOptions(server, arguments.trust_code), os.environ, print_line)
 
 
 def render_report(report: "PublishReport", repo: str | None) -> str:
