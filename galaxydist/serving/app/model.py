@@ -42,7 +42,8 @@ class Answer:
         class_name: its name.
         confidence: its probability.
         views: 8 x K float32, the probabilities of each flip and quarter turn alone; the first is the picture as it is.
-        embedding: D float32, the features behind the last layer but one.
+        embedding: D float32, the pooled features before the head.
+        seen: T x T x 3 uint8, the part of the picture that the network sees, before the normalisation.
         saliency: H x W float32 of the picture, 0 to 1: the parts that spoke for the class (Grad-CAM: 0 is no evidence) or were
             most attended (rollout); 0 outside of what the network sees. None: not asked for, or the model has no such method.
         notes: sentences about the picture and its preparation.
@@ -54,6 +55,7 @@ class Answer:
     confidence: float
     views: Floats
     embedding: Floats
+    seen: Pixels
     saliency: Floats | None = None
     notes: tuple[str, ...] = ()
 
@@ -129,7 +131,8 @@ class ServedModel:
         onnxruntime = import_onnxruntime()
 
         form = self.config.form
-        images = np.concatenate([views_of(normalise(prepare(picture, form), form)) for picture in pictures])
+        seen = [prepare(picture, form) for picture in pictures]
+        images = np.concatenate([views_of(normalise(pixels, form)) for pixels in seen])
         shows = saliency and self.config.saliency is not None
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = 3
@@ -139,11 +142,12 @@ class ServedModel:
         for number, picture in enumerate(pictures):
             mine = slice(number * VIEWS, (number + 1) * VIEWS)
             raw = maps[0][mine][0] if shows else None
-            answers.append(self._one(picture, logits[mine], embedding[mine][0], raw))
+            features = np.asarray(embedding[mine][0], np.float32)
+            answers.append(self._one((picture, seen[number]), logits[mine], features, raw))
         return answers
 
-    def _one(self, picture: Picture, logits_VK: Floats, embedding: Floats, raw_Mhw: Floats | None) -> Answer:
-        config = self.config
+    def _one(self, prepared: tuple[Picture, Pixels], logits_VK: Floats, embedding: Floats, raw_Mhw: Floats | None) -> Answer:
+        config, (picture, seen) = self.config, prepared
         temperature = config.temperature or 1.0
         doubles_VK = np.asarray(logits_VK, np.float64)
         # As in an evaluation: first the mean over the views, then the temperature, which was fitted to that mean.
@@ -162,7 +166,8 @@ class ServedModel:
             class_name=config.classes[label],
             confidence=float(probabilities[label]),
             views=np.exp(_log_softmax(doubles_VK / temperature)).astype(np.float32),
-            embedding=np.asarray(embedding, np.float32),
+            embedding=embedding,
+            seen=seen,
             saliency=shown,
             notes=(*picture.notes, *form_notes(picture, config.form)),
         )
@@ -345,10 +350,16 @@ def _check_session(path: Path, config: AppConfig, session: Any) -> None:
     size, num_classes = config.form.image_size, len(config.classes)
     inputs = {one.name: one.shape[1:] for one in session.get_inputs()}
     outputs = {one.name: one.shape[1:] for one in session.get_outputs()}
-    if inputs != {"images": [3, size, size]} or outputs.get("logits") != [num_classes] or "embedding" not in outputs:
+    is_free = not any(isinstance(one.shape[0], int) for one in session.get_inputs())
+    if (
+        not is_free
+        or inputs != {"images": [3, size, size]}
+        or outputs.get("logits") != [num_classes]
+        or "embedding" not in outputs
+    ):
         raise PublishedFolderError(
-            f"{path} does not belong to its {CONFIG}: it takes {inputs} and gives {outputs}, where images of 3 x {size} x {size} "
-            f"and {num_classes} classes are expected. Publish the run again"
+            f"{path} does not belong to its {CONFIG}: it takes {inputs} and gives {outputs}, where any number of images of "
+            f"3 x {size} x {size} and {num_classes} classes are expected. Publish the run again"
         )
     if config.saliency is not None and "saliency" not in outputs:
         raise PublishedFolderError(f"{path} has no saliency maps, which its {CONFIG} promises. Publish the run again")

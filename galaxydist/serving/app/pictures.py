@@ -175,21 +175,17 @@ def _decode(image: Image.Image, data: bytes, shown: str) -> Picture:
     turned = _upright(image, data)
     if turned is not image:
         notes.append("It was turned upright, as its camera noted.")
-    has_transparency = turned.has_transparency_data
-    pixels = np.asarray(_to_rgb(turned))
-    if has_transparency and np.asarray(turned.convert("RGBA"))[..., 3].min() < 255:
-        notes.append("Its transparent parts became black.")
+    if turned.has_transparency_data:
+        rgba = turned.convert("RGBA")
+        if np.asarray(rgba.getchannel("A")).min() < 255:
+            notes.append("Its transparent parts became black.")
+        pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB"))
+    else:
+        pixels = np.asarray(turned.convert("RGB"))
     if (pixels[..., :1] == pixels).all():
         notes.append("It is grey: the model was trained on colours.")
     is_plain = image.format == "JPEG" and mode == "RGB" and turned is image
     return Picture(shown, pixels, tuple(notes), data if is_plain else None)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to R G B, with transparency on black."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("RGB")
 
 
 def _upright(image: Image.Image, data: bytes) -> Image.Image:
