@@ -42,8 +42,8 @@ from galaxydist.serving.app.published_model import (
     AppConfig,
     PictureForm,
 )
-from galaxydist.serving.export import checked_galaxies, export_onnx, export_program
 from galaxydist.serving.model_card import collect_results, model_card
+from galaxydist.serving.model_export import checked_galaxies, export_onnx, export_program
 from galaxydist.serving.reference_galaxies import COUNT, write_reference
 from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm
 from galaxydist.serving.whole_folder import check_target, whole_folder

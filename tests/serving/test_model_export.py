@@ -23,7 +23,7 @@ from galaxydist.prediction.trained_model import TrainedModel, open_trained_model
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.serving.app.onnx_runtime import import_onnxruntime
-from galaxydist.serving.export import checked_galaxies, export_onnx, export_program
+from galaxydist.serving.model_export import checked_galaxies, export_onnx, export_program
 from tests.helpers.published import PublishedRun
 
 # And custom_cnn, as a published run. One of each kind of saliency map.
