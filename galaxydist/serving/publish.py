@@ -9,13 +9,14 @@ import importlib
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from galaxydist.atomic_files import to_json, write_bytes
 from galaxydist.errors import UserError
@@ -42,6 +43,8 @@ from galaxydist.serving.app.published_model import (
     AppConfig,
     PictureForm,
 )
+from galaxydist.serving.model_card import collect_results, model_card
+from galaxydist.serving.reference_galaxies import COUNT, write_reference
 from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm
 from galaxydist.serving.whole_folder import check_target, whole_folder
 from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
@@ -72,7 +75,8 @@ class PublishOptions:
         program: write the archive of ``torch.export``.
         repo: ``OWNER/NAME`` on the Hub, for the commands in the model card.
         overwrite: replace a published folder.
-        reference: number of training galaxies whose embeddings are stored; 0: none.
+        reference: largest number of training galaxies whose embeddings are stored; 0: none.
+        quick: store fewer of them, and measure nothing on them: for the first start of the app.
     """
 
     choice: ModelChoice = field(default_factory=ModelChoice)
@@ -81,7 +85,8 @@ class PublishOptions:
     program: bool = True
     repo: str | None = None
     overwrite: bool = False
-    reference: int = 1000
+    reference: int = COUNT
+    quick: bool = False
 
     def content(self) -> dict[str, Any]:
         """Return the options that change what is written, as plain values."""
@@ -211,13 +216,10 @@ class Publication:
         results = self._collect_results()
         keys = self._timm_keys()
         record = self._record(made_from)
-        if results:
-            write_bytes(self.folder / RESULTS, to_json(results).encode())
+        write_bytes(self.folder / RESULTS, to_json(results).encode())
         record = dataclasses.replace(record, files=hash_files(self.folder))
         config = {**keys, PART: record.to_dict(), "app": self._app.to_dict()}
-        card = _find("model_card")
-        if card is not None:
-            write_bytes(self.folder / CARD, card.model_card(config, results).encode())
+        write_bytes(self.folder / CARD, model_card(config, results).encode())
         write_bytes(self.folder / CONFIG, to_json(config).encode())
 
     def _write_weights(self) -> None:
@@ -225,34 +227,38 @@ class Publication:
         # Copies, because a file cannot hold one memory under two names.
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in trained.model.state_dict().items()}
         metadata = describe_weights(trained.trained_on.statistics, trained.recipe.model, trained.recipe.data)
-        save_file(tensors, self.folder / WEIGHTS, metadata)
+        write_bytes(self.folder / WEIGHTS, save(tensors, metadata))
 
     def _export(self) -> None:
         export = _find("export")
-        if export is None:
+        if export is None or not (self.options.onnx or self.options.program):
             return
+        trained, choice = self.trained, self.options.choice
+        images_BCHW = export.checked_galaxies(trained, self.environ, choice.trained_on)
         if self.options.onnx:
-            found = export.export_onnx(self.trained, self.folder / ONNX, describe_onnx(self._app))
+            logger.info("writing %s", ONNX)
+            found = export.export_onnx(trained, self.folder / ONNX, describe_onnx(self._app), images_BCHW)
             self._app = dataclasses.replace(self._app, saliency=found.saliency)
-            logger.info("ONNX: logits within %.1e of PyTorch's", found.max_difference)
         if self.options.program:
-            difference = export.export_program(self.trained, self.folder / PROGRAM)
-            logger.info("torch.export: logits within %.1e of PyTorch's", difference)
+            logger.info("writing %s", PROGRAM)
+            export.export_program(trained, self.folder / PROGRAM, images_BCHW)
 
     def _collect_results(self) -> dict[str, Any]:
-        card, reference = _find("model_card"), _find("reference_galaxies")
-        results = {} if card is None else dict(card.collect_results(RunFolder(self.run), self.trained))
-        if reference is not None and self.options.reference:
-            try:
-                results |= reference.write_reference(
-                    self.trained,
-                    self.folder,
-                    self.environ,
-                    count=self.options.reference,
-                    manifest=self.options.choice.trained_on,
-                )
-            except UserError as error:
-                self.notes.append(f"no training galaxies are stored, so that neither similar nor unlike ones are found: {error}")
+        options = self.options
+        results = collect_results(RunFolder(self.run), self.trained)
+        if not options.reference:
+            return results
+        logger.info("storing training galaxies")
+        place, count = options.choice.trained_on, options.reference
+        try:
+            return results | write_reference(
+                self.trained, self.folder, self.environ, count=count, manifest=place, quick=options.quick
+            )
+        except UserError as error:
+            self.notes.append(f"no training galaxies are stored, so that neither similar nor unlike ones are found: {error}")
+        (self.folder / REFERENCE).unlink(missing_ok=True)
+        for name in (THUMBNAILS, EXAMPLES):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         return results
 
     def _timm_keys(self) -> dict[str, Any]:

@@ -18,9 +18,9 @@ class PublishedRun:
     folder: Path
 
 
-def train_blobs(folder: Path, **changes: object) -> tuple[Path, Path]:
+def train_blobs(folder: Path, survey: BlobSurvey | None = None, **changes: object) -> tuple[Path, Path]:
     """Train on the blobs in a new folder, and return the run folder and the manifest of the shards."""
-    manifest = write_shards(BlobSurvey(), folder / "shards", encoding="png", shard_size=16, workers=1).path
+    manifest = write_shards(survey or BlobSurvey(), folder / "shards", encoding="png", shard_size=16, workers=1).path
     settings = quick_settings(manifest, folder / "run", **{"train__epochs": 4, "optim__lr": 0.02, **changes})
     assert run_here(settings) == 0
     return folder / "run", manifest
