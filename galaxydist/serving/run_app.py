@@ -36,7 +36,8 @@ from galaxydist.serving.app.web_server import (
     serve,
 )
 
-logger = logging.getLogger(__name__)
+# By its full name: the process that publishes runs this module as ``__main__``.
+logger = logging.getLogger("galaxydist.serving.run_app")
 
 # Folder in a run that holds its publication for the app.
 PUBLISHED = "published"
