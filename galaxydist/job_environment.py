@@ -234,15 +234,16 @@ def _first_host(environ: Mapping[str, str]) -> str:
 def job_of(environ: Mapping[str, str]) -> str | None:
     """Return the id of the process's batch job, ``123`` or ``123_4`` for an array task; None outside a job.
 
-    The SLURM_JOB_ID of an array task may be the id of the whole array.
+    The SLURM_JOB_ID of an array task may be the id of the whole array. The pods of a JobSet have its id in JOBSET_UID
+    (containers/jobset.yaml).
     """
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID") or environ.get("JOBSET_UID")
 
 
 def restart_of(environ: Mapping[str, str]) -> int:
-    """Return how often SLURM has restarted the process's job."""
-    count = environ.get("SLURM_RESTART_COUNT", "")
+    """Return how often SLURM, or the controller of a JobSet, has restarted the process's job."""
+    count = environ.get("SLURM_RESTART_COUNT") or environ.get("JOBSET_RESTART_ATTEMPT", "")
     return int(count) if count.isdecimal() else 0
 
 

@@ -28,8 +28,9 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.serving.app.published_model import read_about
 from galaxydist.serving.card_usage import onnx_code
 from galaxydist.serving.model_card import collect_results, model_card
+from galaxydist.serving.publish import PublishOptions
 from galaxydist.surveys.data_origin import known_origin
-from tests.helpers.published import PublishedRun
+from tests.helpers.published import PublishedRun, publish_blobs
 
 HUB_KEYS = {"library_name", "license", "pipeline_tag", "tags", "metrics", "model-index"}
 
@@ -146,6 +147,20 @@ def test_the_code_in_the_card_gives_the_probabilities_of_the_run(
         averaged = galaxydist.load_predictor(published_run.run_dir, device="cpu", tta=app["tta"])(["galaxy.jpg"])
         scaled = probabilities_of(averaged.logits, app["temperature"])[0]
         np.testing.assert_allclose(names["probabilities"], scaled, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_code_for_timm_gives_the_class_and_the_confidence_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = PublishOptions(onnx=False, program=False, reference=0)
+    run = publish_blobs(tmp_path, options, model__name="resnet18", model__width=None, train__epochs=1)
+    stored_picture(run, run.folder)
+    monkeypatch.chdir(run.folder)
+    expected = galaxydist.load_predictor(run.run_dir, device="cpu")(["galaxy.jpg"])
+    text = (run.folder / "README.md").read_text()
+    shown, names = run_code(blocks(text)[0])
+    assert header(text)["library_name"] == "timm" and "timm.create_model" in blocks(text)[0]
+    assert expected.predicted[0] in shown
+    np.testing.assert_allclose(names["probabilities"], expected.probabilities[0], atol=0.01)  # timm crops before it resamples
 
 
 def test_the_code_prepares_pictures_of_any_size_as_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
