@@ -19,6 +19,7 @@ import yaml
 
 from galaxydist.atomic_files import write_bytes
 from galaxydist.errors import UserError
+from galaxydist.evaluation.text_table import escape_markdown
 from galaxydist.prediction.published_folder import is_published
 from galaxydist.serving import app
 from galaxydist.serving.app.published_model import (
@@ -229,7 +230,7 @@ def build_header(title: str, gradio: str, licences: Iterable[str]) -> dict[str, 
 
 def describe_space(header: Mapping[str, Any], configs: Mapping[str, AppConfig]) -> str:
     """Return the text of the Space's README.md below its configuration."""
-    lines = [f"# {plain(header['title'])}", ""]
+    lines = [f"# {escape_markdown(header['title'])}", ""]
     lines += [
         "Give a picture of one galaxy in the middle; a network names its morphological class. It runs on ONNX, without torch.",
         "",
@@ -240,7 +241,7 @@ def describe_space(header: Mapping[str, Any], configs: Mapping[str, AppConfig]) 
             "",
         ]
     for name, config in configs.items():
-        lines += [f"## {plain(config.title)}", ""]
+        lines += [f"## {escape_markdown(config.title)}", ""]
         facts = {
             "Classes": ", ".join(config.classes),
             "Training data": config.dataset,
@@ -248,7 +249,7 @@ def describe_space(header: Mapping[str, Any], configs: Mapping[str, AppConfig]) 
             "Use": "non-commercial only" if config.is_non_commercial else "",
             "Citation": config.citation or "",
         }
-        lines += [f"- {key}: {plain(value)}" for key, value in facts.items() if value]
+        lines += [f"- {key}: {escape_markdown(value)}" for key, value in facts.items() if value]
         lines += [f"- [Model card]({MODELS}/{name}/{CARD})", ""]
     lines += [
         f"Written by galaxydist {__version__}. On your own machine, in this folder, with Python {header['python_version']}:",
@@ -260,8 +261,3 @@ def describe_space(header: Mapping[str, Any], configs: Mapping[str, AppConfig]) 
         "",
     ]
     return "\n".join(lines)
-
-
-def plain(text: str) -> str:
-    """Return a text as Markdown shows it unchanged, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", " ".join(text.split()))

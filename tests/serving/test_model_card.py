@@ -21,6 +21,7 @@ from galaxydist.galaxy import EncodedImage
 from galaxydist.loading.augment import Normalise
 from galaxydist.loading.training_data import StoredImages
 from galaxydist.prediction.card_sections import card_text
+from galaxydist.prediction.citations import works_to_cite
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.predictor import probabilities_of
 from galaxydist.prediction.trained_model import open_trained_model
@@ -216,6 +217,8 @@ def test_texts_of_users_are_shown_as_they_are(config: dict[str, Any], results: d
     assert not re.search(r"(?<!\\)<(script|b)>|(?<!\\)\[x\]\(|^# (x|head|out|d)|(?<!\\)\*bold", outside, re.MULTILINE)
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows if "0." in row and "to" in row} <= {4, 6, 7}
+    works = "\n".join(works_to_cite("x", "A & B, (https://e.org/a_b).; <i>C</i>", None, uses_timm=False, version="1"))
+    assert works.startswith("- A \\& B, (<https://e.org/a_b>).\n- \\<i\\>C\\</i\\>\n- galaxydist 1")
     assert escape_markdown("in_between <b> |") == "in_between \\<b\\> \\|"
 
 
