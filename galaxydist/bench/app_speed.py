@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from galaxydist.bench.common import show, show_json, spread
+import psutil
+
+from galaxydist.bench.common import Lap, show, show_json, spread
 from galaxydist.bench.loader_speed import simulated_shards
 from galaxydist.bench.startup import LAUNCH, LAUNCH_CODE
 from galaxydist.cpus import available_cores
@@ -52,9 +54,9 @@ class AppConditions:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of one start: until the page is there, until the first answer, and of each later one."""
+    """Seconds of one start: until the page is there (also of processor time), until the first answer, and of each later one."""
 
-    start: float
+    start: Lap
     first: float
     later: list[float]
 
@@ -82,9 +84,9 @@ def measure_app(root: Path, environ: Mapping[str, str], conditions: AppCondition
         for run in runs:
             shutil.rmtree(run / PUBLISHED, ignore_errors=True)
             for kind in ("new", "published"):
-                with _started(run, environ, root / "app.log") as (port, start_s):
+                with _started(run, environ, root / "app.log") as (port, start):
                     first, *later = [_ask(port, picture) for _ in range(1 + conditions.answers)]
-                found[run][kind].append(_Times(start_s, first, later))
+                found[run][kind].append(_Times(start, first, later))
     results = [_result(run, kinds, conditions) for run, kinds in found.items()]
     show_json(*results)
     return results
@@ -98,17 +100,21 @@ def _result(run: Path, kinds: Mapping[str, Sequence[_Times]], conditions: AppCon
         "task": "app",
         "model": recipe["model.name"],
         "image_size": recipe["data.image_size"],
-        "start_new_s": median(times.start for times in kinds["new"]),
-        "start_s": median(times.start for times in kinds["published"]),
+        "start_new_s": median(times.start.wall_s for times in kinds["new"]),
+        "start_new_cpu_s": median(times.start.cpu_s for times in kinds["new"]),
+        "start_s": median(times.start.wall_s for times in kinds["published"]),
+        "start_cpu_s": median(times.start.cpu_s for times in kinds["published"]),
         "first_answer_s": median(times.first for times in both),
         "answer_s": median(later),
         "rounds": conditions.rounds,
         "answers": conditions.answers,
         "cores": available_cores(),
     }
+    starts, new = ([times.start.wall_s for times in kinds[kind]] for kind in ("published", "new"))
     show(
-        f"{result['model']}, {result['image_size']} px: start {spread([times.start for times in kinds['published']], 1)} s, with "
-        f"publishing {spread([times.start for times in kinds['new']], 1)} s; first answer "
+        f"{result['model']}, {result['image_size']} px: start {spread(starts, 1)} s "
+        f"({result['start_cpu_s']:.1f} of a processor), with publishing "
+        f"{spread(new, 1)} s ({result['start_new_cpu_s']:.1f}); first answer "
         f"{spread([times.first for times in both], 2)} s, later ones {spread(later, 3)} s"
     )
     return result
@@ -143,8 +149,8 @@ def _read_galaxy(manifest: Manifest) -> bytes:
 
 
 @contextmanager
-def _started(run: Path, environ: Mapping[str, str], log: Path) -> Iterator[tuple[int, float]]:
-    """Run the app inside; yields its port, and the seconds until its page was there."""
+def _started(run: Path, environ: Mapping[str, str], log: Path) -> Iterator[tuple[int, Lap]]:
+    """Run the app inside; yields its port, and the time until its page was there."""
     command = [sys.executable, "-m", "galaxydist", "app", str(run)]
     with log.open("w") as stream:
         began = time.perf_counter()
@@ -157,7 +163,10 @@ def _started(run: Path, environ: Mapping[str, str], log: Path) -> Iterator[tuple
             raise UserError(f"the app of {run} did not start: see {log}")
         port = int(found[1])
         _request(port, "GET", "/")
-        yield port, time.perf_counter() - began
+        took_s = time.perf_counter() - began
+        used = psutil.Process(process.pid).cpu_times()
+        # Those of the process that published, which has ended, too.
+        yield port, Lap(took_s, used.user + used.system + used.children_user + used.children_system)
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
     finally:
