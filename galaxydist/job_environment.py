@@ -1,10 +1,13 @@
-"""Environment variables of launchers: ranks, SLURM's cores, job ids, and Accelerate's settings.
+"""Environment of this process: ranks of launchers, SLURM's cores, job ids, Accelerate's settings, and the way to a page here.
 
 This module does not import torch.
 """
 
+import getpass
 import math
+import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -231,15 +234,16 @@ def _first_host(environ: Mapping[str, str]) -> str:
 def job_of(environ: Mapping[str, str]) -> str | None:
     """Return the id of the process's batch job, ``123`` or ``123_4`` for an array task; None outside a job.
 
-    The SLURM_JOB_ID of an array task may be the id of the whole array.
+    The SLURM_JOB_ID of an array task may be the id of the whole array. The pods of a JobSet have its id in JOBSET_UID
+    (containers/jobset.yaml).
     """
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID") or environ.get("JOBSET_UID")
 
 
 def restart_of(environ: Mapping[str, str]) -> int:
-    """Return how often SLURM has restarted the process's job."""
-    count = environ.get("SLURM_RESTART_COUNT", "")
+    """Return how often SLURM, or the controller of a JobSet, has restarted the process's job."""
+    count = environ.get("SLURM_RESTART_COUNT") or environ.get("JOBSET_RESTART_ATTEMPT", "")
     return int(count) if count.isdecimal() else 0
 
 
@@ -247,3 +251,12 @@ def start_of(environ: Mapping[str, str]) -> str | None:
     """Return the id of one start of a job, such as ``123_4.0``; None outside a job."""
     job_id = job_of(environ)
     return f"{job_id}.{restart_of(environ)}" if job_id is not None else None
+
+
+def tunnel_command(port: int) -> str:
+    """Return the command that makes a page of this machine visible under the same port of a user's own one."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for its user
+        user = "USER"
+    return shlex.join(["ssh", "-N", "-L", f"{port}:localhost:{port}", f"{user}@{socket.gethostname()}"])

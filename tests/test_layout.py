@@ -25,7 +25,6 @@ SHORT = {
     "cluster/snapshot.py": "the code that a job runs",
     "cluster/task.py": "entry point of a rank",
     "log.py": "ground floor",
-    "models/features.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
     "serving/app/onnx_runtime.py": "the only importer of onnxruntime",
     "surveys/official_split.py": "reader of shipped data",

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_command, add_group, local_path, whole_number
+from galaxydist.cli.options import Commands, add_command, add_group, local_path, port_number
 from galaxydist.cli.track import find_targets, going_by_slurm, print_line
 from galaxydist.errors import EXIT_FAILED
 
@@ -86,13 +86,9 @@ def _add_local(commands: Commands) -> None:
     parser.add_argument(
         "runs", nargs="*", type=local_path, metavar="RUNS", help="run folders, and folders of run folders (default: runs)"
     )
-    parser.add_argument("--port", type=_port, metavar="N", help="port of the page (default: 7860, or the next free one)")
+    parser.add_argument("--port", type=port_number, metavar="N", help="port of the page (default: 7860, or the next free one)")
     parser.add_argument("--dir", type=local_path, metavar="DIR", help="trackio's folder (default: trackio in the first of RUNS)")
     parser.add_argument("--no-follow", action="store_true", help="show the runs as they are now")
-
-
-def _port(text: str) -> int:
-    return whole_number(text, least=1, most=65_535)
 
 
 def run_local(arguments: argparse.Namespace) -> int:

@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate.add_evaluate,
         predict.add_predict,
         share.add_publish,
+        share.add_app,
         evaluate.add_gallery,
         evaluate.add_report,
         encoders.add_probe,

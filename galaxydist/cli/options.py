@@ -319,6 +319,7 @@ def whole_number(text: str, *, least: int, most: float = math.inf) -> int:
 
 positive_int = partial(whole_number, least=1)
 non_negative_int = partial(whole_number, least=0)
+port_number = partial(whole_number, least=1, most=65_535)
 
 
 def positive_number(text: str) -> float:

@@ -1,24 +1,36 @@
-"""``galaxydist publish``: give a trained model to others as one folder."""
+"""``galaxydist publish`` and ``galaxydist app``: give a trained model to others as one folder, and as a page."""
 
 import argparse
 import os
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.jobs import find_folder
-from galaxydist.cli.options import Commands, add_command, add_trust_code, local_path, non_negative_int
+from galaxydist.cli.options import Commands, add_command, add_trust_code, local_path, non_negative_int, port_number, positive_int
+from galaxydist.cli.track import print_line
 from galaxydist.errors import UserError
 
 if TYPE_CHECKING:
     from galaxydist.serving.publish import PublishReport
+    from galaxydist.serving.space import SpaceReport
 
 EPILOG = """examples:
   galaxydist publish runs/vit-0123abcd published/vit
   galaxydist publish runs/vit-0123abcd published/vit --repo me/galaxy-vit --name "ViT-S on Galaxy10 DECaLS"
   galaxydist publish runs/vit-0123abcd published/vit --overwrite --no-program
+  galaxydist publish runs/vit-0123abcd published/resnet50 --space space --name "Galaxies"    the app, as a Hugging Face Space
 
 The folder holds weights (safetensors), preprocessing and class names (config.json), ONNX, a torch.export archive, a model card
 and stored training galaxies. It is what the Hugging Face Hub takes; galaxydist.load_predictor opens it without the run.
+"""
+APP_EPILOG = """examples:
+  galaxydist app runs/vit-0123abcd                      its page, on this machine only
+  galaxydist app runs/vit-0123abcd published/resnet50   a choice of two models
+  galaxydist app published/vit --port 8000
+
+A run is published into RUN/published at its first start, and again when its checkpoint or its evaluations have changed. Uploads
+lie in a temporary folder, and are deleted within minutes. Ctrl-C ends the page.
 """
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -33,8 +45,15 @@ def add_publish(commands: Commands) -> None:
         description="Write the model of a run as one folder for others: weights, preprocessing, ONNX, model card.",
         epilog=EPILOG,
     )
-    parser.add_argument("run_folder", metavar="RUN", help="run folder, or its name in ./runs")
-    parser.add_argument("out", type=local_path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar=("RUN", "DIR"),
+        help="run folder, or its name in ./runs, and the folder to write; with --space several runs or published folders",
+    )
+    parser.add_argument(
+        "--space", type=local_path, metavar="DIR", help="write a Hugging Face Space into DIR: the app with these models"
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), help="checkpoint (default: the recipe's)")
     parser.add_argument("--name", metavar="TITLE", help="name of the model for people (default: recipe and data set)")
     parser.add_argument("--no-onnx", action="store_true", help="leave out the ONNX file, which the app runs")
@@ -60,6 +79,14 @@ def run_publish(arguments: argparse.Namespace) -> None:
     if arguments.name is not None and not (arguments.name.strip() and arguments.name.isprintable()):
         raise UserError("--name: give a name of printable characters")
 
+    if arguments.space is None and len(arguments.paths) != 2:
+        raise UserError(
+            f"publish takes a run and the folder to write, and {len(arguments.paths)} were given: galaxydist publish RUN DIR "
+            "(or --space DIR, for several runs)"
+        )
+    if arguments.space is not None and arguments.no_onnx:
+        raise UserError("--no-onnx: a Space runs the ONNX file; leave the option out")
+
     from galaxydist.prediction.trained_model import ModelChoice
     from galaxydist.serving.publish import PublishOptions, publish
 
@@ -72,8 +99,58 @@ def run_publish(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         **({} if arguments.reference is None else {"reference": arguments.reference}),
     )
-    report = publish(find_folder(arguments.run_folder), arguments.out, os.environ, options)
-    print(render_report(report, arguments.repo))
+    if arguments.space is not None:
+        from galaxydist.serving.space import publish_space
+
+        sources = list(dict.fromkeys(find_folder(text) for text in arguments.paths))
+        print(render_space(publish_space(sources, arguments.space, os.environ, options), arguments.repo))
+        return
+    run, out = arguments.paths
+    print(render_report(publish(find_folder(run), local_path(out), os.environ, options), arguments.repo))
+
+
+def add_app(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "app",
+        run_app_command,
+        "show a page on which a trained model labels pictures",
+        description="Show a page on which trained models label pictures, on this machine's loopback address until Ctrl-C.",
+        epilog=APP_EPILOG,
+    )
+    parser.add_argument("sources", nargs="+", metavar="RUN|DIR", help="run folder, or its name in ./runs, or a published folder")
+    parser.add_argument("--port", type=port_number, metavar="N", help="port of the page (default: 7860, or the next free one)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address that the page listens on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="also make a public link, through gradio's servers, for a week at most"
+    )
+    parser.add_argument(
+        "--max-upload",
+        type=positive_int,
+        default=100,
+        metavar="MB",
+        help="limit of an upload: a picture, a zip or several pictures together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--queue", type=positive_int, default=32, metavar="N", help="requests that may wait for an answer (default: %(default)s)"
+    )
+    add_trust_code(parser)
+
+
+def run_app_command(arguments: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from galaxydist.serving.app.web_server import ServerOptions
+    from galaxydist.serving.run_app import AppOptions, run_app
+
+    server = ServerOptions(arguments.host, arguments.port, arguments.share, arguments.max_upload, arguments.queue)
+    sources = list(dict.fromkeys(find_folder(text) for text in arguments.sources))
+    run_app(sources, AppOptions(server, arguments.trust_code), os.environ, print_line)
 
 
 def render_report(report: "PublishReport", repo: str | None) -> str:
@@ -88,6 +165,22 @@ def render_report(report: "PublishReport", repo: str | None) -> str:
         lines.append(f'  timm.create_model("local-dir:{report.folder}", pretrained=True)')
     lines += ["upload it to the Hugging Face Hub:", f"  hf upload {repo or 'OWNER/NAME'} {report.folder} ."]
     return "\n".join(lines)
+
+
+def render_space(report: "SpaceReport", repo: str | None) -> str:
+    """Return what was written, and the commands that try and upload it."""
+    name = shlex.quote(str(report.folder))
+    return "\n".join(
+        [
+            f"Space: {report.folder} ({_readable(report.num_bytes)}), gradio {report.gradio}",
+            *(f"  {title}" for title in report.models),
+            *(f"note: {note}" for note in report.notes),
+            "try it:",
+            f"  python {shlex.quote(str(report.folder / 'app.py'))}",
+            "upload it to the Hugging Face Hub, which makes the Space if there is none of that name:",
+            f"  hf upload {repo or 'OWNER/NAME'} {name} . --repo-type space",
+        ]
+    )
 
 
 def _readable(size: int) -> str:

@@ -28,10 +28,43 @@ def extract_features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     with evaluation_mode(model):
         features = _timm_features(model, images_BCHW)
         if features is None:
-            features = _head_input(model, images_BCHW)
+            _, features = _with_head_input(model, images_BCHW)
+    return _as_vectors(model, features, images_BCHW)
+
+
+def forward_with_features(model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits B x K and the features B x D (as :func:`extract_features`) from a single forward pass.
+
+    It can be traced for an export; the model is in evaluation mode already.
+
+    Raises:
+        UserError: the model has no features.
+    """
+    network: Any = model
+    features: Tensor | None = None
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        found: list[Any] = []
+        compute = network.forward_features
+
+        def keep(*inputs: Any, **options: Any) -> Any:
+            found.append(compute(*inputs, **options))
+            return found[-1]
+
+        network.forward_features = keep
+        try:
+            logits_BK: Tensor = model(images_BCHW)
+        finally:
+            del network.forward_features  # the method of the class again
+        features = _before_head(model, found[-1]) if found else _timm_features(model, images_BCHW)
+    if features is None:
+        logits_BK, features = _with_head_input(model, images_BCHW)
+    return logits_BK, _as_vectors(model, features, images_BCHW)
+
+
+def _as_vectors(model: nn.Module, features: Tensor, images_BCHW: Tensor) -> Tensor:
     if features.ndim > 2:
         features = features.flatten(2).mean(dim=2)
-    if features.ndim != 2 or len(features) != len(images_BCHW):
+    if features.ndim != 2 or features.shape[0] != images_BCHW.shape[0]:  # a length is a number, and a traced batch has none
         raise UserError(
             f"{type(model).__name__} has no features to extract: the input of its last linear layer has the shape "
             f"{tuple(features.shape)}, which is no vector for each of {len(images_BCHW)} images"
@@ -43,22 +76,27 @@ def _timm_features(model: nn.Module, images_BCHW: Tensor) -> Tensor | None:
     network: Any = model
     if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
         return None
-    found = network.forward_head(network.forward_features(images_BCHW), pre_logits=True)
+    return _before_head(model, network.forward_features(images_BCHW))
+
+
+def _before_head(model: nn.Module, last: Any) -> Tensor | None:
+    network: Any = model
+    found = network.forward_head(last, pre_logits=True)
     if isinstance(found, tuple):  # a model with a second head for distillation
         found = torch.stack(found).mean(dim=0)
     return found if isinstance(found, Tensor) else None
 
 
-def _head_input(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+def _with_head_input(model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no features to extract: it has no linear layer, whose input they would be")
     kept: list[Tensor] = []
     handle = layers[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     try:
-        model(images_BCHW)
+        logits_BK = model(images_BCHW)
     finally:
         handle.remove()
     if not kept:
         raise UserError(f"{type(model).__name__} has no features to extract: its last linear layer is not used")
-    return kept[-1]
+    return logits_BK, kept[-1]

@@ -1,7 +1,7 @@
 """Saliency maps: attention rollout for plain vision transformers, Grad-CAM for other networks."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,7 +98,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B:
     feature_map = nn.Identity()  # the layer's output as B x C x h x w, which captum needs
 
     def through_map(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        shaped = _FeatureLayout.of(model, output, images_BCHW)
+        shaped = FeatureLayout.of(model, output, images_BCHW)
         return shaped.back(feature_map(shaped.to_map(output)), output)
 
     with evaluation_mode(model), ExitStack() as stack:
@@ -112,7 +112,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B:
 
 
 @dataclass(frozen=True, slots=True)
-class _FeatureLayout:
+class FeatureLayout:
     """Arrangement of a layer's output: ``channels_first``, ``channels_last`` or tokens of a grid behind some prefix tokens."""
 
     kind: Literal["channels_first", "channels_last", "tokens"]
@@ -120,7 +120,12 @@ class _FeatureLayout:
     grid: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, model: nn.Module, output: Any, images_BCHW: Tensor) -> "_FeatureLayout":
+    def of(cls, model: nn.Module, output: Any, images_BCHW: Tensor) -> "FeatureLayout":
+        """Return the arrangement of a layer's output for these images.
+
+        Raises:
+            NoMapError: the output is no map of the images.
+        """
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             raise NoMapError("its last layer has no map as output")
         if output.ndim == 4:
@@ -134,6 +139,7 @@ class _FeatureLayout:
         raise NoMapError(f"{output.shape[1]} tokens are no grid of the image")
 
     def to_map(self, output: Tensor) -> Tensor:
+        """Return the output as B x C x h x w."""
         if self.kind == "channels_first":
             return output
         if self.kind == "channels_last":
@@ -142,6 +148,7 @@ class _FeatureLayout:
         return tokens_BCN.reshape(*tokens_BCN.shape[:2], *self.grid)
 
     def back(self, mapped: Tensor, output: Tensor) -> Tensor:
+        """Return a map in the arrangement of the output, with the output's prefix tokens."""
         if self.kind == "channels_first":
             return mapped
         if self.kind == "channels_last":
@@ -179,8 +186,23 @@ def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     vit: Any = model
     if not has_plain_attention(model):
         raise NoMapError("it has no blocks of attention over patches")
-    with evaluation_mode(model), _attention(vit) as weights:
+    with evaluation_mode(model), recorded_attention(vit) as weights:
         model(images_BCHW)
+    return roll_out(vit, weights, images_BCHW)
+
+
+def roll_out(model: nn.Module, weights: Sequence[Tensor], images_BCHW: Tensor) -> Tensor:
+    """Return the attention rollout maps B x h x w of recorded attention weights; see :func:`attention_rollout`.
+
+    Args:
+        model: with plain attention.
+        weights: of each block, from :func:`recorded_attention`.
+        images_BCHW: the images, for their size.
+
+    Raises:
+        NoMapError: the weights are not between all patches.
+    """
+    vit: Any = model
     height, width = (-(-side // size) for side, size in zip(images_BCHW.shape[2:], patch_size(model), strict=True))
     num_tokens = int(vit.num_prefix_tokens) + height * width
     if len(weights) != len(vit.blocks) or any(one.ndim != 4 or one.shape[2:] != (num_tokens, num_tokens) for one in weights):
@@ -205,8 +227,8 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def _attention(vit: Any) -> Iterator[list[Tensor]]:
-    """Collect the attention weights, B x heads x N x N, of each block in turn.
+def recorded_attention(vit: Any) -> Iterator[list[Tensor]]:
+    """Collect the attention weights, B x heads x N x N, of each block in turn, while a model with plain attention runs.
 
     A fused attention kernel does not return them, so it is switched off in each block (timm's ``set_fused_attn`` only affects
     models that are built later). The weights are the input of the attention dropout.

@@ -223,7 +223,7 @@ def _machine_rows(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time, all starts", hours_text(training["hours"])
     for kind, hours in (training.get("device_hours") or {}).items():
         lost = f", of which {hours_text(hours['lost'])} lost to restarts" if hours["lost"] > 0 else ""
-        yield f"{escape_markdown(kind)} hours", f"{hours_text(hours['used'])}{lost}"
+        yield f"device time ({escape_markdown(kind)})", f"{hours_text(hours['used'])}{lost}"
     if training.get("commit"):
         changed = " with uncommitted changes" if training.get("uncommitted_changes") else ""
         yield "commit of galaxydist", f"{escape_markdown(str(training['commit']))}{changed}"
@@ -379,8 +379,8 @@ def limits(facts: CardFacts) -> Iterator[str]:
     others = {one["dataset"] for one in facts.results.get("others") or ()} - {facts.dataset}
     measured = f"only {', '.join(map(escape_markdown, sorted(others)))}, see above" if others else "none"
     yield (
-        f"It has learnt the depth, seeing and colours of {escape_markdown(facts.dataset)}. Pictures of other surveys, depths or "
-        f"stretches differ from them; measured on other data: {measured}."
+        f"It has learnt the depth, seeing and colours of the data set {escape_markdown(facts.dataset)}. Pictures of other "
+        f"surveys, depths or stretches differ from them; measured on other data: {measured}."
     )
     is_detected = (facts.results.get("unlike") or {}).get("detected")
     measured = " Pictures that are no galaxies are recognised in part, as measured above." if is_detected else ""

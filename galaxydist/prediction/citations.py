@@ -83,9 +83,10 @@ def hub_repository(source: str | None) -> str | None:
 
 def _linked(text: str) -> str:
     """Return text with its addresses as links."""
-    parts, start = list[str](), 0
-    for found in URL.finditer(text):
-        address = found[0].rstrip(").,;")
-        parts += [escape_markdown(text[start : found.start()]), f"<{address}>"]
-        start = found.start() + len(address)
-    return "".join([*parts, escape_markdown(text[start:])])
+    words = []
+    for word in text.split():
+        found = URL.search(word)
+        address = found[0].rstrip(").,;") if found is not None else ""
+        before, _, after = word.partition(address) if address else (word, "", "")
+        words.append(escape_markdown(before) + (f"<{address}>{escape_markdown(after)}" if address else ""))
+    return " ".join(words)

@@ -5,6 +5,7 @@ from string import Template
 from typing import Any
 
 from galaxydist.evaluation.text_table import escape_markdown, fenced
+from galaxydist.recipe.model_names import parse_model_name
 from galaxydist.serving.app.published_model import ONNX, PROGRAM, PictureForm
 from galaxydist.serving.timm_config import prepares_alike
 
@@ -72,7 +73,7 @@ def describe_usage(config: Mapping[str, Any]) -> str:
             parts.append("timm's own transform resamples pictures otherwise than the training did: probabilities differ.")
         parts.append(fenced(_TIMM.substitute(name=name, temperature=temperature), "python"))
     parts.append("With galaxydist, which gives the numbers of the evaluation:")
-    is_own = ":" in str(ours["recipe"].get("model", {}).get("name", "")) and not config.get("architecture")
+    is_own = parse_model_name(str(ours["recipe"]["model"]["name"])).kind == "function"
     parts.append(fenced(_GALAXYDIST.substitute(folder=".", options=", trust_code=True" if is_own else ""), "python"))
     if is_own:
         name = escape_markdown(str(ours["recipe"]["model"]["name"]))

@@ -4,6 +4,7 @@
 text of ``prediction/card_sections.py`` with a section on use.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ def _count_galaxies(trained: TrainedModel) -> dict[str, int]:
     """Return the galaxies of each split, if the shards of the training lie on this machine."""
     config = trained.recipe.data
     try:
-        path = Path(find_manifest(config, data_root(config.dir, {})))
+        path = Path(find_manifest(config, data_root(config.dir, os.environ)))
         manifest = read_manifest(path) if path.is_file() else None
     except (UserError, OSError):
         return {}

@@ -5,7 +5,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -44,6 +43,7 @@ from galaxydist.serving.app.published_model import (
     PictureForm,
 )
 from galaxydist.serving.model_card import collect_results, model_card
+from galaxydist.serving.model_export import checked_galaxies, export_onnx, export_program
 from galaxydist.serving.reference_galaxies import COUNT, write_reference
 from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm, prepares_alike
 from galaxydist.serving.whole_folder import check_target, whole_folder
@@ -230,18 +230,17 @@ class Publication:
         write_bytes(self.folder / WEIGHTS, save(tensors, metadata))
 
     def _export(self) -> None:
-        export = _find("export")
-        if export is None or not (self.options.onnx or self.options.program):
+        if not (self.options.onnx or self.options.program):
             return
         trained, choice = self.trained, self.options.choice
-        images_BCHW = export.checked_galaxies(trained, self.environ, choice.trained_on)
+        images_BCHW = checked_galaxies(trained, self.environ, choice.trained_on)
         if self.options.onnx:
             logger.info("writing %s", ONNX)
-            found = export.export_onnx(trained, self.folder / ONNX, describe_onnx(self._app), images_BCHW)
+            found = export_onnx(trained, self.folder / ONNX, describe_onnx(self._app), images_BCHW)
             self._app = dataclasses.replace(self._app, saliency=found.saliency)
         if self.options.program:
             logger.info("writing %s", PROGRAM)
-            export.export_program(trained, self.folder / PROGRAM, images_BCHW)
+            export_program(trained, self.folder / PROGRAM, images_BCHW)
 
     def _collect_results(self) -> dict[str, Any]:
         options = self.options
@@ -293,12 +292,6 @@ class Publication:
             repo=self.options.repo,
             made_from=made_from,
         )
-
-
-def _find(name: str) -> Any:
-    """Return a module of this package; None if there is none."""
-    full = f"galaxydist.serving.{name}"
-    return importlib.import_module(full) if importlib.util.find_spec(full) is not None else None
 
 
 def describe_app(trained: TrainedModel, title: str | None) -> AppConfig:

@@ -172,10 +172,11 @@ class GalaxyReader:
     def prepare(self, pictures: Iterable[Pixels]) -> Iterator[Pixels]:
         """Yield pictures of any size as T x T x 3 uint8."""
         for picture in pictures:
-            yield self._seen(self._form.prepare(np.array(picture), "a picture"))
+            yield self._seen(self._form.prepare(np.ascontiguousarray(picture), "a picture"))
 
     def _seen(self, pixels: Pixels) -> Pixels:
-        return np.asarray(self._normalise.crop_and_resize(torch.from_numpy(pixels[None])).numpy()[0])
+        own = np.require(pixels, requirements=["C", "W"])  # torch takes no memory of Pillow's
+        return np.asarray(self._normalise.crop_and_resize(torch.from_numpy(own[None])).numpy()[0])
 
     def embed(self, images: Iterable[Pixels]) -> Floats:
         """Return the embeddings B x D of images from :meth:`read`: the pooled input of the head, not averaged over views."""

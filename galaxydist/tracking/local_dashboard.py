@@ -1,10 +1,7 @@
 """Dashboard without an account: trackio's page on this machine's loopback address, for the runs in trackio's folder."""
 
 import contextlib
-import getpass
 import io
-import shlex
-import socket
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from galaxydist.errors import UserError
+from galaxydist.job_environment import tunnel_command
 from galaxydist.tracking.push import INTERVAL_S, Push, PushOptions, PushReport
 from galaxydist.tracking.trackio_sink import load_trackio
 
@@ -124,12 +122,3 @@ def _stop(server: Any) -> None:
     inner.config.timeout_graceful_shutdown = 1  # for a page that is just being sent
     server.close()
     inner.thread.join(STOPPING_S)
-
-
-def tunnel_command(port: int) -> str:
-    """Return the command that makes a page of this machine visible under the same port of a user's own one."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container without a name for its user
-        user = "USER"
-    return shlex.join(["ssh", "-N", "-L", f"{port}:localhost:{port}", f"{user}@{socket.gethostname()}"])

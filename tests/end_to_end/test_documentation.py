@@ -18,8 +18,10 @@ from tests.helpers.shell_blocks import Block, commands, read_blocks, run_pages
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-# Any option, and those of the GPU checks, accelerate, torchrun, srun and timeout.
+# Any option, and those of the GPU checks, accelerate, torchrun, srun, timeout, docker and apptainer.
 OTHER_OPTIONS = {
+    "--repo-type",  # hf
+    *("--target", "--rm", "--init", "--gpus", "--shm-size", "--read-only", "--tmpfs", "--nv", "--bind", "--shutdown-timeout"),
     "--logdir",  # tensorboard
     "--device",
     "--only",

@@ -18,6 +18,7 @@ from PIL import Image
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _TIMEOUT_S = 120.0
+_KEYS = {"Enter": 13, "ArrowDown": 40}
 
 
 def find_browser() -> str:
@@ -140,6 +141,11 @@ class Browser:
             f" return [b.x + b.width / 2, b.y + b.height / 2]; }})(document.querySelector({json.dumps(selector)}))"
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def press(self, key: str) -> None:
+        """Press and release a key, such as ``Enter``, where the focus is."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=_KEYS[key])
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """The page as PNG, as far down as it goes, or what the window shows."""

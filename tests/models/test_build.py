@@ -15,7 +15,6 @@ from galaxydist.models.registry import MODEL_NAMES
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.model_names import NAMED_MODELS
 from galaxydist.recipe.schema import ModelConfig, ModelName
-from tests.helpers.model_names import DEEPER
 
 
 def test_registry_has_the_named_models_of_recipes() -> None:
@@ -180,39 +179,3 @@ def test_group_norm_logits_do_not_depend_on_other_images_of_the_batch(width: int
     assert logits_BK.std(dim=0).min() > 1e-3
     torch.testing.assert_close(torch.cat([model(image[None]) for image in images_BCHW]), logits_BK, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model.eval()(images_BCHW), logits_BK, rtol=0, atol=0)
-
-
-# One of each kind of network; the others differ in depth and width only.
-ONNX_IN_CI = ("custom_cnn", "d4_cnn", "resnet18", "vgg16", "vit")
-
-
-@pytest.mark.parametrize(
-    ("name", "to_onnx"),
-    [
-        *(pytest.param(name, name in ONNX_IN_CI, marks=pytest.mark.slow) for name in MODEL_NAMES if name not in DEEPER),
-        *(pytest.param(name, True, marks=pytest.mark.nightly) for name in MODEL_NAMES if name not in ONNX_IN_CI),
-    ],
-)
-def test_every_model_is_exported_with_a_free_batch(name: ModelName, to_onnx: bool) -> None:
-    size = 32
-    model = build_model(ModelConfig(name=name), 3, size).eval()
-    exported = torch.export.export(
-        model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
-    )
-    batches = [torch.randn(count, 3, size, size) for count in (1, 3)]
-    with torch.no_grad():
-        expected = [model(images_BCHW) for images_BCHW in batches]
-        for images_BCHW, logits_BK in zip(batches, expected, strict=True):
-            torch.testing.assert_close(exported.module()(images_BCHW), logits_BK, rtol=1e-4, atol=1e-4)
-    if not to_onnx:
-        return
-    import onnxruntime
-
-    program = torch.onnx.export(exported, dynamo=True, verbose=False)
-    assert program is not None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    for images_BCHW, logits_BK in zip(batches, expected, strict=True):
-        (found_BK,) = session.run(None, {session.get_inputs()[0].name: images_BCHW.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found_BK), logits_BK, rtol=1e-4, atol=1e-4)

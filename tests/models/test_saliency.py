@@ -233,3 +233,18 @@ def test_d4_cnn_saliency_of_a_rotated_image_is_the_rotated_map() -> None:
     turned = explained(model, "d4_cnn", torch.rot90(images_BCHW, 1, (2, 3)), targets_B).maps_BHW
     assert upright.any()
     torch.testing.assert_close(torch.rot90(upright, 1, (1, 2)), turned, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "head"), [("custom_cnn", "head"), ("resnet18", "fc"), ("vgg16", "head.fc")])
+def test_grad_cam_of_a_linear_head_is_its_weights_times_the_map_over_its_size(name: str, head: str) -> None:
+    """Behind an average over the map; a maximum pooling between them passes each gradient on to one pixel."""
+    model = spread(build(name))
+    layer = model.get_submodule(str(ARCHITECTURES[name].last_map))
+    maps: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, output: maps.append(output.detach().clone()))
+    targets_B = torch.arange(5)
+    found_Bhw = grad_cam(model, layer, torch.randn(5, 3, 64, 64), targets_B)
+    weights_BC = model.get_parameter(f"{head}.weight")[targets_B].detach()
+    expected_Bhw = torch.einsum("bc,bchw->bhw", weights_BC, maps[0]).relu() / maps[0][0, 0].numel()
+    assert expected_Bhw.any()
+    torch.testing.assert_close(found_Bhw, expected_Bhw, rtol=1e-4, atol=1e-6)

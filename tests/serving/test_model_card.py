@@ -21,6 +21,7 @@ from galaxydist.galaxy import EncodedImage
 from galaxydist.loading.augment import Normalise
 from galaxydist.loading.training_data import StoredImages
 from galaxydist.prediction.card_sections import card_text
+from galaxydist.prediction.citations import works_to_cite
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.predictor import probabilities_of
 from galaxydist.prediction.trained_model import open_trained_model
@@ -28,8 +29,9 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.serving.app.published_model import read_about
 from galaxydist.serving.card_usage import onnx_code
 from galaxydist.serving.model_card import collect_results, model_card
+from galaxydist.serving.publish import PublishOptions
 from galaxydist.surveys.data_origin import known_origin
-from tests.helpers.published import PublishedRun
+from tests.helpers.published import PublishedRun, publish_blobs
 
 HUB_KEYS = {"library_name", "license", "pipeline_tag", "tags", "metrics", "model-index"}
 
@@ -148,6 +150,20 @@ def test_the_code_in_the_card_gives_the_probabilities_of_the_run(
         np.testing.assert_allclose(names["probabilities"], scaled, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_the_code_for_timm_gives_the_class_and_the_confidence_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = PublishOptions(onnx=False, program=False, reference=0)
+    run = publish_blobs(tmp_path, options, model__name="resnet18", model__width=None, train__epochs=1)
+    stored_picture(run, run.folder)
+    monkeypatch.chdir(run.folder)
+    expected = galaxydist.load_predictor(run.run_dir, device="cpu")(["galaxy.jpg"])
+    text = (run.folder / "README.md").read_text()
+    shown, names = run_code(blocks(text)[0])
+    assert header(text)["library_name"] == "timm" and "timm.create_model" in blocks(text)[0]
+    assert expected.predicted[0] in shown
+    np.testing.assert_allclose(names["probabilities"], expected.probabilities[0], atol=0.01)  # timm crops before it resamples
+
+
 def test_the_code_prepares_pictures_of_any_size_as_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mean, std = (0.2, 0.18, 0.16), (0.12, 0.11, 0.1)
     form = {"image_size": 40, "stored_size": 128, "factor": 2, "crop": 0.75, "mean": mean, "std": std}
@@ -201,6 +217,8 @@ def test_texts_of_users_are_shown_as_they_are(config: dict[str, Any], results: d
     assert not re.search(r"(?<!\\)<(script|b)>|(?<!\\)\[x\]\(|^# (x|head|out|d)|(?<!\\)\*bold", outside, re.MULTILINE)
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows if "0." in row and "to" in row} <= {4, 6, 7}
+    works = "\n".join(works_to_cite("x", "A & B, (https://e.org/a_b).; <i>C</i>", None, uses_timm=False, version="1"))
+    assert works.startswith("- A \\& B, (<https://e.org/a_b>).\n- \\<i\\>C\\</i\\>\n- galaxydist 1")
     assert escape_markdown("in_between <b> |") == "in_between \\<b\\> \\|"
 
 

@@ -1,0 +1,249 @@
+"""The app on this machine: runs are published once, opened, and served on one address until Ctrl-C.
+
+A process of its own publishes, since that needs torch; meanwhile this one imports gradio, and stays small afterwards.
+"""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from galaxydist.cpus import available_cores
+from galaxydist.errors import EXIT_BAD_INPUT, UserError
+from galaxydist.job_environment import tunnel_command
+from galaxydist.log import set_up_logging
+from galaxydist.runs.folder import RunFolder
+from galaxydist.serving.app.model import ServedModel
+from galaxydist.serving.app.published_model import CONFIG, PublishedFolderError
+from galaxydist.serving.app.web_server import (
+    FIRST_PORT,
+    LOOPBACK,
+    NUM_PORTS,
+    RunningServer,
+    ServerOptions,
+    find_port,
+    import_page,
+    serve,
+)
+
+logger = logging.getLogger(__name__)
+
+# Folder in a run that holds its publication for the app.
+PUBLISHED = "published"
+PACKAGES = ("gradio", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """Options of the app.
+
+    Args:
+        server: address and limits.
+        trust_code: run the function of a module that a run's ``model.name`` names.
+    """
+
+    server: ServerOptions = field(default_factory=ServerOptions)
+    trust_code: bool = False
+
+
+def run_app(sources: Sequence[Path], options: AppOptions, environ: MutableMapping[str, str], show: Callable[[str], None]) -> None:
+    """Serve the page of some models until Ctrl-C or SIGTERM.
+
+    Args:
+        sources: run folders and published folders.
+        options: of the app.
+        environ: the environment of this process.
+        show: is called with the lines of the address.
+
+    Raises:
+        UserError: a package is missing, a source is neither a run nor published, a run cannot be published, or the port is taken.
+    """
+    check_packages()
+    try:
+        port = find_port(options.server.host, options.server.port)
+    except OSError as error:
+        raise UserError(_explain_port(options.server, error)) from error
+    server_options = replace(options.server, port=port)
+    with ExitStack() as stack:
+        models = stack.enter_context(open_models(sources, environ, trust_code=options.trust_code))
+        server = stack.enter_context(serve(models, server_options, environ))
+        ended = stack.enter_context(_told_to_end())
+        for line in address_lines(server, server_options):
+            show(line)
+        with suppress(KeyboardInterrupt):
+            ended.wait()
+        logger.info("ended")
+
+
+def check_packages() -> None:
+    """Refuse to start without the packages of the page.
+
+    Raises:
+        UserError: some are not installed.
+    """
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise UserError(f"the app needs {' and '.join(missing)}, not installed here: pip install 'galaxydist[app]'")
+
+
+@contextmanager
+def open_models(
+    sources: Sequence[Path], environ: MutableMapping[str, str], *, trust_code: bool = False
+) -> Iterator[dict[str, ServedModel]]:
+    """Open published folders, and publish runs before; yields the models by the names that users choose from.
+
+    Args:
+        sources: run folders and published folders, in the order of the choice.
+        environ: the environment of this process.
+        trust_code: see ``AppOptions``.
+
+    Raises:
+        UserError: a source is neither, or a run cannot be published.
+    """
+    with tempfile.TemporaryDirectory(prefix="galaxydist-published-") as temporary:
+        folders = {source: find_published(source, Path(temporary)) for source in sources}
+        runs = {source: folder for source, folder in folders.items() if folder != source}
+        with _publishing(runs, environ, trust_code=trust_code) as wait:
+            import_page(environ, Path(temporary))
+            wait()
+        models: dict[str, ServedModel] = {}
+        for source, folder in folders.items():
+            try:
+                model = ServedModel.open(folder, threads=available_cores())
+            except PublishedFolderError as error:
+                raise UserError(str(error)) from error
+            name = model.config.title
+            models[name if name not in models else f"{name} ({source.name})"] = model
+            logger.info("%s: %s", source, name)
+        yield models
+
+
+def find_published(source: Path, temporary: Path) -> Path:
+    """Return the published folder of a run, which may not exist yet, or the source itself if it is published.
+
+    Args:
+        source: a run folder or a published folder.
+        temporary: for the publication of a run whose folder cannot be written.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if RunFolder(source).is_started:
+        if os.access(source, os.W_OK):
+            return source / PUBLISHED
+        logger.warning("%s cannot be written: the run is published for this time only", source)
+        return temporary / source.absolute().as_posix().strip("/").replace("/", "-")
+    if (source / CONFIG).is_file():
+        return source
+    raise UserError(f"{source} is neither a run nor a published folder: give a run folder, or what `galaxydist publish` wrote")
+
+
+@contextmanager
+def _publishing(runs: "dict[Path, Path]", environ: MutableMapping[str, str], *, trust_code: bool) -> Iterator[Callable[[], None]]:
+    """Publish runs in a process of its own; yields a function that waits for its end.
+
+    Args:
+        runs: published folder by run folder.
+        environ: of the process.
+        trust_code: see ``AppOptions``.
+    """
+    if not runs:
+        yield lambda: None
+        return
+    asked = json.dumps({"runs": [[str(run), str(out)] for run, out in runs.items()], "trust_code": trust_code})
+    command = [sys.executable, "-m", "galaxydist.serving.run_app", asked]
+    # A session of its own: Ctrl-C reaches this process, which ends the other one without a traceback.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(environ), start_new_session=True)
+
+    def wait() -> None:
+        output, _ = process.communicate()
+        if process.returncode == EXIT_BAD_INPUT:
+            raise UserError(json.loads(output)["error"])
+        if process.returncode:
+            raise UserError(f"publishing {', '.join(map(str, runs))} failed with exit code {process.returncode}: see above")
+
+    try:
+        yield wait
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def publish_runs(asked: str, environ: MutableMapping[str, str]) -> int:
+    """Publish runs that are not published yet, and return the exit code; a user's error is printed as JSON.
+
+    Args:
+        asked: JSON of ``_publishing``.
+        environ: the environment of this process.
+    """
+    from galaxydist.prediction.trained_model import ModelChoice
+    from galaxydist.serving.publish import PublishOptions, publish_once
+
+    content = json.loads(asked)
+    options = PublishOptions(ModelChoice(trust_code=content["trust_code"]), program=False)
+    try:
+        for run, out in content["runs"]:
+            report = publish_once(Path(run), Path(out), environ, options)
+            if report.is_new:
+                logger.info("%s: published into %s", run, report.folder)
+                for note in report.notes:
+                    logger.info("note: %s", note)
+    except UserError as error:
+        sys.stdout.write(json.dumps({"error": str(error)}))
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def address_lines(server: RunningServer, options: ServerOptions) -> list[str]:
+    """Return what a user has to know about a page that is being served."""
+    host = options.host if options.host not in ("0.0.0.0", "::") else "localhost"
+    lines = [f"the app: http://{f'[{host}]' if ':' in host else host}:{server.port}"]
+    if options.host == LOOPBACK:
+        lines.append(f"to see it on another machine, type there: {tunnel_command(server.port)}")
+    else:
+        lines.append(f"it listens on {options.host}: all who reach this machine can use it, without a password")
+    if server.share_url is not None:
+        lines.append(f"public link, for a week at most: {server.share_url}")
+    elif options.is_shared:
+        lines.append("no public link could be made: gradio's servers were not reached")
+    return [*lines, "Ctrl-C ends it."]
+
+
+def _explain_port(options: ServerOptions, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        if options.port is None:
+            return f"ports {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} of {options.host} are in use: give --port N"
+        return f"--port {options.port} of {options.host} is in use by another program: give another --port, or none"
+    if error.errno == errno.EACCES:
+        return f"--port {options.port} is reserved on this machine: give one of 1024 or more"
+    return (
+        f"--host {options.host} is not an address of this machine ({error.strerror}): give 127.0.0.1, 0.0.0.0 or one of its own"
+    )
+
+
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM sets, with which schedulers and containers end a program."""
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        yield ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    sys.exit(publish_runs(sys.argv[1], os.environ))

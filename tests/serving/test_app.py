@@ -1,0 +1,279 @@
+"""``galaxydist app``: the page in a real browser, its answers, its refusals, and its end."""
+
+import base64
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import galaxydist
+from tests.helpers.blobs import CLASS_NAMES, BlobSurvey
+from tests.helpers.browser import Browser
+from tests.helpers.published import PublishedRun, publish_blobs
+from tests.helpers.served import app_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+# gradio's own script says this whenever a stream of events ends.
+GRADIO_SAYS = "Method not implemented."
+FILE = {"_type": "gradio.FileData"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """The page of two models with the same weights.
+
+    Attributes:
+        pictures: of the test split, by class; the network knows them.
+    """
+
+    port: int
+    log: Path
+    folder: Path
+    pictures: Mapping[str, Path]
+    process: subprocess.Popen[str]
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {"content-type": "application/json", **(headers or {})})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def known_run(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
+    """A network that knows the blobs."""
+    return publish_blobs(tmp_path_factory.mktemp("known"), train__epochs=20)
+
+
+@pytest.fixture(scope="module")
+def served(known_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The command in a process of its own; Ctrl-C at the end leaves no traceback and no file."""
+    folder = tmp_path_factory.mktemp("app")
+    first = app_folder(known_run, folder / "first")
+    second = folder / "second"
+    shutil.copytree(first, second)
+    config = json.loads((second / "config.json").read_text())
+    config["app"] |= {"title": "Second <model>", "temperature": None, "is_non_commercial": True}
+    (second / "config.json").write_text(json.dumps(config))
+    survey = BlobSurvey()
+    pictures = {}
+    for row in survey.splits["test"][:3]:
+        (galaxy,) = survey.read(int(row), int(row) + 1)
+        pictures[CLASS_NAMES[galaxy.label]] = path = folder / f"{CLASS_NAMES[galaxy.label]}.png"
+        Image.fromarray(np.asarray(galaxy.image)).save(path)
+
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    environ = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "GRADIO_ALLOWED_PATHS": "/etc"}
+    # A proxy that does not know this machine, as on a cluster.
+    environ |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    log = folder / "log"
+    command = [sys.executable, "-m", "galaxydist", "app", str(first), str(second), "--max-upload", "1"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, env=environ)
+    try:
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if "Ctrl-C" in line:
+                break
+        found = re.fullmatch(r"the app: http://127\.0\.0\.1:(\d+)\n", lines[0] if lines else "")
+        assert found, (lines, log.read_text())
+        assert f"ssh -N -L {found[1]}:localhost:{found[1]} " in lines[1]
+        yield Served(int(found[1]), log, folder, pictures, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert "Traceback" not in log.read_text()
+        assert log.read_text().endswith("ended\n")
+        assert list(temporary.iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Page(Browser):
+    """The page in a browser of its own."""
+
+    def __init__(self, served: Served, *, width: int = 1280, dark: bool = False) -> None:
+        super().__init__()
+        self._served = served
+        self.visit(served.address, width=width, dark=dark)
+        self.wait_for("document.querySelector('#gd-drop input[type=file]')")
+
+    def give(self, drop: str, *files: Path) -> None:
+        """Give files to a place where files are dropped."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=f"{drop} input[type=file]")["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+
+    def answer_about(self, name: str) -> str:
+        """Wait for the answer about a picture, and return its text."""
+        self.wait_for(f"document.querySelector('#gd-answer')?.innerText.includes({json.dumps(name)})")
+        return str(self.evaluate("document.querySelector('#gd-answer').innerText"))
+
+    def open_tab(self, name: str) -> None:
+        self.evaluate(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)}).click()")
+
+    def check_quiet(self) -> None:
+        """No error on the console, and no request to another host."""
+        assert [line for line in self.console if GRADIO_SAYS not in line] == []
+        assert [address for address in self.requests if not address.startswith(self._served.address)] == []
+
+
+@pytest.mark.browser
+def test_two_users_get_the_answers_about_their_own_pictures(served: Served, known_run: PublishedRun) -> None:
+    predictor = galaxydist.load_predictor(known_run.run_dir, device="cpu")
+    with Page(served) as first, Page(served, width=390, dark=True) as second:
+        users = {"round": first, "pair": second}
+        for name, page in users.items():
+            page.give("#gd-drop", served.pictures[name])
+        for name, page in users.items():
+            text = page.answer_about(f"{name}.png")
+            assert page.evaluate("document.querySelector('#gd-answer h2').innerText") == name
+            expected = predictor(str(served.pictures[name]))
+            assert expected.predicted[0] == name
+            shown = float(re.search(r"([\d.]+)\s%, calibrated", text)[1]) / 100  # type: ignore[index]
+            assert shown == pytest.approx(float(expected.probabilities.max()), abs=1.1e-3)
+            assert re.search(r"[1-8] of 8 views agree", text)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
+        # Another model answers about the same picture.
+        first.evaluate("document.querySelector('#gd-model input').focus()")
+        for key in ("ArrowDown", "Enter"):
+            first.press(key)
+        first.wait_for("document.querySelector('#gd-answer').innerText.includes('not calibrated')")
+        assert "non-commercial" in first.evaluate("document.querySelector('#gd-notice').innerText")
+        assert "Second <model>" in first.evaluate("document.querySelector('#gd-notice').innerText")
+        first.check_quiet()
+        second.check_quiet()
+
+
+@pytest.mark.browser
+def test_bad_uploads_get_a_sentence_and_many_pictures_a_table(served: Served, tmp_path: Path) -> None:
+    bad = {"galaxy.fits": b"SIMPLE  =                    T", "empty.jpg": b"", "text.jpg": b"<script>alert(1)</script>"}
+    with Page(served) as page:
+        for name, content in bad.items():
+            (tmp_path / name).write_bytes(content)
+            page.give("#gd-drop", tmp_path / name)
+            assert name in page.answer_about(name)
+            assert page.evaluate("document.querySelector('#gd-answer [role=alert]').innerText.length") > 20
+        (tmp_path / "large.png").write_bytes(bytes(1_200_000))
+        page.give("#gd-drop", tmp_path / "large.png")
+        page.wait_for("document.body.innerText.includes('maximum allowed size')")
+
+        with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+            archive.write(served.pictures["flat"], "=flat.png")
+            archive.write(tmp_path / "text.jpg", "text.jpg")
+        page.open_tab("Many pictures")
+        page.wait_for("document.querySelector('#gd-drop-many input[type=file]')")
+        page.give("#gd-drop-many", tmp_path / "some.zip", served.pictures["pair"])
+        page.wait_for("document.querySelector('#gd-table tbody')")
+        rows = page.evaluate(
+            "[...document.querySelectorAll('#gd-table tbody tr')].map(row => [...row.cells].map(c => c.innerText))"
+        )
+        assert [row[:2] for row in rows] == [["=flat.png", "flat"], ["text.jpg", ""], ["pair.png", "pair"]]
+        assert "not a picture" in rows[1][-1]
+        link = page.evaluate("document.querySelector('#gd-table a[download]').href")
+        table = base64.b64decode(link.partition("base64,")[2]).decode().splitlines()
+        assert table[0].startswith("name,predicted,confidence,p_round,p_flat,p_pair,") and table[1].startswith("'=flat.png,flat,")
+        page.check_quiet()
+
+
+def test_no_path_and_no_url_of_a_request_is_opened(served: Served) -> None:
+    config = json.loads(served.request("GET", "/config")[1])
+    number = {event["api_name"]: event["id"] for event in config["dependencies"]}["predict"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(0.2)
+        url = f"http://127.0.0.1:{other.getsockname()[1]}/galaxy.jpg"
+
+        def join(*data: Any, **more: Any) -> int:
+            content = {"data": data, "fn_index": number, "session_hash": "abc", **more}
+            return served.request("POST", "/gradio_api/queue/join", json.dumps(content))[0]
+
+        paths = (url, "http://example.com/galaxy.jpg", "/etc/passwd", f"{served.folder}/log", "../../etc/passwd", "", None, "/\0")
+        for path in paths:
+            assert join({"path": path, "url": url, "meta": FILE}, None) == 403, path
+            assert join({"path": path, "url": url}, None) == 403, path
+        assert join({"path": None, "url": "data:image/png;base64,AAAA", "meta": FILE}, None) == 403
+        assert join("/etc/passwd", None) == 403
+        for data in ([], [None], [None, {"path": "/etc/passwd", "meta": FILE}], [None, ["x"]], [None, "x" * 2000]):
+            assert join(*data) == 400, data
+        assert join(None, None, fn_index=99) == join(None, None, fn_index="0") == join(None, None, session_hash=None) == 400
+        refused = {
+            "GET": ("/gradio_api/file=/etc/passwd", f"/gradio_api/file={url}", f"/gradio_api/proxy={url}", "/docs", "/monitoring",
+                    "/gradio_api/openapi.json", "/gradio_api/queue/data?session_hash=nobody"),
+            "POST": ("/gradio_api/run/predict", "/gradio_api/call/predict", "/gradio_api/component_server", "/login",
+                     "/gradio_api/vibe-edit", "/gradio_api/process_recording"),
+            "PUT": ("/config",),
+        }  # fmt: skip
+        body = json.dumps({"data": [{"path": url, "meta": FILE}, None]})
+        for method, addresses in refused.items():
+            for address in addresses:
+                assert served.request(method, address, None if method == "GET" else body)[0] in (403, 404), address
+        for wrong in (b"{", b"[1]", b"[" * 100_000, b"\xff"):
+            assert served.request("POST", "/gradio_api/queue/join", wrong)[0] == 400
+        form = {"content-type": "multipart/form-data; boundary=x"}
+        text = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\nabc\r\n--x--\r\n'
+        assert served.request("POST", "/gradio_api/upload", text, form)[0] == 400
+        assert served.request("POST", "/gradio_api/upload", bytes(1_100_000), form)[0] == 413
+        assert served.request("POST", "/gradio_api/upload", iter([b"--x"]), form)[0] == 411  # of unknown length
+        with socket.create_connection(("127.0.0.1", served.port)) as broken:
+            broken.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n")
+            broken.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
+        with pytest.raises(TimeoutError):
+            other.accept()
+    assert served.request("GET", "/")[0] == 200
+
+
+def test_a_model_is_asked_with_gradios_protocol(served: Served) -> None:
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    status, answer = served.request(
+        "POST", "/gradio_api/upload", head + served.pictures["flat"].read_bytes() + b"\r\n--x--\r\n", form
+    )
+    assert status == 200
+    (path,) = json.loads(answer)
+    config = json.loads(served.request("GET", "/config")[1])
+    event = next(event for event in config["dependencies"] if event["api_name"] == "predict")
+    content = {"data": [{"path": path, "meta": FILE}, None], "fn_index": event["id"], "session_hash": "here"}
+    assert served.request("POST", "/gradio_api/queue/join", json.dumps(content))[0] == 200
+    _, lines = served.request("GET", "/gradio_api/queue/data?session_hash=here")
+    messages = [json.loads(line.removeprefix("data: ")) for line in lines.decode().splitlines() if line.startswith("data: ")]
+    done = next(message for message in messages if message["msg"] == "process_completed")
+    values = done["output"]["data"][2]
+    assert values["class"] == "flat" and sum(values["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_errors_of_the_command_are_one_message(served: Served, tmp_path: Path) -> None:
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "galaxydist", "app", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    assert f"--port {served.port} of 127.0.0.1 is in use" in run(served.folder / "first", "--port", served.port)
+    assert "neither a run nor a published folder" in run(tmp_path)
+    assert "not an address of this machine" in run(served.folder / "first", "--host", "192.0.2.1")
