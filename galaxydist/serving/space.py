@@ -103,7 +103,8 @@ def publish_space(sources: Sequence[Path], out: Path, environ: Mapping[str, str]
                 published.append(source)
                 continue
             folder = Path(temporary) / str(number) / source.resolve().name
-            notes += [f"{source}: {note}" for note in publish(source, folder, environ, each).notes]
+            found = publish(source, folder, environ, each).notes
+            notes += [note if str(source) in note else f"{source}: {note}" for note in found]
             published.append(folder)
         report = write_space(published, out, title=options.title, overwrite=options.overwrite)
     return replace(report, notes=tuple(notes))

@@ -39,8 +39,8 @@ _KEPT_SHEETS = 8
 # Arrays of ``reference.npz``: number of dimensions and kind of the values.
 _ARRAYS = {"embeddings": (2, "f"), "labels": (1, "i"), "ids": (1, "U")}
 _GAUSSIAN = {"mean": (1, "f"), "whitening": (2, "f"), "distances": (1, "f"), "threshold": (0, "f")}
-# Radii that divide a picture into rings, in half-sides; the last one lies beyond the corners.
-_RINGS = (0.0, 0.15, 0.35, 0.6, 0.85, 1.5)
+# Radii of the centre, where a galaxy is, and of the ring around it, in half-sides. Rings farther out made it worse.
+_RINGS = (0.0, 0.15, 0.35)
 # Added to spreads (full scale 1) before their logarithms: less than one grey level of 255.
 _SMALLEST_SPREAD = 0.003
 # Width in pixels below which a picture is not halved further.
@@ -50,9 +50,9 @@ _SMALLEST_WIDTH = 8
 def picture_statistics(images_BHWC: Pixels) -> Floats:
     """Return statistics of pictures that do not change if these are turned or flipped: B x S float32.
 
-    They are the mean and the spread of each channel in rings around the centre, and, at the full size and at each half of it, the
-    spread of the channels and of their differences (R - G and G - B), and the mean size of the steps between neighbouring pixels
-    in them. Of spreads and steps it is the logarithm.
+    They are the mean and the spread of each channel in the centre and in a ring around it, and, at the full size and at each half
+    of it, the spread of the channels and of their differences (R - G and G - B), and the mean size of the steps between
+    neighbouring pixels in them. Of spreads and steps it is the logarithm.
 
     Args:
         images_BHWC: uint8, square, as the network sees them before the normalisation.
