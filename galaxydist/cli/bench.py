@@ -4,7 +4,7 @@
 real ones. ``loader``: speed of the data loader. ``order``: quality and speed of shuffling. ``remote``: an epoch from a slow and
 unreliable server. ``saving``: waiting for checkpoints. ``trainer``: the training loop against a bare one. ``scaling``: one and
 several processes. ``predict``: predictions against the bare forward pass. ``startup``: time to the first step.
-``folds``: networks on real galaxies with equal compute.
+``folds``: networks on real galaxies with equal compute. ``app``: start and answers of the app.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def add_parser(commands: Commands) -> None:
         _add_tracking,
         _add_folds,
         _add_predict,
+        _add_app,
     ):
         add(inner)
 
@@ -416,6 +417,30 @@ def run_startup(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         overrides=arguments.overrides,
     )
+
+
+def _add_app(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "app",
+        run_app_bench,
+        "start of the app, its first answer and later ones",
+        description="Start `galaxydist app` for each run in turn, once before it is published and once after, and ask it about a "
+        "picture over HTTP. Without RUN, for small runs on simulated galaxies. Prints a line and, at the end, a line of JSON for "
+        "each.",
+    )
+    parser.add_argument("runs", nargs="*", type=local_path, metavar="RUN", help="run folders; RUN/published is written anew")
+    parser.add_argument("--picture", type=local_path, metavar="FILE", help="picture to ask about (default: a simulated galaxy)")
+    add_int(parser, "--rounds", 3, "N", "starts of each kind")
+    add_int(parser, "--answers", 10, "N", "answers after the first one of each start")
+    add_data_dir(parser)
+
+
+def run_app_bench(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.app_speed import AppConditions, measure_app
+
+    conditions = AppConditions(arguments.runs, arguments.picture, arguments.rounds, arguments.answers)
+    measure_app(bench_root(arguments, "app"), os.environ, conditions)
 
 
 def _add_folds(commands: Commands) -> None:

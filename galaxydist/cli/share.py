@@ -47,6 +47,7 @@ def add_publish(commands: Commands) -> None:
     )
     parser.add_argument(
         "paths",
+        type=local_path,
         nargs="+",
         metavar=("RUN", "DIR"),
         help="run folder, or its name in ./runs, and the folder to write; with --space several runs or published folders",
@@ -102,11 +103,11 @@ def run_publish(arguments: argparse.Namespace) -> None:
     if arguments.space is not None:
         from galaxydist.serving.space import publish_space
 
-        sources = list(dict.fromkeys(find_folder(text) for text in arguments.paths))
+        sources = list(dict.fromkeys(find_folder(str(path)) for path in arguments.paths))
         print(render_space(publish_space(sources, arguments.space, os.environ, options), arguments.repo))
         return
     run, out = arguments.paths
-    print(render_report(publish(find_folder(run), local_path(out), os.environ, options), arguments.repo))
+    print(render_report(publish(find_folder(str(run)), out, os.environ, options), arguments.repo))
 
 
 def add_app(commands: Commands) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from galaxydist.evaluation.text_table import escape_markdown, fenced
 from galaxydist.recipe.model_names import parse_model_name
-from galaxydist.serving.app.published_model import ONNX, PROGRAM
+from galaxydist.serving.app.published_model import ONNX, PROGRAM, PictureForm
+from galaxydist.serving.timm_config import prepares_alike
 
 _TIMM = Template("""import timm
 import torch
@@ -68,6 +69,8 @@ def describe_usage(config: Mapping[str, Any]) -> str:
         temperature = f" / {app['temperature']:.6g}" if app.get("temperature") else ""
         views = " of one view, without the mean over the eight views" if app.get("tta") == "d4" else ""
         parts.append(f"With timm (probabilities{views}):")
+        if not prepares_alike(PictureForm(**app["form"])):
+            parts.append("timm's own transform resamples pictures otherwise than the training did: probabilities differ.")
         parts.append(fenced(_TIMM.substitute(name=name, temperature=temperature), "python"))
     parts.append("With galaxydist, which gives the numbers of the evaluation:")
     is_own = parse_model_name(str(ours["recipe"]["model"]["name"])).kind == "function"

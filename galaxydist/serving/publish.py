@@ -45,7 +45,7 @@ from galaxydist.serving.app.published_model import (
 from galaxydist.serving.model_card import collect_results, model_card
 from galaxydist.serving.model_export import checked_galaxies, export_onnx, export_program
 from galaxydist.serving.reference_galaxies import COUNT, write_reference
-from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm
+from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm, prepares_alike
 from galaxydist.serving.whole_folder import check_target, whole_folder
 from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
 from galaxydist.surveys.licences import is_non_commercial, model_licence
@@ -269,6 +269,11 @@ class Publication:
             self.notes.append(f"timm does not load the folder: {reason}")
             return {}
         self.loads_in_timm = True
+        if not prepares_alike(self._app.form):
+            self.notes.append(
+                "timm's own transform resamples pictures otherwise than the run did, so that probabilities differ: use "
+                "galaxydist.load_predictor or the ONNX file for the run's numbers"
+            )
         return keys
 
     def _record(self, made_from: str) -> PublishedRecord:

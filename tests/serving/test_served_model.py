@@ -166,7 +166,8 @@ def test_saliency_is_that_of_the_gallery(published_run: PublishedRun, folder: Pa
         images = torch.from_numpy(normalise(prepare(picture, model.config.form), model.config.form))[None]
         known = explain(trained.model, architecture_of(trained.recipe.model, trained.model), images, torch.tensor([answer.label]))
         assert known is not None and known.method == model.config.saliency and answer.saliency is not None
-        np.testing.assert_allclose(answer.saliency, known.maps_BHW[0].numpy(), atol=1e-4)
+        placed = place_map(known.maps_BHW[0].numpy(), picture.pixels.shape[:2], model.config.form)
+        np.testing.assert_allclose(answer.saliency, placed, atol=1e-4)
     assert model.predict(pictures(files[:1]), saliency=False)[0].saliency is None
 
 

@@ -82,7 +82,10 @@ class AnswerView:
 
     def _banner(self) -> str:
         novelty = self.novelty
-        if novelty is None or not novelty.is_unlike:
+        if novelty is None:
+            text = "This model has no stored training galaxies: it cannot tell pictures that are unlike them."
+            return f'<p class="gd-note">{text}</p>'
+        if not novelty.is_unlike:
             return ""
         farther = round(novelty.share * novelty.num_validation)
         verb = "is" if farther == 1 else "are"
@@ -133,6 +136,8 @@ class AnswerView:
         if self.answer.saliency is not None:
             method = self.config.saliency or "saliency"
             text = f"Where the network looked ({method}): yellow is most"
+            if not self.answer.saliency.any():
+                text = f"{method}: no part of the picture speaks for this class"
             figures.append(_figure(blend(self.picture.pixels, self.answer.saliency), text))
         return f'<div class="gd-figures">{"".join(figures)}</div>'
 

@@ -1,5 +1,6 @@
 """The page on which pictures are labelled: one picture, many pictures, a place on the sky, and a text about the model."""
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from html import escape
@@ -13,6 +14,7 @@ from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
+from .published_model import CARD
 from .reference_set import Example, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
@@ -224,6 +226,15 @@ def notice(model: ServedModel) -> str:
     return text
 
 
+def about(model: ServedModel) -> str:
+    """Return the text about a model: its card in Markdown, without the header for the Hub."""
+    try:
+        text = (model.folder / CARD).read_text(encoding="utf-8")
+    except OSError:
+        return "This model was published without a card."
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+
+
 def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
     """Build the page of some models.
 
@@ -248,6 +259,9 @@ def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
             if any(CutoutForm.of(desk.model(name).config) for name in desk.names):
                 with gr.Tab("Sky position"):
                     _add_sky_position(desk, model)
+            with gr.Tab("About the model"):
+                text = gr.Markdown(about(desk.model(first)), elem_id="gd-about")
+                model.change(lambda name: about(desk.model(name)), model, text, api_name=False, **EVENT)
     return page
 
 

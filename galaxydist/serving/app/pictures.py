@@ -176,13 +176,13 @@ def _decode(image: Image.Image, data: bytes, shown: str) -> Picture:
     if turned is not image:
         notes.append("It was turned upright, as its camera noted.")
     if turned.has_transparency_data:
-        rgba = turned.convert("RGBA")
+        rgba = turned if turned.mode == "RGBA" else turned.convert("RGBA")
         if np.asarray(rgba.getchannel("A")).min() < 255:
             notes.append("Its transparent parts became black.")
         pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB"))
     else:
-        pixels = np.asarray(turned.convert("RGB"))
-    if (pixels[..., :1] == pixels).all():
+        pixels = np.asarray(turned if turned.mode == "RGB" else turned.convert("RGB"))
+    if all((pixels[..., 0] == pixels[..., channel]).all() for channel in (1, 2)):
         notes.append("It is grey: the model was trained on colours.")
     is_plain = image.format == "JPEG" and mode == "RGB" and turned is image
     return Picture(shown, pixels, tuple(notes), data if is_plain else None)
