@@ -131,15 +131,11 @@ def test_the_code_in_the_card_gives_the_probabilities_of_the_run(
     published_run: PublishedRun, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(published_run.folder, tmp_path / "folder")
-    if not (folder / "model.onnx").exists():
-        model, size = open_trained_model(published_run.run_dir, {}).model.eval(), config["app"]["form"]["image_size"]
-        names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
-        torch.onnx.export(model, (torch.zeros(2, 3, size, size),), folder / "model.onnx", dynamo=True, verbose=False, **names)
     stored_picture(published_run, folder)
     monkeypatch.chdir(folder)
     expected = galaxydist.load_predictor(published_run.run_dir, device="cpu")(["galaxy.jpg"])
     code = blocks((folder / "README.md").read_text())
-    assert expected.predicted[0] in run_code(code[0])[0]
+    assert len(code) == 2 and code[1].strip() == onnx_code(config["app"]) and expected.predicted[0] in run_code(code[0])[0]
     for app in (config["app"], config["app"] | {"tta": "d4"}):
         changed = json.dumps(config | {"app": app})
         (folder / "config.json").write_text(changed)
