@@ -47,6 +47,7 @@ def space(published_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.mark.slow
 def test_a_space_has_a_header_that_the_hub_reads_and_only_files_that_it_needs(space: Path) -> None:
     assert {path.name for path in space.iterdir()} == {
         "README.md", "app.py", "requirements.txt", ".gitattributes", "galaxy_app", "models",
@@ -69,6 +70,7 @@ def test_a_space_has_a_header_that_the_hub_reads_and_only_files_that_it_needs(sp
     assert all(f"*{suffix} filter=lfs" in attributes for suffix in binary)
 
 
+@pytest.mark.slow
 def test_requirements_are_what_the_modules_import(space: Path) -> None:
     imported = set()
     for path in (space / "galaxy_app").rglob("*.py"):
@@ -181,6 +183,7 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_space_is_not_written_over_other_files_or_of_a_folder_without_onnx(
     published_run: PublishedRun, space: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
