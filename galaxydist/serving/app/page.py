@@ -1,6 +1,5 @@
 """The page on which pictures are labelled: one picture, many pictures, a place on the sky, and a text about the model."""
 
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from html import escape
@@ -14,7 +13,7 @@ from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
-from .published_model import CARD
+from .published_model import read_about
 from .reference_set import Example, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
@@ -227,12 +226,8 @@ def notice(model: ServedModel) -> str:
 
 
 def about(model: ServedModel) -> str:
-    """Return the text about a model: its card in Markdown, without the header for the Hub."""
-    try:
-        text = (model.folder / CARD).read_text(encoding="utf-8")
-    except OSError:
-        return "This model was published without a card."
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    """Return the text about a model: its card in Markdown, without the header for the Hub and the section on use."""
+    return read_about(model.folder) or "This model was published without a card."
 
 
 def build_page(models: Mapping[str, ServedModel]) -> gr.Blocks:
