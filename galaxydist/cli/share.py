@@ -1,6 +1,7 @@
 """``galaxydist publish`` and ``galaxydist app``: give a trained model to others as one folder, and as a page."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -161,10 +162,10 @@ def render_report(report: "PublishReport", repo: str | None) -> str:
     lines = [f"published: {report.folder}"]
     lines += [f"  {name:{width}}  {_readable(size):>9}" for name, size in report.sizes.items()]
     lines += [f"note: {note}" for note in report.notes]
-    lines += ["load it in Python:", f'  galaxydist.load_predictor("{report.folder}"{trust})']
+    lines += ["load it in Python:", f"  galaxydist.load_predictor({_python_text(str(report.folder))}{trust})"]
     if report.loads_in_timm:
-        lines.append(f'  timm.create_model("local-dir:{report.folder}", pretrained=True)')
-    lines += ["upload it to the Hugging Face Hub:", f"  hf upload {repo or 'OWNER/NAME'} {report.folder} ."]
+        lines.append(f"  timm.create_model({_python_text(f'local-dir:{report.folder}')}, pretrained=True)")
+    lines += ["upload it to the Hugging Face Hub:", f"  hf upload {repo or 'OWNER/NAME'} {shlex.quote(str(report.folder))} ."]
     return "\n".join(lines)
 
 
@@ -182,6 +183,10 @@ def render_space(report: "SpaceReport", repo: str | None) -> str:
             f"  hf upload {repo or 'OWNER/NAME'} {name} . --repo-type space",
         ]
     )
+
+
+def _python_text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # in double quotes
 
 
 def _readable(size: int) -> str:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from galaxydist.atomic_files import replace_bytes
+from galaxydist.atomic_files import write_bytes
 from galaxydist.errors import UserError, first_line
 from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
@@ -68,7 +68,7 @@ def export_onnx(trained: TrainedModel, path: Path, metadata: Mapping[str, str], 
 
     Args:
         trained: the model, which does not change.
-        path: the file to write, atomically.
+        path: the new file.
         metadata: properties of the file, in addition to those of the saliency map and of the versions.
         images_BCHW: normalised galaxies to compare on; None: simulated ones.
 
@@ -95,7 +95,7 @@ def export_onnx(trained: TrainedModel, path: Path, metadata: Mapping[str, str], 
         notes |= {"saliency": traced.saliency, "saliency_size": json.dumps(list(traced.covered))}
     data = _serialise(program, notes)
     difference = _compare_onnx(data, trained, model, traced, images_BCHW)
-    replace_bytes(path, data)
+    write_bytes(path, data)
     return OnnxExport(traced.saliency, difference)
 
 
@@ -104,7 +104,7 @@ def export_program(trained: TrainedModel, path: Path, images_BCHW: Tensor | None
 
     Args:
         trained: the model, which does not change.
-        path: the file to write, atomically; the torch version that reads it must know the operations of this one.
+        path: the new file; the torch version that reads it must know the operations of this one.
         images_BCHW: normalised galaxies to compare on; None: simulated ones.
 
     Returns:
@@ -132,7 +132,7 @@ def export_program(trained: TrainedModel, path: Path, images_BCHW: Tensor | None
         for some_BCHW in (images_BCHW, images_BCHW[:1]):
             found_BK, expected_BK = loaded(some_BCHW).numpy(), model(some_BCHW).numpy()
             worst = max(worst, _check("the torch.export archive", LOGITS, found_BK, expected_BK, "--no-program"))
-    replace_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
     return worst
 
 
