@@ -22,15 +22,13 @@ from torch import Tensor, nn
 
 from galaxydist.atomic_files import write_bytes
 from galaxydist.errors import UserError, first_line
-from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
-from galaxydist.loading.training_data import build_augment, find_cache, find_manifest, has_split
+from galaxydist.loading.training_data import build_augment, has_split
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.features import extract_features
 from galaxydist.models.registry import architecture_of
 from galaxydist.models.saliency import GRAD_CAM, attention_rollout, grad_cam
 from galaxydist.models.traced_outputs import EMBEDDING, LOGITS, SALIENCY, TracedOutputs, trace, trace_outputs
-from galaxydist.paths import data_root
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.trained_model import TrainedModel
 from galaxydist.serving.app.onnx_runtime import import_onnxruntime
@@ -156,9 +154,8 @@ def _stored_galaxies(
     trained: TrainedModel, environ: Mapping[str, str], trained_on: str | Path | None
 ) -> NDArray[np.uint8] | None:
     data = trained.recipe.data
-    root = data_root(data.dir, environ)
     try:
-        manifest = open_training_shards(trained.trained_on, find_manifest(data, root), trained_on, find_cache(data, root))
+        manifest = trained.open_shards(environ, trained_on)
         if not has_split(manifest, "val"):
             return None
         decode = DecodeOptions.of(data, threads=1, pin=False)
