@@ -26,16 +26,15 @@ from galaxydist.serving.app.model import ServedModel, normalise, place_map, prep
 from galaxydist.serving.app.pictures import Picture, read_picture
 from galaxydist.serving.app.published_model import CONFIG, ONNX, PictureForm, PublishedFolderError
 from galaxydist.surveys.image_files import parse_image
-from tests.helpers.published import PublishedRun
-from tests.helpers.served import app_folder, galaxy_files
+from tests.helpers.published import PublishedRun, galaxy_files
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 MEAN, STD = (0.167, 0.162, 0.158), (0.128, 0.118, 0.111)
 
 
 @pytest.fixture(scope="module")
-def folder(published_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return app_folder(published_run, tmp_path_factory.mktemp("app") / "model")
+def folder(published_run: PublishedRun) -> Path:
+    return published_run.folder
 
 
 @pytest.fixture(scope="module")
