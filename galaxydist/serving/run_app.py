@@ -81,7 +81,10 @@ def run_app(sources: Sequence[Path], options: AppOptions, environ: MutableMappin
     server_options = replace(options.server, port=port)
     with ExitStack() as stack:
         models = stack.enter_context(publish_and_open(sources, environ, trust_code=options.trust_code))
-        server = stack.enter_context(serve(models, server_options, environ))
+        try:
+            server = stack.enter_context(serve(models, server_options, environ))
+        except PublishedFolderError as error:
+            raise UserError(str(error)) from error
         ended = stack.enter_context(_told_to_end())
         for line in address_lines(server, server_options):
             show(line)

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,7 +248,27 @@ def test_no_path_and_no_url_of_a_request_is_opened(served: Served) -> None:
             broken.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
         with pytest.raises(TimeoutError):
             other.accept()
+        browsers_own = [event["id"] for event in config["dependencies"] if event["js"] and not event["backend_fn"]]
+        assert browsers_own and all(join(fn_index=number) == 400 for number in browsers_own)
     assert served.request("GET", "/")[0] == 200
+
+
+def test_uploads_that_arrive_slowly_take_room_on_the_disk_until_they_end(served: Served) -> None:
+    head = b"POST /gradio_api/upload HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+    form = {"content-type": "multipart/form-data; boundary=x"}
+
+    def wait_for(*statuses: int) -> None:
+        deadline = time.monotonic() + 60
+        while served.request("POST", "/gradio_api/upload", bytes(1 << 20), form)[0] not in statuses:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with ExitStack() as stack:
+        for _ in range(20):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            slow.sendall(head + b"content-length: 1048576\r\n\r\n--x\r\n")
+        wait_for(503)
+    wait_for(200, 400)
 
 
 def test_a_model_is_asked_with_gradios_protocol(served: Served) -> None:
@@ -277,4 +299,7 @@ def test_errors_of_the_command_are_one_message(served: Served, tmp_path: Path) -
 
     assert f"--port {served.port} of 127.0.0.1 is in use" in run(served.folder / "second", "--port", served.port)
     assert "neither a run nor a published folder" in run(tmp_path)
+    damaged = Path(shutil.copytree(served.folder / "second", tmp_path / "damaged"))
+    (damaged / "reference.npz").write_bytes(b"PK")
+    assert "reference.npz is damaged" in run(damaged)
     assert "not an address of this machine" in run(served.folder / "second", "--host", "192.0.2.1")
