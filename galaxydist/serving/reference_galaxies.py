@@ -255,7 +255,7 @@ def find_threshold(distances_N: NDArray[np.float64]) -> float:
     Learning in a Random World"), or the largest if N is below 199, which 1 in N + 1 exceeds. It is above 0 if all are 0.
     """
     place = int(np.ceil((len(distances_N) + 1) * (1 - FALSE_ALARMS)))
-    return max(float(np.sort(distances_N)[min(place, len(distances_N)) - 1]), np.finfo(np.float32).tiny)
+    return max(float(np.sort(distances_N)[min(place, len(distances_N)) - 1]), float(np.finfo(np.float32).tiny))
 
 
 def _measure_distances(

@@ -132,7 +132,8 @@ class Gaussian:
 
 def largest_distances(gaussians: Mapping[str, Gaussian], statistics: Mapping[str, Floats]) -> NDArray[np.float64]:
     """Return the largest of the distances of B pictures in each set of statistics: above 1, a picture is unlike the galaxies."""
-    return np.max([gaussian.distances(statistics[name]) for name, gaussian in gaussians.items()], axis=0)
+    distances = [gaussian.distances(statistics[name]) for name, gaussian in gaussians.items()]
+    return np.asarray(np.max(distances, axis=0), np.float64)
 
 
 @dataclass(frozen=True)
