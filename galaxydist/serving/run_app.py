@@ -134,7 +134,7 @@ def publish_and_open(
 
 
 @dataclass(frozen=True)
-class Publication:
+class RunPublication:
     """Published folder of a run.
 
     Args:
@@ -150,7 +150,7 @@ class Publication:
     is_current: bool
 
 
-def find_publication(source: Path, temporary: Path) -> Publication:
+def find_publication(source: Path, temporary: Path) -> RunPublication:
     """Return the publication of a run, or the source itself if it is published.
 
     Args:
@@ -163,14 +163,14 @@ def find_publication(source: Path, temporary: Path) -> Publication:
     if RunFolder(source).is_started:
         made_from = hash_inputs(source)
         if is_made_from(source / PUBLISHED, made_from):
-            return Publication(source, source / PUBLISHED, made_from, is_current=True)
+            return RunPublication(source, source / PUBLISHED, made_from, is_current=True)
         if os.access(source, os.W_OK):
-            return Publication(source, source / PUBLISHED, made_from, is_current=False)
+            return RunPublication(source, source / PUBLISHED, made_from, is_current=False)
         logger.warning("%s cannot be written: the run is published for this time only", source)
         folder = temporary / source.absolute().as_posix().strip("/").replace("/", "-")
-        return Publication(source, folder, made_from, is_current=False)
+        return RunPublication(source, folder, made_from, is_current=False)
     if (source / CONFIG).is_file():
-        return Publication(source, source, "", is_current=True)
+        return RunPublication(source, source, "", is_current=True)
     raise UserError(f"{source} is neither a run nor a published folder: give a run folder, or what `galaxydist publish` wrote")
 
 
@@ -205,7 +205,7 @@ def is_made_from(folder: Path, made_from: str) -> bool:
 
 @contextmanager
 def _publishing(
-    publications: Sequence[Publication], environ: MutableMapping[str, str], *, trust_code: bool
+    publications: Sequence[RunPublication], environ: MutableMapping[str, str], *, trust_code: bool
 ) -> Iterator[Callable[[], None]]:
     """Publish runs in a process of its own; yields a function that waits for its end.
 
