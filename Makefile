@@ -63,11 +63,11 @@ test-all: $(VENV)/installed-dev
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-others test-slurm
 
 test-others: $(VENV)/installed-dev
-	$(PYTEST) $(WORKERS) -m "not slurm and not gpu and not nightly"
+	$(PYTEST) $(WORKERS) --durations=15 -m "not slurm and not gpu and not nightly"
 
 # Shown once it is over, so that the lines of the two do not mix.
 test-slurm: $(VENV)/installed-dev
-	@output=$$(mktemp) && { $(PYTEST) -m "slurm and not gpu and not nightly" >"$$output" 2>&1; code=$$?; \
+	@output=$$(mktemp) && { $(PYTEST) --durations=10 -m "slurm and not gpu and not nightly" >"$$output" 2>&1; code=$$?; \
 		echo; echo "tests on SLURM:"; cat "$$output"; rm -f "$$output"; exit $$code; }
 
 test-nightly: $(VENV)/installed-dev peers

@@ -50,8 +50,8 @@ def add_publish(commands: Commands) -> None:
         "paths",
         type=local_path,
         nargs="+",
-        metavar=("RUN", "DIR"),
-        help="run folder, or its name in ./runs, and the folder to write; with --space several runs or published folders",
+        metavar="PATH",
+        help="run folder (or its name in ./runs), then the folder to write; with --space several runs or published folders",
     )
     parser.add_argument(
         "--space", type=local_path, metavar="DIR", help="write a Hugging Face Space into DIR: the app with these models"

@@ -6,8 +6,8 @@ head) is differentiated on its own, and the operations of that gradient are appe
 head's weights times the map, over the number of the map's pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
         Exception: of any kind, from ``torch.export``: the model cannot be traced.
     """
     images_BCHW = torch.zeros(2, 3, image_size, image_size)
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), _plain_attention(model):
         method = _find_method(model, architecture, images_BCHW) if saliency else None
         wrapped = _Outputs(model, architecture.last_map if method == GRAD_CAM else None, has_rollout=method == ROLLOUT)
         program = trace(wrapped.eval(), images_BCHW)
@@ -100,6 +100,19 @@ def trace(module: nn.Module, images_BCHW: Tensor) -> ExportedProgram:
         for note in _PATHS_IN_NODES:
             node.meta.pop(note, None)
     return program
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Switch timm's fused attention off: its layout in memory differs from that of the operations that replace it in ONNX."""
+    fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def _find_method(model: nn.Module, architecture: Architecture, images_BCHW: Tensor) -> str | None:

@@ -44,7 +44,7 @@ class PublishedRecord:
         temperature: for the recipe's test-time augmentation; None: not calibrated.
         libraries: versions by name.
         repo: ``OWNER/NAME`` on the Hub, if the user has named one.
-        made_from: hash of what the folder was made from; the same hash means the same content.
+        made_from: hash by which `galaxydist app` knows that its run has not changed since; '' for other folders.
         files: SHA-256 of the folder's files in hex, by their paths.
         format: version of ``config.json``.
     """

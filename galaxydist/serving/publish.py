@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import logging
@@ -19,10 +18,10 @@ from safetensors.torch import save
 
 from galaxydist.atomic_files import to_json, write_bytes
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import find_checkpoint
+from galaxydist.evaluation.text_table import readable
 from galaxydist.models.weights import describe_weights
 from galaxydist.prediction.image_form import ImageForm
-from galaxydist.prediction.published_folder import PART, PublishedRecord, file_hash, is_published, read_record
+from galaxydist.prediction.published_folder import PART, PublishedRecord, file_hash, is_published
 from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten
@@ -84,6 +83,7 @@ class PublishOptions:
         overwrite: replace a published folder.
         reference: largest number of training galaxies whose embeddings are stored; 0: none.
         quick: store fewer of them, and measure nothing on them: for the first start of the app.
+        made_from: mark by which the caller knows the folder again; see ``PublishedRecord``.
     """
 
     choice: ModelChoice = field(default_factory=ModelChoice)
@@ -94,11 +94,7 @@ class PublishOptions:
     overwrite: bool = False
     reference: int = COUNT
     quick: bool = False
-
-    def content(self) -> dict[str, Any]:
-        """Return the options that change what is written, as plain values."""
-        plain = dataclasses.asdict(dataclasses.replace(self, overwrite=False))
-        return {**plain, "choice": {name: str(value) for name, value in plain["choice"].items()}}
+    made_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,6 @@ class PublishReport:
         notes: sentences for the user: what is missing and why.
         loads_in_timm: ``timm.create_model("local-dir:DIR")`` loads it.
         needs_code: loading it runs a function of the user's own.
-        is_new: it was written now.
     """
 
     folder: Path
@@ -119,7 +114,6 @@ class PublishReport:
     notes: tuple[str, ...] = ()
     loads_in_timm: bool = False
     needs_code: bool = False
-    is_new: bool = True
 
 
 def publish(run: Path, out: Path, environ: Mapping[str, str], options: PublishOptions | None = None) -> PublishReport:
@@ -138,50 +132,13 @@ def publish(run: Path, out: Path, environ: Mapping[str, str], options: PublishOp
     options = options or PublishOptions()
     check_target(out, overwrite=options.overwrite, is_ours=is_published, names=WRITTEN)
     check_packages(options)
-    made_from = hash_inputs(run, options)
     trained = open_trained_model(run, environ, options.choice)
     trained.model.eval()
     with whole_folder(out) as folder:
         written = Publication(run, trained, options, folder, environ)
-        written.write(made_from)
+        written.write()
     needs_code = parse_model_name(trained.recipe.model.name).kind == "function"
     return PublishReport(out, sizes_of(out), tuple(written.notes), written.loads_in_timm, needs_code)
-
-
-def publish_once(run: Path, out: Path, environ: Mapping[str, str], options: PublishOptions | None = None) -> PublishReport:
-    """Publish a run unless the folder has been made of the same checkpoint, evaluation, options and version already.
-
-    Args:
-        run, out, environ, options: as in ``publish``; a folder that is not up to date is replaced.
-
-    Raises:
-        UserError: as in ``publish``.
-    """
-    options = options or PublishOptions()
-    if is_published(out):
-        try:
-            record = read_record(out)
-        except UserError:
-            record = None  # a damaged folder, or one of another version, is replaced
-        if record is not None and record.made_from == hash_inputs(run, options):
-            return PublishReport(out, sizes_of(out), is_new=False)
-    return publish(run, out, environ, dataclasses.replace(options, overwrite=True))
-
-
-def hash_inputs(run: Path, options: PublishOptions) -> str:
-    """Return a hash of what a publication is made from: checkpoint, evaluations, options and versions.
-
-    Raises:
-        UserError: there is no run or no checkpoint.
-    """
-    folder = RunFolder(run)
-    recipe = folder.read_recipe().recipe
-    checkpoint = find_checkpoint(folder, options.choice.checkpoint or str(recipe.get("eval.checkpoint", "best")))
-    files = sorted([*folder.evaluation_dir.glob("*.json"), *folder.evaluation_dir.glob("*.parquet"), folder.result_path])
-    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
-    versions = {"galaxydist": __version__, **{name: version(name) for name in LIBRARIES}}
-    parts = [checkpoint.name, state, options.content(), versions, dict(recipe)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_packages(options: PublishOptions) -> None:
@@ -216,13 +173,13 @@ class Publication:
         self.loads_in_timm = False
         self._app = describe_app(trained, options.title)
 
-    def write(self, made_from: str) -> None:
+    def write(self) -> None:
         """Write all files, ``config.json`` last."""
         self._write_weights()
         self._export()
         results = self._collect_results()
         keys = self._timm_keys(results)
-        record = self._record(made_from)
+        record = self._record()
         write_bytes(self.folder / RESULTS, to_json(results).encode())
         record = dataclasses.replace(record, files=hash_files(self.folder))
         config = {**keys, PART: record.to_dict(), "app": self._app.to_dict()}
@@ -301,7 +258,7 @@ class Publication:
             logger.debug("timm's transform is not compared: %s", error)
             return None
 
-    def _record(self, made_from: str) -> PublishedRecord:
+    def _record(self) -> PublishedRecord:
         trained = self.trained
         return PublishedRecord(
             version=__version__,
@@ -315,7 +272,7 @@ class Publication:
             temperature=trained.temperature,
             libraries={name: version(name) for name in LIBRARIES},
             repo=self.options.repo,
-            made_from=made_from,
+            made_from=self.options.made_from,
         )
 
 
@@ -327,7 +284,7 @@ def describe_app(trained: TrainedModel, title: str | None) -> AppConfig:
     red, green, blue = (max(std, MIN_STD) for std in trained.trained_on.channel_std)
     return AppConfig(
         title=title or f"{recipe.name} on {stored.dataset}",
-        classes=tuple(name.replace("_", " ") for name in trained.class_names),
+        classes=tuple(map(readable, trained.class_names)),
         form=PictureForm(
             image_size=recipe.data.image_size,
             stored_size=stored.image_size,

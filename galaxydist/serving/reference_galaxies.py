@@ -1,14 +1,14 @@
-"""Training galaxies of a published model: their embeddings, thumbnails and a threshold for pictures that are unlike them.
+"""Training galaxies of a published model: their embeddings, thumbnails and thresholds for pictures that are unlike them.
 
-The distance is described in ``serving/app/reference_set.py``. Its threshold comes from the run's validation galaxies alone; the
-share of false alarms is measured on test galaxies, and the share of detected pictures on ``unlike_pictures.KINDS``.
+The distances are described in ``serving/app/reference_set.py``. Their thresholds come from the run's validation galaxies alone;
+the share of false alarms is measured on test galaxies, and the share of detected pictures on ``unlike_pictures.KINDS``.
 """
 
 import hashlib
 import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from galaxydist.serving.app.published_model import EXAMPLES, REFERENCE, THUMBNAI
 from galaxydist.serving.app.reference_set import (
     EXAMPLES_LIST,
     REFERENCE_FORMAT,
+    SETS,
     SHEET_SIDE,
     THUMBNAIL_SIDE,
     Gaussian,
+    largest_distances,
     picture_statistics,
     sheet_name,
 )
@@ -53,11 +55,11 @@ Floats = NDArray[np.float32]
 COUNT, QUICK_COUNT = 1000, 400
 # Largest numbers of validation galaxies for the threshold and of test galaxies for the false alarms, and pictures of each kind.
 VALIDATION, TEST, PICTURES = 2000, 2000, 48
-# Share of validation galaxies beyond the threshold. Of the 2 % of false alarms that are allowed it is a quarter, so that a split
-# of some hundred galaxies stays below them in spite of its scatter; 1 % and 2 % found hardly more pictures (docs/sharing.md).
+# Share of validation galaxies beyond each of the two thresholds. Together they are at most half of the 2 % of false alarms that
+# are allowed, so that a split of some hundred galaxies stays below them in spite of its scatter.
 FALSE_ALARMS = 0.005
-# Fewest validation galaxies for a threshold: the largest distance of n galaxies is exceeded by 1 in n + 1.
-LEAST_VALIDATION = 49
+# Fewest validation galaxies for thresholds: the largest distance of n galaxies is exceeded by 1 in n + 1, and there are two.
+LEAST_VALIDATION = 99
 # Share of the unit matrix in the correlation matrix of the statistics, which a few galaxies do not determine in all directions.
 # 0.001 to 0.1 and 60 to 700 training galaxies gave nearly the same detection.
 SHRINKAGE = 0.01
@@ -102,7 +104,7 @@ def write_reference(
             detection.
 
     Returns:
-        For ``results.json``: ``reference`` (what was stored) and ``unlike`` (method, threshold, false alarms, detection).
+        For ``results.json``: ``reference`` (what was stored) and ``unlike`` (method, thresholds, false alarms, detection).
 
     Raises:
         UserError: the shards are not there, a galaxy cannot be read, or the model has no usable embedding.
@@ -183,9 +185,10 @@ class GalaxyReader:
         normalised = torch.from_numpy(self._normalise.on_cpu(images_BHWC, ImageTransform()))
         return np.asarray(extract_features(self._model, normalised).numpy(), np.float32)
 
-    def statistics(self, images: Iterable[Pixels]) -> Floats:
-        """Return the statistics B x S of images from :meth:`read` or :meth:`prepare`."""
-        return np.concatenate([picture_statistics(batch) for batch in _batches(images)])
+    def statistics(self, images: Iterable[Pixels]) -> dict[str, Floats]:
+        """Return the statistics B x S of images from :meth:`read` or :meth:`prepare`, for each set."""
+        found = [picture_statistics(batch) for batch in _batches(images)]
+        return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
 def _batches(images: Iterable[Pixels]) -> Iterator[Pixels]:
@@ -245,14 +248,16 @@ def find_threshold(distances_N: NDArray[np.float64]) -> float:
     """Return the distance that a further galaxy exceeds with a probability of at most ``FALSE_ALARMS``.
 
     That is the ceil((N + 1) (1 - FALSE_ALARMS))-th smallest of N distances (conformal prediction; Vovk et al. 2005, "Algorithmic
-    Learning in a Random World"), or the largest if N is below 199, which 1 in N + 1 exceeds.
+    Learning in a Random World"), or the largest if N is below 199, which 1 in N + 1 exceeds. It is above 0 if all are 0.
     """
     place = int(np.ceil((len(distances_N) + 1) * (1 - FALSE_ALARMS)))
-    return float(np.sort(distances_N)[min(place, len(distances_N)) - 1])
+    return max(float(np.sort(distances_N)[min(place, len(distances_N)) - 1]), float(np.finfo(np.float32).tiny))
 
 
-def _measure_distances(reader: GalaxyReader, statistics_NS: Floats, *, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays of the distribution for ``reference.npz``, and ``unlike`` for ``results.json``; both {} without it."""
+def _measure_distances(
+    reader: GalaxyReader, statistics: Mapping[str, Floats], *, quick: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arrays of the distributions for ``reference.npz``, and ``unlike`` for ``results.json``; both {} without them."""
     shards = reader.shards
     available = shards.splits["val"].num_samples if has_split(shards, "val") else 0
     if available < LEAST_VALIDATION:
@@ -260,47 +265,45 @@ def _measure_distances(reader: GalaxyReader, statistics_NS: Floats, *, quick: bo
             "unlike pictures are not found: the threshold needs %d validation galaxies, not %d", LEAST_VALIDATION, available
         )
         return {}, {}
-    gaussian = fit_gaussian(statistics_NS)
 
-    def distances_of(split: str, count: int) -> NDArray[np.float64]:
-        chosen = choose_galaxies(shards, split, count, by_class=False)
-        return gaussian.distances(reader.statistics(reader.read(chosen)))
+    def statistics_of(split: str, count: int) -> dict[str, Floats]:
+        return reader.statistics(reader.read(choose_galaxies(shards, split, count, by_class=False)))
 
-    distances = np.sort(distances_of("val", QUICK_COUNT if quick else VALIDATION))
-    threshold = find_threshold(distances)
-    arrays = {
-        "mean": gaussian.mean,
-        "whitening": gaussian.whitening,
-        "distances": distances.astype(np.float32),
-        "threshold": np.float64(threshold),
-    }
+    validation = statistics_of("val", QUICK_COUNT if quick else VALIDATION)
+    gaussians = {name: fit_gaussian(statistics[name]) for name in SETS}
+    for name, gaussian in gaussians.items():
+        gaussians[name] = replace(gaussian, threshold=find_threshold(gaussian.distances(validation[name])))
+    distances = np.sort(largest_distances(gaussians, validation))
+    arrays: dict[str, Any] = {"distances": distances.astype(np.float32)}
+    for name, gaussian in gaussians.items():
+        arrays[f"{name}_mean"], arrays[f"{name}_whitening"] = gaussian.mean, gaussian.whitening
+        arrays[f"{name}_threshold"] = np.float64(gaussian.threshold)
     unlike: dict[str, Any] = {
-        "method": "Mahalanobis distance of picture statistics",
-        "threshold": threshold,
+        "method": "Mahalanobis distances of texture and radial profile",
+        "thresholds": {name: gaussian.threshold for name, gaussian in gaussians.items()},
         "validation": len(distances),
-        "expected_false_alarms": max(FALSE_ALARMS, 1 / (len(distances) + 1)),
+        "expected_false_alarms": len(SETS) * max(FALSE_ALARMS, 1 / (len(distances) + 1)),
     }
     if not quick:
         if has_split(shards, "test"):
-            test = distances_of("test", TEST)
-            unlike["false_alarms"] = _share(int((test > threshold).sum()), len(test)) | {"split": "test"}
-        unlike["detected"] = measure_detection(reader, gaussian, threshold)
+            test = largest_distances(gaussians, statistics_of("test", TEST))
+            unlike["false_alarms"] = _share(int((test > 1).sum()), len(test)) | {"split": "test"}
+        unlike["detected"] = measure_detection(reader, gaussians)
     return arrays, unlike
 
 
-def measure_detection(reader: GalaxyReader, gaussian: Gaussian, threshold: float, count: int = PICTURES) -> dict[str, Any]:
-    """Return how many pictures of each kind that is no galaxy are farther than the threshold.
+def measure_detection(reader: GalaxyReader, gaussians: Mapping[str, Gaussian], count: int = PICTURES) -> dict[str, Any]:
+    """Return how many pictures of each kind that is no galaxy are called unlike the training galaxies.
 
     Args:
         reader: prepares pictures for the model.
-        gaussian: distribution of the training galaxies.
-        threshold: of its distances.
+        gaussians: distributions of the training galaxies, with their thresholds.
         count: pictures of each kind.
     """
     found = {}
     for kind, draw in KINDS.items():
-        far_B = gaussian.distances(reader.statistics(reader.prepare(draw(count, 0)))) > threshold
-        found[kind] = _share(int(far_B.sum()), len(far_B))
+        is_unlike_B = largest_distances(gaussians, reader.statistics(reader.prepare(draw(count, 0)))) > 1
+        found[kind] = _share(int(is_unlike_B.sum()), len(is_unlike_B))
     return found
 
 

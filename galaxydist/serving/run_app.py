@@ -4,6 +4,7 @@ A process of its own publishes, since that needs torch; meanwhile this one impor
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,9 +24,10 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.job_environment import tunnel_command
 from galaxydist.log import set_up_logging
-from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.folder import BEST, RunFolder
 from galaxydist.serving.app.model import ServedModel
-from galaxydist.serving.app.published_model import CONFIG, PublishedFolderError
+from galaxydist.serving.app.published_model import CONFIG, FORMAT, REFERENCE, PublishedFolderError
+from galaxydist.serving.app.standalone import open_models
 from galaxydist.serving.app.web_server import (
     FIRST_PORT,
     LOOPBACK,
@@ -35,6 +38,7 @@ from galaxydist.serving.app.web_server import (
     import_page,
     serve,
 )
+from galaxydist.version import __version__
 
 # By its full name: the process that publishes runs this module as ``__main__``.
 logger = logging.getLogger("galaxydist.serving.run_app")
@@ -76,8 +80,11 @@ def run_app(sources: Sequence[Path], options: AppOptions, environ: MutableMappin
         raise UserError(_explain_port(options.server, error)) from error
     server_options = replace(options.server, port=port)
     with ExitStack() as stack:
-        models = stack.enter_context(open_models(sources, environ, trust_code=options.trust_code))
-        server = stack.enter_context(serve(models, server_options, environ))
+        models = stack.enter_context(publish_and_open(sources, environ, trust_code=options.trust_code))
+        try:
+            server = stack.enter_context(serve(models, server_options, environ))
+        except PublishedFolderError as error:
+            raise UserError(str(error)) from error
         ended = stack.enter_context(_told_to_end())
         for line in address_lines(server, server_options):
             show(line)
@@ -97,7 +104,7 @@ def check_packages() -> None:
 
 
 @contextmanager
-def open_models(
+def publish_and_open(
     sources: Sequence[Path], environ: MutableMapping[str, str], *, trust_code: bool = False
 ) -> Iterator[dict[str, ServedModel]]:
     """Open published folders, and publish runs before; yields the models by the names that users choose from.
@@ -111,25 +118,40 @@ def open_models(
         UserError: a source is neither, or a run cannot be published.
     """
     with tempfile.TemporaryDirectory(prefix="galaxydist-published-") as temporary:
-        folders = {source: find_published(source, Path(temporary)) for source in sources}
-        runs = {source: folder for source, folder in folders.items() if folder != source}
-        with _publishing(runs, environ, trust_code=trust_code) as wait:
+        found = [find_publication(source, Path(temporary)) for source in sources]
+        missing = [publication for publication in found if not publication.is_current]
+        with _publishing(missing, environ, trust_code=trust_code) as wait:
             import_page(environ, Path(temporary))
             wait()
-        models: dict[str, ServedModel] = {}
-        for source, folder in folders.items():
-            try:
-                model = ServedModel.open(folder, threads=available_cores())
-            except PublishedFolderError as error:
-                raise UserError(str(error)) from error
-            name = model.config.title
-            models[name if name not in models else f"{name} ({source.name})"] = model
+        try:
+            folders, places = [publication.folder for publication in found], [source.name for source in sources]
+            models = open_models(folders, places, available_cores())
+        except PublishedFolderError as error:
+            raise UserError(str(error)) from error
+        for source, name in zip(sources, models, strict=True):
             logger.info("%s: %s", source, name)
         yield models
 
 
-def find_published(source: Path, temporary: Path) -> Path:
-    """Return the published folder of a run, which may not exist yet, or the source itself if it is published.
+@dataclass(frozen=True)
+class RunPublication:
+    """Published folder of a run.
+
+    Args:
+        run: the run folder.
+        folder: that holds its publication, or will.
+        made_from: hash of what the run has now.
+        is_current: the folder has been made of that.
+    """
+
+    run: Path
+    folder: Path
+    made_from: str
+    is_current: bool
+
+
+def find_publication(source: Path, temporary: Path) -> RunPublication:
+    """Return the publication of a run, or the source itself if it is published.
 
     Args:
         source: a run folder or a published folder.
@@ -139,29 +161,64 @@ def find_published(source: Path, temporary: Path) -> Path:
         UserError: it is neither.
     """
     if RunFolder(source).is_started:
+        made_from = hash_inputs(source)
+        if is_made_from(source / PUBLISHED, made_from):
+            return RunPublication(source, source / PUBLISHED, made_from, is_current=True)
         if os.access(source, os.W_OK):
-            return source / PUBLISHED
+            return RunPublication(source, source / PUBLISHED, made_from, is_current=False)
         logger.warning("%s cannot be written: the run is published for this time only", source)
-        return temporary / source.absolute().as_posix().strip("/").replace("/", "-")
+        folder = temporary / source.absolute().as_posix().strip("/").replace("/", "-")
+        return RunPublication(source, folder, made_from, is_current=False)
     if (source / CONFIG).is_file():
-        return source
+        return RunPublication(source, source, "", is_current=True)
     raise UserError(f"{source} is neither a run nor a published folder: give a run folder, or what `galaxydist publish` wrote")
 
 
+def hash_inputs(run: Path) -> str:
+    """Return a hash of what a run is published from: recipe, checkpoints and evaluations.
+
+    It needs no torch and reads no weights, so that a start of the app without publishing is fast. A run in training has another
+    hash after each checkpoint.
+
+    Raises:
+        UserError: the recipe is damaged.
+    """
+    folder = RunFolder(run)
+    recipe = dict(folder.read_recipe().recipe)
+    saved = sorted(path.name for path in folder.checkpoints_dir.glob("step-*"))
+    files = [folder.checkpoints_dir / BEST, folder.result_path]
+    files += sorted(path for path in folder.evaluation_dir.glob("*") if path.suffix in (".json", ".parquet"))
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    return hashlib.sha256(json.dumps([recipe, saved, state], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def is_made_from(folder: Path, made_from: str) -> bool:
+    """Return True if a published folder was made of what a hash stands for, by the versions installed here, and is complete."""
+    try:
+        record = json.loads((folder / CONFIG).read_bytes())["galaxydist"]
+        found = [record[name] for name in ("made_from", "format", "version", "libraries")]
+        versions = {name: version(name) for name in record["libraries"]}
+        return found == [made_from, FORMAT, __version__, versions] and all((folder / name).is_file() for name in record["files"])
+    except (OSError, ValueError, KeyError, TypeError, PackageNotFoundError):
+        return False
+
+
 @contextmanager
-def _publishing(runs: "dict[Path, Path]", environ: MutableMapping[str, str], *, trust_code: bool) -> Iterator[Callable[[], None]]:
+def _publishing(
+    publications: Sequence[RunPublication], environ: MutableMapping[str, str], *, trust_code: bool
+) -> Iterator[Callable[[], None]]:
     """Publish runs in a process of its own; yields a function that waits for its end.
 
     Args:
-        runs: published folder by run folder.
+        publications: that are not current.
         environ: of the process.
         trust_code: see ``AppOptions``.
     """
-    if not runs:
+    if not publications:
         yield lambda: None
         return
-    asked = json.dumps({"runs": [[str(run), str(out)] for run, out in runs.items()], "trust_code": trust_code})
-    command = [sys.executable, "-m", "galaxydist.serving.run_app", asked]
+    runs = [[str(one.run), str(one.folder), one.made_from] for one in publications]
+    command = [sys.executable, "-m", "galaxydist.serving.run_app", json.dumps({"runs": runs, "trust_code": trust_code})]
     # A session of its own: Ctrl-C reaches this process, which ends the other one without a traceback.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(environ), start_new_session=True)
 
@@ -170,7 +227,8 @@ def _publishing(runs: "dict[Path, Path]", environ: MutableMapping[str, str], *, 
         if process.returncode == EXIT_BAD_INPUT:
             raise UserError(json.loads(output)["error"])
         if process.returncode:
-            raise UserError(f"publishing {', '.join(map(str, runs))} failed with exit code {process.returncode}: see above")
+            names = ", ".join(str(one.run) for one in publications)
+            raise UserError(f"publishing {names} failed with exit code {process.returncode}: see above")
 
     try:
         yield wait
@@ -183,24 +241,25 @@ def _publishing(runs: "dict[Path, Path]", environ: MutableMapping[str, str], *, 
 
 
 def publish_runs(asked: str, environ: MutableMapping[str, str]) -> int:
-    """Publish runs that are not published yet, and return the exit code; a user's error is printed as JSON.
+    """Publish runs, and return the exit code; a user's error is printed as JSON.
 
     Args:
         asked: JSON of ``_publishing``.
         environ: the environment of this process.
     """
     from galaxydist.prediction.trained_model import ModelChoice
-    from galaxydist.serving.publish import PublishOptions, publish_once
+    from galaxydist.serving.publish import PublishOptions, publish
 
     content = json.loads(asked)
-    options = PublishOptions(ModelChoice(trust_code=content["trust_code"]), program=False, quick=True)
+    options = PublishOptions(ModelChoice(trust_code=content["trust_code"]), program=False, overwrite=True, quick=True)
     try:
-        for run, out in content["runs"]:
-            report = publish_once(Path(run), Path(out), environ, options)
-            if report.is_new:
-                logger.info("%s: published into %s", run, report.folder)
-                for note in report.notes:
-                    logger.info("note: %s", note)
+        for run, out, made_from in content["runs"]:
+            report = publish(Path(run), Path(out), environ, replace(options, made_from=made_from))
+            logger.info("%s: published into %s", run, report.folder)
+            for note in report.notes:
+                logger.info("note: %s", note)
+            if not (report.folder / REFERENCE).is_file():
+                logger.info("to store training galaxies at the next start, remove %s", report.folder)
     except UserError as error:
         sys.stdout.write(json.dumps({"error": str(error)}))
         return EXIT_BAD_INPUT

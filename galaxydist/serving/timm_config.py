@@ -133,7 +133,8 @@ def measure_agreement(trained: TrainedModel, keys: Mapping[str, Any], shards: Ma
         theirs.append(transform(Image.fromarray(stored)))
 
     def classify(images: list[Tensor]) -> NDArray[np.float32]:
-        logits_NK = torch.cat([_logits(trained.model, some_BCHW) for some_BCHW in torch.stack(images).split(_BATCH)])
+        batches = [torch.stack(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
+        logits_NK = torch.cat([_logits(trained.model, images_BCHW) for images_BCHW in batches])
         return probabilities_of(logits_NK.numpy(), trained.temperature)
 
     ours_NK, theirs_NK = classify(ours), classify(theirs)

@@ -19,9 +19,13 @@ from galaxydist.surveys.simulate.random_draws import Draws
 Pixels = NDArray[np.uint8]
 
 PHOTOGRAPHS, DRAWINGS, STARS, SKY = "photographs", "drawings and text", "star fields", "empty sky"
-PLAIN, NOISE = "plain colours", "noise"
+PLAIN, NOISE, CENTRAL_STAR = "plain colours", "noise", "a bright star in the centre"
 # RNG streams of the kinds.
-_STREAMS = {kind: 0x756E6C696B65 + number for number, kind in enumerate((PHOTOGRAPHS, DRAWINGS, STARS, SKY, PLAIN, NOISE))}
+_STREAMS = {
+    kind: 0x756E6C696B65 + number for number, kind in enumerate((PHOTOGRAPHS, DRAWINGS, STARS, SKY, PLAIN, NOISE, CENTRAL_STAR))
+}
+# Numbers of stars in star fields, in turn, as multiples of that around a usual galaxy, and around a star in the centre.
+_DENSITIES, _CENTRAL_DENSITY = (2, 5, 20), 5
 # Crops of photographs have at least this share of the shorter side.
 _LEAST_CROP = 0.3
 # Side of drawn pictures in pixels.
@@ -143,19 +147,31 @@ def _page(draws: Draws, is_dark: bool) -> Pixels:
 
 
 def draw_star_fields(count: int, seed: int = 0) -> Iterator[Pixels]:
-    """Yield images of stars alone, without any galaxy, as the simulator of galaxies observes them: 256 x 256 pixels.
+    """Yield images of stars at random places, without any galaxy, as the simulator of galaxies observes them: 256 x 256 pixels.
 
-    Their number is five times that of a usual field, as at low galactic latitudes, and a bright one stands near the centre.
+    Sparse fields, and dense ones as at low galactic latitudes, in turn.
     """
     for number in range(count):
         draws = Draws(seed, _STREAMS[STARS], number)
-        scene = Scene(observation.DECAM_PIXEL)
-        for _ in range(5):
-            observation.add_stars(scene, draws)
+        yield _observe(_star_field(draws, _DENSITIES[number % len(_DENSITIES)]), draws, seed, number)
+
+
+def draw_central_stars(count: int, seed: int = 0) -> Iterator[Pixels]:
+    """Yield star fields with a bright star near the centre, as a cutout around a star that is taken for a galaxy."""
+    for number in range(count):
+        draws = Draws(seed, _STREAMS[CENTRAL_STAR], number)
+        scene = _star_field(draws, _CENTRAL_DENSITY)
         red_mag = draws.uniform(15.0, 19.0)
         colours = np.array([[red_mag + 0.6, red_mag, red_mag - 0.3]])
         scene.add_points(draws.uniforms(1) * 4 - 2, draws.uniforms(1) * 4 - 2, observation.to_fluxes(colours))
         yield _observe(scene, draws, seed, number)
+
+
+def _star_field(draws: Draws, density: int) -> Scene:
+    scene = Scene(observation.DECAM_PIXEL)
+    for _ in range(density):
+        observation.add_stars(scene, draws)
+    return scene
 
 
 def draw_empty_sky(count: int, seed: int = 0) -> Iterator[Pixels]:
@@ -198,6 +214,7 @@ KINDS: dict[str, Callable[[int, int], Iterator[Pixels]]] = {
     PHOTOGRAPHS: draw_photographs,
     DRAWINGS: draw_drawings,
     STARS: draw_star_fields,
+    CENTRAL_STAR: draw_central_stars,
     SKY: draw_empty_sky,
     PLAIN: draw_plain,
     NOISE: draw_noise,

@@ -1,5 +1,6 @@
 """The command line: help at once, one message for each error, exit codes, and closed pipes."""
 
+import argparse
 import errno
 import os
 import resource
@@ -33,11 +34,17 @@ HEAVY = [
     ),
     *("PIL", "webdataset", "tqdm"),
 ]
-COMMANDS = [
-    *("data fetch", "data simulate", "data export", "data shard", "data check", "data explore"),
-    *("weights fetch", "recipes", "evaluate", "gallery", "plan", "bench simulator"),
-    *("cluster list", "cluster show", "cluster init"),
-]
+
+
+def find_commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> list[str]:
+    """All commands, such as ``data fetch``."""
+    inside = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inside:
+        return [" ".join(words)]
+    return [found for name, one in inside[0].choices.items() for found in find_commands(one, (*words, name))]
+
+
+COMMANDS = find_commands(cli.build_parser())
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """A published folder for tests: a small network, trained on the blobs for a few seconds, as ``galaxydist publish`` writes it."""
 
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,3 +32,14 @@ def publish_blobs(folder: Path, options: PublishOptions | None = None, **changes
     run_dir, manifest = train_blobs(folder, **changes)
     publish(run_dir, folder / "published", {}, options)
     return PublishedRun(run_dir, manifest, folder / "published")
+
+
+def galaxy_files(run: PublishedRun, target: Path) -> list[Path]:
+    """The image files of the run's test galaxies."""
+    files: list[Path] = []
+    for shard in sorted(run.manifest.parent.glob("test-*.tar")):
+        with tarfile.open(shard) as tar:
+            names = [name for name in tar.getnames() if name.endswith((".png", ".jpg"))]
+            tar.extractall(target, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        files += [target / name for name in names]
+    return files

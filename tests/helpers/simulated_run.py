@@ -21,7 +21,7 @@ SEED = 20_261_130
 class SimulatedSurvey:
     """Simulated galaxies, equally many of each class, 2 : 1 : 1 for train, val and test, drawn when they are read."""
 
-    num_galaxies: int = 280
+    num_galaxies: int = 400
     name: str = "simulated"
     variant: str = "original"
     class_names: tuple[str, ...] = GALAXY10_CLASSES

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ import pytest
 from PIL import Image
 
 import galaxydist
+from galaxydist.prediction.published_folder import is_published
+from galaxydist.serving.run_app import PUBLISHED, find_publication
 from tests.helpers.blobs import CLASS_NAMES, BlobSurvey
 from tests.helpers.browser import Browser
-from tests.helpers.published import PublishedRun, publish_blobs
-from tests.helpers.served import app_folder
+from tests.helpers.published import PublishedRun, train_blobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -35,10 +38,10 @@ FILE = {"_type": "gradio.FileData"}
 
 @dataclass(frozen=True)
 class Served:
-    """The page of two models with the same weights.
+    """The page of a run, which the app has published, and of a published folder.
 
     Attributes:
-        pictures: of the test split, by class; the network knows them.
+        pictures: of the test split, by class; the run's network knows them.
     """
 
     port: int
@@ -62,18 +65,17 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def known_run(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
-    """A network that knows the blobs."""
-    return publish_blobs(tmp_path_factory.mktemp("known"), train__epochs=20)
+def known_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose network knows the blobs."""
+    return train_blobs(tmp_path_factory.mktemp("known"), train__epochs=20)[0]
 
 
 @pytest.fixture(scope="module")
-def served(known_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The command in a process of its own; Ctrl-C at the end leaves no traceback and no file."""
+def served(known_run: Path, published_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The command in a process of its own; Ctrl-C at the end leaves no traceback and no file but the publication."""
     folder = tmp_path_factory.mktemp("app")
-    first = app_folder(known_run, folder / "first")
     second = folder / "second"
-    shutil.copytree(first, second)
+    shutil.copytree(published_run.folder, second)
     config = json.loads((second / "config.json").read_text())
     config["app"] |= {"title": "Second <model>", "temperature": None, "is_non_commercial": True}
     (second / "config.json").write_text(json.dumps(config))
@@ -90,7 +92,7 @@ def served(known_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) ->
     # A proxy that does not know this machine, as on a cluster.
     environ |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     log = folder / "log"
-    command = [sys.executable, "-m", "galaxydist", "app", str(first), str(second), "--max-upload", "1"]
+    command = [sys.executable, "-m", "galaxydist", "app", str(known_run), str(second), "--max-upload", "1"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, env=environ)
     try:
@@ -109,6 +111,7 @@ def served(known_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) ->
         assert "Traceback" not in log.read_text()
         assert log.read_text().endswith("ended\n")
         assert list(temporary.iterdir()) == []
+        assert find_publication(known_run, temporary).is_current and is_published(known_run / PUBLISHED)
     finally:
         process.kill()
         process.wait()
@@ -144,8 +147,8 @@ class Page(Browser):
 
 
 @pytest.mark.browser
-def test_two_users_get_the_answers_about_their_own_pictures(served: Served, known_run: PublishedRun) -> None:
-    predictor = galaxydist.load_predictor(known_run.run_dir, device="cpu")
+def test_two_users_get_the_answers_about_their_own_pictures(served: Served, known_run: Path) -> None:
+    predictor = galaxydist.load_predictor(known_run, device="cpu")
     with Page(served) as first, Page(served, width=390, dark=True) as second:
         users = {"round": first, "pair": second}
         for name, page in users.items():
@@ -245,7 +248,27 @@ def test_no_path_and_no_url_of_a_request_is_opened(served: Served) -> None:
             broken.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
         with pytest.raises(TimeoutError):
             other.accept()
+        browsers_own = [event["id"] for event in config["dependencies"] if event["js"] and not event["backend_fn"]]
+        assert browsers_own and all(join(fn_index=number) == 400 for number in browsers_own)
     assert served.request("GET", "/")[0] == 200
+
+
+def test_uploads_that_arrive_slowly_take_room_on_the_disk_until_they_end(served: Served) -> None:
+    head = b"POST /gradio_api/upload HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=x\r\n"
+    form = {"content-type": "multipart/form-data; boundary=x"}
+
+    def wait_for(*statuses: int) -> None:
+        deadline = time.monotonic() + 60
+        while served.request("POST", "/gradio_api/upload", bytes(1 << 20), form)[0] not in statuses:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with ExitStack() as stack:
+        for _ in range(20):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            slow.sendall(head + b"content-length: 1048576\r\n\r\n--x\r\n")
+        wait_for(503)
+    wait_for(200, 400)
 
 
 def test_a_model_is_asked_with_gradios_protocol(served: Served) -> None:
@@ -274,6 +297,9 @@ def test_errors_of_the_command_are_one_message(served: Served, tmp_path: Path) -
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
-    assert f"--port {served.port} of 127.0.0.1 is in use" in run(served.folder / "first", "--port", served.port)
+    assert f"--port {served.port} of 127.0.0.1 is in use" in run(served.folder / "second", "--port", served.port)
     assert "neither a run nor a published folder" in run(tmp_path)
-    assert "not an address of this machine" in run(served.folder / "first", "--host", "192.0.2.1")
+    damaged = Path(shutil.copytree(served.folder / "second", tmp_path / "damaged"))
+    (damaged / "reference.npz").write_bytes(b"PK")
+    assert "reference.npz is damaged" in run(damaged)
+    assert "not an address of this machine" in run(served.folder / "second", "--host", "192.0.2.1")

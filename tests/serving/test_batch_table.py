@@ -15,13 +15,12 @@ from galaxydist.serving.app.model import Answer, ServedModel
 from galaxydist.serving.app.pictures import PictureError, read_picture
 from galaxydist.serving.app.reference_set import Reference
 from tests.helpers.memory import peak_memory
-from tests.helpers.published import PublishedRun
-from tests.helpers.served import app_folder, galaxy_files
+from tests.helpers.published import PublishedRun, galaxy_files
 
 
 @pytest.fixture(scope="module")
-def model(published_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return ServedModel.open(app_folder(published_run, tmp_path_factory.mktemp("batch") / "model"))
+def model(published_run: PublishedRun) -> ServedModel:
+    return ServedModel.open(published_run.folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 import galaxydist
+from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.models.hub_weights import CONFIG_FILE, HUB_FILE
 from galaxydist.prediction.published_folder import FORMAT as FORMAT_READ
 from galaxydist.serving.app.published_model import CONFIG, FORMAT, WEIGHTS, read_config
-from galaxydist.serving.publish import PublishOptions, publish, publish_once
+from galaxydist.serving.publish import PublishOptions, PublishReport, publish
+from galaxydist.serving.run_app import find_publication
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.forked_runs import command, run_forked
 from tests.helpers.published import PublishedRun, train_blobs
@@ -159,19 +163,39 @@ def test_weights_of_another_model_do_not_load(folder: Path) -> None:
         galaxydist.load_predictor(folder)
 
 
-def test_a_folder_is_made_again_only_if_its_sources_have_changed(published_run: PublishedRun, tmp_path: Path) -> None:
+def test_a_publication_for_the_app_is_current_until_its_sources_change(published_run: PublishedRun, tmp_path: Path) -> None:
     run = Path(shutil.copytree(published_run.run_dir, tmp_path / "run"))
     out = run / "published"
-    assert publish_once(run, out, {}, BARE).is_new
-    weights = (out / WEIGHTS).stat()
-    assert not publish_once(run, out, {}, BARE).is_new and (out / WEIGHTS).stat() == weights
+
+    def is_current() -> bool:
+        return find_publication(run, tmp_path).is_current
+
+    def write() -> PublishReport:
+        options = replace(BARE, made_from=find_publication(run, tmp_path).made_from, overwrite=True)
+        report = publish(run, out, {}, options)
+        assert is_current()
+        return report
+
+    assert not is_current()
+    write()
     shutil.rmtree(run / "evaluation")
-    again = publish_once(run, out, {}, BARE)
-    assert again.is_new and "not calibrated" in again.notes[0] and read_config(out).temperature is None
+    assert not is_current()
+    assert "not calibrated" in write().notes[0] and read_config(out).temperature is None
     (run / "result.json").unlink()
-    assert "has not finished" in publish_once(run, out, {}, BARE).notes[0]
-    (out / CONFIG).write_text((out / CONFIG).read_text().replace('"format": 1', '"format": 0'))
-    assert publish_once(run, out, {}, BARE).is_new
+    assert not is_current()
+    assert "has not finished" in write().notes[0]
+    store.mark_best(store.list_checkpoints(run / "checkpoints")[-1])
+    assert not is_current()
+    write()
+    config = (out / CONFIG).read_text()
+    for old, new in (('"format": 1', '"format": 0'), (f'"torch": "{version("torch")}"', '"torch": "2.0.0"'), ("{", "")):
+        (out / CONFIG).write_text(config.replace(old, new))
+        assert not is_current(), old
+    (out / CONFIG).write_text(config)
+    assert is_current()
+    (out / WEIGHTS).unlink()
+    assert not is_current()
+    write()
     assert not [path for path in run.iterdir() if path.name.startswith(".published")]
 
 

@@ -26,16 +26,15 @@ from galaxydist.serving.app.model import ServedModel, normalise, place_map, prep
 from galaxydist.serving.app.pictures import Picture, read_picture
 from galaxydist.serving.app.published_model import CONFIG, ONNX, PictureForm, PublishedFolderError
 from galaxydist.surveys.image_files import parse_image
-from tests.helpers.published import PublishedRun
-from tests.helpers.served import app_folder, galaxy_files
+from tests.helpers.published import PublishedRun, galaxy_files
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 MEAN, STD = (0.167, 0.162, 0.158), (0.128, 0.118, 0.111)
 
 
 @pytest.fixture(scope="module")
-def folder(published_run: PublishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return app_folder(published_run, tmp_path_factory.mktemp("app") / "model")
+def folder(published_run: PublishedRun) -> Path:
+    return published_run.folder
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +191,21 @@ def test_folders_that_cannot_be_served_are_refused_with_what_to_do(folder: Path,
     other = change_config(copy("other"), lambda config: config["app"].update(classes=["one", "two"]))
     with pytest.raises(PublishedFolderError, match="does not belong to its config"):
         ServedModel.open(other)
+
+
+def test_links_to_files_elsewhere_are_refused_but_those_of_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abcd"
+    blobs.mkdir()
+    shutil.copytree(folder, snapshot)
+    for number, path in enumerate(path for path in sorted(snapshot.rglob("*")) if path.is_file()):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    assert ServedModel.open(snapshot).config == ServedModel.open(folder).config
+    (tmp_path / "private.txt").write_text("secret")
+    (snapshot / "more.png").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(PublishedFolderError, match=r"more\.png is a link to .*private\.txt"):
+        ServedModel.open(snapshot)
+    (snapshot / "more.png").unlink()
+    (snapshot / "more").symlink_to("..")
+    with pytest.raises(PublishedFolderError, match="outside of the folder"):
+        ServedModel.open(snapshot)

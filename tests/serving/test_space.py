@@ -1,15 +1,10 @@
 """A Space: a folder that runs as it is, in an environment without torch and without galaxydist."""
 
 import ast
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -29,6 +24,7 @@ from galaxydist.serving.space import build_header, is_space, write_space
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.page_client import PageClient
 from tests.helpers.published import PublishedRun
+from tests.helpers.spaces import linked_environment, plain_environment, running_space
 
 # https://huggingface.co/docs/hub/spaces-config-reference
 DOCUMENTED = {
@@ -119,7 +115,7 @@ def check_space(space: Path, published_run: PublishedRun, python: Path, folder: 
     models = names_of(find_folders([copy / "models"]))
     assert len(set(models)) == 2
     before = tree(copy)
-    with running(python, copy, temporary) as address:
+    with running_space(python, copy, temporary) as address:
         client = PageClient(address)
         for number, picture in enumerate(pictures):
             path = folder / f"{number}.png"
@@ -131,52 +127,6 @@ def check_space(space: Path, published_run: PublishedRun, python: Path, folder: 
                 tolerance = 1e-4 if picture.size == (32, 32) else 1e-3
                 np.testing.assert_allclose(found, expected.probabilities[number], atol=tolerance)
     assert tree(copy) == before and not list(temporary.iterdir())
-
-
-@contextmanager
-def running(python: Path, space: Path, temporary: Path) -> Iterator[str]:
-    """Run a Space as the Hub does, but on loopback; yields its address. At the end it gets SIGTERM, and must end well."""
-    hub = {"SPACE_ID": "me/galaxies", "SYSTEM": "spaces", "GRADIO_SERVER_NAME": "127.0.0.1"}
-    command, environ = [str(python), "app.py"], plain_environment(temporary) | hub
-    process = subprocess.Popen(command, cwd=space, env=environ, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.match(r"the page is on (\S+)$", line):
-                yield found[1]
-                break
-        else:
-            raise AssertionError("".join(lines))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, text = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in text, text
-
-
-def plain_environment(temporary: Path) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "HOME": str(temporary), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def linked_environment(folder: Path) -> Path:
-    """Python of a new environment with gradio, the Space's requirements and what these need, linked from this environment."""
-    venv.create(folder, with_pip=False)
-    (site,) = (folder / "lib").glob("python*/site-packages")
-    waiting, linked = ["gradio", "numpy", "onnxruntime", "pillow"], set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name in linked:
-            continue
-        linked.add(name)
-        found = distribution(name)
-        for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
-            if not (site / top).exists():
-                (site / top).symlink_to(found.locate_file(top))
-        for requirement in map(Requirement, found.requires or ()):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                waiting.append(requirement.name)
-    return folder / "bin" / "python"
 
 
 def tree(folder: Path) -> dict[str, int]:

@@ -99,15 +99,17 @@ class AnswerView:
         value = percent(self.answer.confidence)
         kind = "calibrated" if self.config.temperature is not None else "not calibrated"
         text = (
-            "Calibrated: of the galaxies with this confidence in the validation split, about this fraction was right."
+            "Calibrated: of the validation galaxies with such a confidence, about this fraction was right."
             if self.config.temperature is not None
-            else "Not calibrated: networks tend to be too confident. `galaxydist evaluate` calibrates a run."
+            else "Not calibrated: networks tend to be too confident."
         )
+        if self.is_unlike:
+            kind, text = "not calibrated for it", "A confidence is calibrated for galaxies like those of the training only."
         known = f'<p class="gd-known">Its label: {escape(self.known_label)}</p>' if self.known_label else ""
         notes = "".join(f'<p class="gd-note">{escape(note)}</p>' for note in (*self.notes, *self.answer.notes))
         return (
             f'<p class="gd-picture-name">{escape(self.picture.name)}</p><h2>{escape(self.answer.class_name)}</h2>'
-            f'<p class="gd-confidence">{value}, <span title="{escape(text)}">{kind}</span></p>{known}{notes}'
+            f'<p class="gd-confidence">{value}, {kind}</p><p class="gd-note">{escape(text)}</p>{known}{notes}'
         )
 
     def _bars(self) -> str:

@@ -332,7 +332,13 @@ def _log_softmax(logits: Doubles) -> Doubles:
 
 
 def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use; a container sees all of the machine, and may have fewer."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return min(bound, max(1, int(quota) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # another system, or no limit ("max")
+        return bound
 
 
 def _check_hash(folder: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
-from .published_model import read_about
+from .published_model import PublishedFolderError, read_about
 from .reference_set import Example, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
@@ -29,6 +29,11 @@ NO_CUTOUT = "The pictures that this model was trained on are no cutouts of the L
 NUM_NEIGHBOURS = 6
 # Files of one upload that are open at the same time.
 MAX_FILES = 300
+# On a telephone the answer stands below the examples.
+SHOW_ANSWER = """() => {
+    const answer = document.querySelector("#gd-answer");
+    if (answer.getBoundingClientRect().top > 0.7 * innerHeight) answer.scrollIntoView();
+}"""
 # Events take the values as the browser sends them: gradio itself would open the files.
 EVENT = {"preprocess": False, "api_visibility": "undocumented"}
 
@@ -47,6 +52,11 @@ class Desk:
         self._models = dict(models)
         self._references = {name: Reference.open(model.folder) for name, model in models.items()}
         self._examples = {name: read_examples(model.folder) for name, model in models.items()}
+        for name, model in models.items():
+            labels = [example.label for example in self._examples[name]]
+            labels += [] if (reference := self._references[name]) is None else reference.labels.tolist()
+            if not all(0 <= label < len(model.config.classes) for label in labels):
+                raise PublishedFolderError(f"{model.folder} has stored galaxies of classes that its model has not: publish again")
 
     @property
     def names(self) -> list[str]:
@@ -214,7 +224,8 @@ def open_uploads(uploads: object, stack: ExitStack) -> list[tuple[str, BinaryIO]
 def notice(model: ServedModel) -> str:
     """Return a line about a model, and its licence if that limits the use."""
     config = model.config
-    data = f", trained on {escape(config.dataset)}" if config.dataset else ""
+    is_named = config.dataset and config.dataset not in config.title
+    data = f", trained on {escape(config.dataset)}" if is_named else ""
     text = f'<p class="gd-model">{escape(config.title)}{data}: {len(config.classes)} classes.</p>'
     if config.is_non_commercial:
         licence = f" (licence {escape(config.licence)})" if config.licence else ""
@@ -280,10 +291,11 @@ def _add_one_picture(desk: Desk, model: gr.Dropdown) -> None:
         with gr.Column(scale=2, min_width=320):
             answer = gr.HTML(EMPTY, elem_id="gd-answer")
     shown = [answer, upload, gr.JSON(visible=False)]
-    drop.upload(events.take_upload, [drop, model], [*shown, drop], api_name="predict", **EVENT)
+    given = drop.upload(events.take_upload, [drop, model], [*shown, drop], api_name="predict", **EVENT)
+    given.then(None, js=SHOW_ANSWER)
     model.change(events.change_model, [model, upload], shown, api_name="change_model", **EVENT)
     for dataset in examples.values():
-        dataset.click(events.take_example, [dataset, model], shown, api_name=False, **EVENT)
+        dataset.click(events.take_example, [dataset, model], shown, api_name=False, **EVENT).then(None, js=SHOW_ANSWER)
     if examples and len(desk.names) > 1:
         model.change(
             lambda name: {dataset: gr.update(visible=key == name) for key, dataset in examples.items()},
@@ -318,17 +330,20 @@ def _add_sky_position(desk: Desk, model: gr.Dropdown) -> None:
     model.change(events.describe, model, form, api_name=False, **EVENT)
 
 
-def input_kinds(event: Any) -> list[str]:
-    """Return the kinds of the inputs of an event, for the filter of requests."""
-    kinds = []
-    for block in event.inputs:
-        if isinstance(block, gr.State):
-            kinds.append(STATE_INPUT)
-        elif isinstance(block, gr.File):
-            kinds.append(FILES_INPUT if block.file_count == "multiple" else FILE_INPUT)
-        else:
-            kinds.append(VALUE_INPUT)
-    return kinds
+def input_kinds(page: gr.Blocks) -> dict[int, list[str]]:
+    """Return the kinds of the inputs of each event by its number, for the filter of requests.
+
+    Events that the browser handles by itself are left out.
+    """
+    return {number: [_input_kind(block) for block in event.inputs] for number, event in page.fns.items() if event.fn is not None}
+
+
+def _input_kind(block: Any) -> str:
+    if isinstance(block, gr.State):
+        return STATE_INPUT
+    if isinstance(block, gr.File):
+        return FILES_INPUT if block.file_count == "multiple" else FILE_INPUT
+    return VALUE_INPUT
 
 
 def build_theme() -> Any:

@@ -104,9 +104,10 @@ def read_config(folder: Path) -> AppConfig:
     """Read the part ``app`` of a published folder's ``config.json``.
 
     Raises:
-        PublishedFolderError: there is none, it is damaged, or a later version wrote it.
+        PublishedFolderError: there is none, it is damaged, a later version wrote it, or the folder has links to files elsewhere.
     """
     path = folder / CONFIG
+    check_links(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -121,6 +122,24 @@ def read_config(folder: Path) -> AppConfig:
         return AppConfig.from_dict(content["app"])
     except (TypeError, KeyError, AttributeError) as error:
         raise PublishedFolderError(f"{path} is damaged: {error!r}") from error
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with links to files outside of it: a page or a Space would show them to everybody.
+
+    Files of a snapshot in the Hub's cache are links to the cache's own files, which are allowed.
+
+    Raises:
+        PublishedFolderError: there is such a link.
+    """
+    real = folder.resolve()
+    cache = real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+    for path in folder.rglob("*"):
+        target = path.resolve()
+        if not target.is_relative_to(real) and target.parent != cache:
+            raise PublishedFolderError(
+                f"{path} is a link to {target}, outside of the folder: put a copy of the file in its place"
+            )
 
 
 def read_about(folder: Path) -> str:

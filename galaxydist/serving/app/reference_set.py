@@ -2,9 +2,9 @@
 
 Similar galaxies are those whose embeddings point into the same direction. An embedding does not say whether a picture is like
 them at all: a fine-tuned network can give a drawing the embedding of a galaxy (measured in docs/sharing.md). So statistics of the
-pixels decide, after the marginal statistics of Portilla & Simoncelli (2000, Int. J. Comput. Vis. 40, 49): a picture is called
-unlike the training galaxies if its Mahalanobis distance from them is larger than that of nearly all validation galaxies (Lee et
-al. 2018, arXiv:1807.03888, equation 2, with one Gaussian for all classes).
+pixels decide: those of the texture, after the marginal statistics of Portilla & Simoncelli (2000, Int. J. Comput. Vis. 40, 49),
+and the radial profile. A picture is called unlike the training galaxies if its Mahalanobis distance from them in either is larger
+than that of nearly all validation galaxies (Lee et al. 2018, arXiv:1807.03888, equation 2, with one Gaussian for all classes).
 """
 
 import io
@@ -38,21 +38,25 @@ _PER_SHEET = SHEET_SIDE**2
 _KEPT_SHEETS = 8
 # Arrays of ``reference.npz``: number of dimensions and kind of the values.
 _ARRAYS = {"embeddings": (2, "f"), "labels": (1, "i"), "ids": (1, "U")}
-_GAUSSIAN = {"mean": (1, "f"), "whitening": (2, "f"), "distances": (1, "f"), "threshold": (0, "f")}
+# Its arrays of each set of statistics, with the name of the set before theirs.
+_GAUSSIAN = {"mean": (1, "f"), "whitening": (2, "f"), "threshold": (0, "f")}
+# Sets of statistics.
+TEXTURE, PROFILE = "texture", "profile"
+SETS = TEXTURE, PROFILE
 # Radii of the centre, where a galaxy is, and of the ring around it, in half-sides. Rings farther out made it worse.
 _RINGS = (0.0, 0.15, 0.35)
+# Radii of the rings of the profile, and that beyond which there is sky.
+_PROFILE_RINGS, _SKY = (0.0, 0.06, 0.12, 0.2, 0.3, 0.45), 0.7
+# Brightness (full scale 1) above which the profile's scale becomes logarithmic: five grey levels of 255.
+_FAINT = 0.02
 # Added to spreads (full scale 1) before their logarithms: less than one grey level of 255.
 _SMALLEST_SPREAD = 0.003
 # Width in pixels below which a picture is not halved further.
 _SMALLEST_WIDTH = 8
 
 
-def picture_statistics(images_BHWC: Pixels) -> Floats:
-    """Return statistics of pictures that do not change if these are turned or flipped: B x S float32.
-
-    They are the mean and the spread of each channel in the centre and in a ring around it, and, at the full size and at each half
-    of it, the spread of the channels and of their differences (R - G and G - B), and the mean size of the steps between
-    neighbouring pixels in them. Of spreads and steps it is the logarithm.
+def picture_statistics(images_BHWC: Pixels) -> dict[str, Floats]:
+    """Return statistics of pictures that do not change if these are turned or flipped: B x S float32 for each of ``SETS``.
 
     Args:
         images_BHWC: uint8, square, as the network sees them before the normalisation.
@@ -61,6 +65,27 @@ def picture_statistics(images_BHWC: Pixels) -> Floats:
     size = images_BCHW.shape[2]
     offsets = np.arange(size) - (size - 1) / 2
     radius_HW = np.hypot(offsets[:, None], offsets) / (size / 2)
+    return {TEXTURE: _texture(images_BCHW, radius_HW), PROFILE: _radial_profile(images_BCHW.mean(axis=1), radius_HW)}
+
+
+def _radial_profile(grey_BHW: Floats, radius_HW: NDArray[np.float64]) -> Floats:
+    """Return the brightness of rings above the sky, from the centre outwards, on a scale like that of magnitudes.
+
+    The median of a ring and of the sky leaves stars out. In small pictures, rings without a pixel are left out.
+    """
+    sky_B = np.median(grey_BHW[:, radius_HW > _SKY], axis=1)
+    rings = [(radius_HW >= inner) & (radius_HW < outer) for inner, outer in pairwise(_PROFILE_RINGS)]
+    profile_RB = [np.median(grey_BHW[:, ring], axis=1) - sky_B for ring in rings if ring.any()]
+    return np.asarray(np.arcsinh(np.stack(profile_RB, axis=1) / np.float32(_FAINT)), np.float32)
+
+
+def _texture(images_BCHW: Floats, radius_HW: NDArray[np.float64]) -> Floats:
+    """Return statistics of brightness, spreads and steps.
+
+    They are the mean and the spread of each channel in the centre and in a ring around it, and, at the full size and at each half
+    of it, the spread of the channels and of their differences (R - G and G - B), and the mean size of the steps between
+    neighbouring pixels in them. Of spreads and steps it is the logarithm.
+    """
     found = []
     for inner, outer in pairwise(_RINGS):
         ring = images_BCHW[:, :, (radius_HW >= inner) & (radius_HW < outer)]
@@ -84,20 +109,31 @@ def _logarithm(spreads: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal distribution of the statistics of the training galaxies.
+    """Normal distribution of one set of statistics of the training galaxies.
 
     Args:
         mean: S float32.
         whitening: S x S float32: whitening @ (statistics - mean) has unit covariance.
+        threshold: distance above which a picture is unlike the training galaxies.
     """
 
     mean: Floats
     whitening: Floats
+    threshold: float = 1.0
 
     def distances(self, statistics_BS: ArrayLike) -> NDArray[np.float64]:
-        """Return B Mahalanobis distances over the square root of S: about 1 for a typical training galaxy."""
+        """Return B Mahalanobis distances over the threshold.
+
+        They are first divided by the square root of S, so that a typical training galaxy has about 1, with a threshold of 1.
+        """
         white_BS = (np.asarray(statistics_BS, np.float64) - self.mean) @ self.whitening.T.astype(np.float64)
-        return np.asarray(np.sqrt((white_BS**2).mean(axis=1)), np.float64)
+        return np.asarray(np.sqrt((white_BS**2).mean(axis=1)) / self.threshold, np.float64)
+
+
+def largest_distances(gaussians: Mapping[str, Gaussian], statistics: Mapping[str, Floats]) -> NDArray[np.float64]:
+    """Return the largest of the distances of B pictures in each set of statistics: above 1, a picture is unlike the galaxies."""
+    distances = [gaussian.distances(statistics[name]) for name, gaussian in gaussians.items()]
+    return np.asarray(np.max(distances, axis=0), np.float64)
 
 
 @dataclass(frozen=True)
@@ -105,21 +141,19 @@ class Novelty:
     """Distance of a picture from the training galaxies.
 
     Args:
-        distance: about 1 for a typical training galaxy.
-        threshold: above which a picture is called unlike the training galaxies.
+        distance: over the threshold above which a picture is called unlike them; the larger one of texture and radial profile.
         share: share of the validation galaxies that are as far away or farther.
         num_validation: number of these galaxies.
     """
 
     distance: float
-    threshold: float
     share: float
     num_validation: int
 
     @property
     def is_unlike(self) -> bool:
         """True if the picture is unlike the training galaxies."""
-        return not self.distance <= self.threshold
+        return not self.distance <= 1
 
 
 @dataclass(frozen=True)
@@ -191,10 +225,11 @@ class Reference:
         embeddings_ND = arrays["embeddings"].astype(np.float32)
         self._centre = embeddings_ND.mean(axis=0)
         self._directions_ND = unit_vectors(embeddings_ND - self._centre)
-        self._gaussian: Gaussian | None = None
-        if "mean" in arrays:
-            self._gaussian = Gaussian(arrays["mean"], arrays["whitening"])
-            self._distances, self._threshold = arrays["distances"], float(arrays["threshold"])
+        self._distances = arrays.get("distances")
+        self._gaussians = {
+            name: Gaussian(arrays[f"{name}_mean"], arrays[f"{name}_whitening"], float(arrays[f"{name}_threshold"]))
+            for name in (SETS if self._distances is not None else ())
+        }
         self._sheet = lru_cache(maxsize=_KEPT_SHEETS)(self._read_sheet)
 
     @classmethod
@@ -252,15 +287,15 @@ class Reference:
         Raises:
             ValueError: a picture of another size.
         """
-        if self._gaussian is None:
+        if self._distances is None:
             return None
-        statistics_1S = picture_statistics(picture[None])
-        if statistics_1S.shape[1] != len(self._gaussian.mean):
+        statistics = picture_statistics(picture[None])
+        if any(statistics[name].shape[1] != len(gaussian.mean) for name, gaussian in self._gaussians.items()):
             raise ValueError(f"a picture of the shape {picture.shape} is not of the network's size")
-        distance = float(self._gaussian.distances(statistics_1S)[0])
+        distance = float(largest_distances(self._gaussians, statistics)[0])
         count = len(self._distances)
         share = (count - int(np.searchsorted(self._distances, distance, side="left"))) / count
-        return Novelty(distance, self._threshold, share, count)
+        return Novelty(distance, share, count)
 
     def thumbnail(self, row: int) -> Pixels | None:
         """Return the thumbnail of a stored galaxy; None if thumbnails were not stored or their sheet cannot be read."""
@@ -307,7 +342,9 @@ def _check(arrays: Mapping[str, NDArray[Any]]) -> None:
     """
     if int(arrays["format"]) != REFERENCE_FORMAT:
         raise ValueError(f"its format is {int(arrays['format'])}, and this version reads {REFERENCE_FORMAT}")
-    expected = _ARRAYS | (_GAUSSIAN if "mean" in arrays else {})
+    sets = SETS if "distances" in arrays else ()
+    expected = _ARRAYS | ({"distances": (1, "f")} if sets else {})
+    expected |= {f"{name}_{part}": form for name in sets for part, form in _GAUSSIAN.items()}
     for name, (ndim, kind) in expected.items():
         if arrays[name].ndim != ndim or arrays[name].dtype.kind != kind:
             raise ValueError(f"{name} has {arrays[name].ndim} dimensions of {arrays[name].dtype}")
@@ -316,7 +353,9 @@ def _check(arrays: Mapping[str, NDArray[Any]]) -> None:
     num = len(arrays["embeddings"])
     if not num == len(arrays["labels"]) == len(arrays["ids"]) or num == 0:
         raise ValueError(f"it has {num} embeddings, {len(arrays['labels'])} labels and {len(arrays['ids'])} ids")
-    if "mean" in arrays:
-        length = len(arrays["mean"])
-        if arrays["whitening"].shape != (length, length) or len(arrays["distances"]) == 0:
-            raise ValueError(f"mean has {length} values, and whitening the shape {arrays['whitening'].shape}")
+    if sets and not len(arrays["distances"]):
+        raise ValueError("distances is empty")
+    for name in sets:
+        mean, whitening, threshold = (arrays[f"{name}_{part}"] for part in _GAUSSIAN)
+        if whitening.shape != (len(mean), len(mean)) or threshold <= 0:
+            raise ValueError(f"{name} has {len(mean)} means, whitening of the shape {whitening.shape}, threshold {threshold}")

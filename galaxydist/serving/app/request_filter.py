@@ -5,10 +5,12 @@ servers, and has routes for streams, logins and saved inputs. Here a request can
 route but those of the page. Bad requests get a short answer and leave no traceback in the log.
 """
 
+import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,8 @@ MAX_TEXT, MAX_FILES = 1000, 10_000
 MAX_JSON_BYTES = 1 << 20
 # Uploads of this many times the limit of one may lie on the disk at the same time.
 STORED_UPLOADS = 20
-# A part of an upload that gets nothing for this time is no longer being uploaded.
-PART_KEPT_S = 600
+# Time for one upload. A part that gets nothing for this time is no longer being uploaded.
+UPLOAD_S = PART_KEPT_S = 600
 # The browser itself asks no other host. gradio's page has inline scripts, and builds functions from templates.
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
@@ -94,6 +96,7 @@ class RequestFilter:
 
     def __init__(self, app: Application, options: FilterOptions) -> None:
         self._app, self._options = app, options
+        self._arriving_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -104,7 +107,8 @@ class RequestFilter:
         answer = _Answer(send, is_alone=self._options.is_alone)
         try:
             receive = await self._check(scope, receive)
-            await self._app(scope, receive, answer.hide_full_queue if scope["path"] == JOIN else answer.send)
+            with self._room_for(scope):
+                await self._app(scope, receive, answer.hide_full_queue if scope["path"] == JOIN else answer.send)
         except RefusedError as error:
             await answer.refuse(error.status, str(error))
         except (TypeError, KeyError, ValueError):
@@ -133,8 +137,6 @@ class RequestFilter:
         if path == UPLOAD:
             if length > self._options.max_upload:
                 raise RefusedError(413, f"the upload is larger than the limit of {self._options.max_upload >> 20} MB")
-            if _size_of(self._options.folder) + length > STORED_UPLOADS * self._options.max_upload:
-                raise RefusedError(503, BUSY)
             return _whole(receive)
         if length > MAX_JSON_BYTES:
             raise RefusedError(413, "the request is too large: files are uploaded, not sent in a request")
@@ -144,6 +146,22 @@ class RequestFilter:
             (name, str(len(body)).encode() if name.lower() == b"content-length" else value) for name, value in scope["headers"]
         ]
         return _replay(body, receive)
+
+    @contextmanager
+    def _room_for(self, scope: Scope) -> Iterator[None]:
+        """Keep room on the disk for an upload while it arrives.
+
+        Raises:
+            RefusedError: the files on the disk and the uploads that arrive leave no room.
+        """
+        length = _content_length(scope["headers"]) if scope["path"] == UPLOAD else 0
+        if length and _size_of(self._options.folder) + self._arriving_bytes + length > STORED_UPLOADS * self._options.max_upload:
+            raise RefusedError(503, BUSY)
+        self._arriving_bytes += length
+        try:
+            yield
+        finally:
+            self._arriving_bytes -= length
 
     def _check_json(self, body: bytes, *, is_event: bool) -> dict[str, Any]:
         """Return the content of a request, of an event only what the page sends."""
@@ -259,15 +277,22 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _whole(receive: Receive) -> Receive:
-    """Return a receiver that refuses an upload that its sender breaks off, where gradio would log a traceback."""
+    """Return a receiver that refuses an upload that is slow, or that is broken off, where gradio would log a traceback."""
     is_done = False
+    deadline = asyncio.get_running_loop().time() + UPLOAD_S
 
     async def receive_part() -> Message:
         nonlocal is_done
-        message = await receive()
-        if message["type"] == "http.disconnect" and not is_done:
+        if is_done:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise RefusedError(408, "the upload took too long") from None
+        if message["type"] == "http.disconnect":
             raise RefusedError(400, "the upload has ended early")
-        is_done = is_done or not message.get("more_body")
+        is_done = not message.get("more_body")
         return message
 
     return receive_part

@@ -40,29 +40,39 @@ def find_folders(given: Sequence[Path]) -> list[Path]:
     return found
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """Return the names that users choose from: the titles, and the folders' names after those that occur twice.
+def names_of(folders: Sequence[Path], places: Sequence[str] = ()) -> list[str]:
+    """Return the names that users choose from: the titles, with their places where a title occurs twice.
+
+    Args:
+        folders: published folders.
+        places: names of the places by folder; none: the folders' own.
 
     Raises:
         PublishedFolderError: a folder cannot be read.
     """
     titles = [read_config(folder).title for folder in folders]
     names: list[str] = []
-    for folder, title in zip(folders, titles, strict=True):
-        name = title if titles.count(title) == 1 else f"{title} ({folder.name})"
+    for title, place in zip(titles, places or [folder.name for folder in folders], strict=True):
+        name = title if titles.count(title) == 1 else f"{title} ({place})"
         names.append(name if name not in names else f"{name} {len(names) + 1}")
     return names
 
 
-def open_models(folders: Sequence[Path]) -> dict[str, "ServedModel"]:
+def open_models(folders: Sequence[Path], places: Sequence[str] = (), threads: int | None = None) -> dict[str, "ServedModel"]:
     """Open published folders, by the names that users choose from.
+
+    Args:
+        folders: published folders.
+        places: as in ``names_of``.
+        threads: as in ``ServedModel.open``.
 
     Raises:
         PublishedFolderError: one of them cannot be opened.
     """
     from .model import ServedModel
 
-    return {name: ServedModel.open(folder) for name, folder in zip(names_of(folders), folders, strict=True)}
+    names = names_of(folders, places)
+    return {name: ServedModel.open(folder, threads) for name, folder in zip(names, folders, strict=True)}
 
 
 def listening_options(environ: Mapping[str, str]) -> ServerOptions:

@@ -86,6 +86,7 @@ def serve(
     Raises:
         ImportError: gradio is not installed.
         OSError: the port is not free, or the address is not one of this machine.
+        PublishedFolderError: the stored galaxies of a model are damaged.
     """
     port = find_port(options.host, options.port)
     folder = Path(tempfile.mkdtemp(prefix="galaxydist-app-")).resolve()
@@ -96,7 +97,7 @@ def serve(
         page.delete_cache = (DELETE_EVERY_S, KEPT_S)
         limits = FilterOptions(
             folder=folder,
-            inputs=lambda: {number: page_module.input_kinds(event) for number, event in page.fns.items()},
+            inputs=lambda: page_module.input_kinds(page),
             is_waiting=lambda session: session in page._queue.pending_messages_per_session,
             max_upload=options.max_upload_mb << 20,
             is_alone=not options.is_shared,
