@@ -83,7 +83,7 @@ def run_publish(arguments: argparse.Namespace) -> None:
 
     if arguments.space is None and len(arguments.paths) != 2:
         raise UserError(
-            f"publish takes a run and the folder to write, and was given {' '.join(arguments.paths)}: galaxydist publish RUN DIR "
+            f"publish takes a run and the folder to write, and was given {' '.join(map(str, arguments.paths))}: galaxydist publish RUN DIR "
             "(or --space DIR, for several runs)"
         )
     if arguments.space is not None and arguments.no_onnx:
