@@ -82,9 +82,10 @@ def run_publish(arguments: argparse.Namespace) -> None:
         raise UserError("--name: give a name of printable characters")
 
     if arguments.space is None and len(arguments.paths) != 2:
+        given = " ".join(map(str, arguments.paths))
         raise UserError(
-            f"publish takes a run and the folder to write, and was given {' '.join(map(str, arguments.paths))}: galaxydist publish RUN DIR "
-            "(or --space DIR, for several runs)"
+            f"publish takes a run and the folder to write, and was given {given}: galaxydist publish RUN DIR (or --space DIR, "
+            "for several runs)"
         )
     if arguments.space is not None and arguments.no_onnx:
         raise UserError("--no-onnx: a Space runs the ONNX file; leave the option out")
