@@ -30,7 +30,7 @@ APP_EPILOG = """examples:
   galaxydist app runs/vit-0123abcd published/resnet50   a choice of two models
   galaxydist app published/vit --port 8000
 
-A run is published into RUN/published at its first start, and again when its checkpoint or its evaluations have changed. Uploads
+A run is published into RUN/published at its first start, and again when its checkpoints or evaluations have changed. Uploads
 lie in a temporary folder, and are deleted within minutes. Ctrl-C ends the page.
 """
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -27,6 +27,7 @@ from galaxydist.log import set_up_logging
 from galaxydist.runs.folder import BEST, RunFolder
 from galaxydist.serving.app.model import ServedModel
 from galaxydist.serving.app.published_model import CONFIG, FORMAT, REFERENCE, PublishedFolderError
+from galaxydist.serving.app.reference_set import Reference
 from galaxydist.serving.app.standalone import open_models
 from galaxydist.serving.app.web_server import (
     FIRST_PORT,
@@ -193,8 +194,9 @@ def hash_inputs(run: Path) -> str:
 
 
 def is_made_from(folder: Path, made_from: str) -> bool:
-    """Return True if a published folder was made of what a hash stands for, by the versions installed here, and is complete."""
+    """Return True if a published folder was made of what a hash stands for, by the versions installed here, and can be opened."""
     try:
+        Reference.open(folder)
         record = json.loads((folder / CONFIG).read_bytes())["galaxydist"]
         found = [record[name] for name in ("made_from", "format", "version", "libraries")]
         versions = {name: version(name) for name in record["libraries"]}

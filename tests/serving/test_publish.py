@@ -17,7 +17,7 @@ from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.models.hub_weights import CONFIG_FILE, HUB_FILE
 from galaxydist.prediction.published_folder import FORMAT as FORMAT_READ
-from galaxydist.serving.app.published_model import CONFIG, FORMAT, WEIGHTS, read_config
+from galaxydist.serving.app.published_model import CONFIG, FORMAT, REFERENCE, WEIGHTS, read_config
 from galaxydist.serving.publish import PublishOptions, PublishReport, publish
 from galaxydist.serving.run_app import find_publication
 from tests.helpers.blobs import BlobSurvey
@@ -193,6 +193,9 @@ def test_a_publication_for_the_app_is_current_until_its_sources_change(published
         assert not is_current(), old
     (out / CONFIG).write_text(config)
     assert is_current()
+    (out / REFERENCE).write_bytes(b"of another version")
+    assert not is_current()
+    write()
     (out / WEIGHTS).unlink()
     assert not is_current()
     write()
