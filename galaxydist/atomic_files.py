@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -161,8 +161,9 @@ _STALE_SECONDS = 24 * 3600.0
 def remove_stale(folder: Path, pattern: str) -> None:
     """Remove temporary files and folders that have not changed for a day: leftovers of killed processes."""
     for path in folder.glob(pattern):
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has renamed or removed it
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """``galaxydist publish`` and ``galaxydist app``: give a trained model to others as one folder, and as a page."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -81,9 +82,10 @@ def run_publish(arguments: argparse.Namespace) -> None:
         raise UserError("--name: give a name of printable characters")
 
     if arguments.space is None and len(arguments.paths) != 2:
+        given = " ".join(map(str, arguments.paths))
         raise UserError(
-            f"publish takes a run and the folder to write, and was given {' '.join(arguments.paths)}: galaxydist publish RUN DIR "
-            "(or --space DIR, for several runs)"
+            f"publish takes a run and the folder to write, and was given {given}: galaxydist publish RUN DIR (or --space DIR, "
+            "for several runs)"
         )
     if arguments.space is not None and arguments.no_onnx:
         raise UserError("--no-onnx: a Space runs the ONNX file; leave the option out")
@@ -161,10 +163,10 @@ def render_report(report: "PublishReport", repo: str | None) -> str:
     lines = [f"published: {report.folder}"]
     lines += [f"  {name:{width}}  {_readable(size):>9}" for name, size in report.sizes.items()]
     lines += [f"note: {note}" for note in report.notes]
-    lines += ["load it in Python:", f'  galaxydist.load_predictor("{report.folder}"{trust})']
+    lines += ["load it in Python:", f"  galaxydist.load_predictor({_python_text(str(report.folder))}{trust})"]
     if report.loads_in_timm:
-        lines.append(f'  timm.create_model("local-dir:{report.folder}", pretrained=True)')
-    lines += ["upload it to the Hugging Face Hub:", f"  hf upload {repo or 'OWNER/NAME'} {report.folder} ."]
+        lines.append(f"  timm.create_model({_python_text(f'local-dir:{report.folder}')}, pretrained=True)")
+    lines += ["upload it to the Hugging Face Hub:", f"  hf upload {repo or 'OWNER/NAME'} {shlex.quote(str(report.folder))} ."]
     return "\n".join(lines)
 
 
@@ -182,6 +184,10 @@ def render_space(report: "SpaceReport", repo: str | None) -> str:
             f"  hf upload {repo or 'OWNER/NAME'} {name} . --repo-type space",
         ]
     )
+
+
+def _python_text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # in double quotes
 
 
 def _readable(size: int) -> str:

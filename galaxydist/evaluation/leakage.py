@@ -238,18 +238,15 @@ def open_training_shards(trained_on: TrainingData, known: str, given: str | Path
                 trained_on.manifest_hash[:12],
             )
         return manifest
-    why = (
-        f"A run is evaluated on test galaxies only if none of them was in its training set, and the shards that it was trained "
-        f"on (manifest {trained_on.manifest_hash[:12]})"
-    )
+    ours = f"the shards that the run was trained on (manifest {trained_on.manifest_hash[:12]})"
     remedy = f"Give their location with {FLAG} MANIFEST"
     try:
         manifest = open_shards(known, cache)
     except UserError as error:
-        raise UserError(f"{why} cannot be opened: {error}. {remedy}.") from error
+        raise UserError(f"{ours} cannot be opened: {error}. {remedy}.") from error
     if manifest.hash != trained_on.manifest_hash:
         raise UserError(
-            f"{why} are no longer at {manifest.location}, which has others (manifest {manifest.hash[:12]}). {remedy}, or, if "
+            f"{ours} are no longer at {manifest.location}, which has others (manifest {manifest.hash[:12]}). {remedy}, or, if "
             f"these have the same galaxies in the same splits, {FLAG} {manifest.location}"
         )
     return manifest
@@ -274,7 +271,10 @@ def validation_mask(
     if split != TEST_SPLIT:
         return None
     are_one_set = manifest.hash == trained_on.manifest_hash
-    trained = manifest if are_one_set else find_training_shards(trained_on)
+    try:
+        trained = manifest if are_one_set else find_training_shards(trained_on)
+    except UserError as error:
+        raise UserError(f"test galaxies are evaluated only if none of them was in the training set, and {error}") from error
     validation = SplitGalaxies.read(trained, "val") if has_split(trained, "val") else None
     train, test = SplitGalaxies.read(trained, "train"), SplitGalaxies.read(manifest, split)
     for galaxies in () if are_one_set else (train, test):

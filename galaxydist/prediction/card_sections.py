@@ -403,6 +403,11 @@ def limits(facts: CardFacts) -> Iterator[str]:
         yield "The probabilities are not calibrated: a confidence of 0.9 does not mean that nine of ten such answers are right."
     else:
         yield "Calibrated probabilities hold for galaxies drawn as those of the validation split, and for no others."
+    if (prepared := facts.results.get("timm")) and prepared["same_class"] < prepared["galaxies"]:
+        yield (
+            f"Its answers depend on how a picture is resampled: of {prepared['galaxies']} validation galaxies that timm's "
+            f"transform prepared, {prepared['galaxies'] - prepared['same_class']} got another class."
+        )
     yield "These are the numbers of one training with one seed."
     yield "It names the shape of a galaxy in a picture. It measures no position, brightness, size or redshift."
 

@@ -25,6 +25,7 @@ from galaxydist.models.registry import ModelRecord
 from galaxydist.paths import data_root
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.manifest import Manifest
 from galaxydist.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,18 @@ class TrainedModel:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.trained_on.class_names
+
+    def open_shards(self, environ: Mapping[str, str], given: str | Path | None = None) -> Manifest:
+        """Open the shards of the training.
+
+        Args:
+            environ: names the data root.
+            given: path or URL from the user, if they have moved.
+
+        Raises:
+            UserError: as ``open_training_shards``.
+        """
+        return _open_shards(self.recipe, self.trained_on, environ, given)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that identify the model, for the files of its predictions."""
@@ -188,12 +201,15 @@ def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoic
     )
 
 
+def _open_shards(recipe: Recipe, trained_on: TrainingData, environ: Mapping[str, str], given: str | Path | None) -> Manifest:
+    root = data_root(recipe.data.dir, environ)
+    return open_training_shards(trained_on, find_manifest(recipe.data, root), given, find_cache(recipe.data, root))
+
+
 def _find_stored(recipe: Recipe, trained_on: TrainingData, environ: Mapping[str, str], given: str | Path | None) -> StoredImages:
     """Return the form of the stored images from the run's shards, for a checkpoint that does not have it."""
-    root = data_root(recipe.data.dir, environ)
     try:
-        known, cache = find_manifest(recipe.data, root), find_cache(recipe.data, root)
-        return StoredImages.of(open_training_shards(trained_on, known, given, cache))
+        return StoredImages.of(_open_shards(recipe, trained_on, environ, given))
     except UserError as error:
         raise UserError(
             "the run was trained by an earlier version of galaxydist, which did not record the size of its stored images, and "

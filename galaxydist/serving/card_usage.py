@@ -7,7 +7,7 @@ from typing import Any
 from galaxydist.evaluation.text_table import escape_markdown, fenced
 from galaxydist.recipe.model_names import parse_model_name
 from galaxydist.serving.app.published_model import ONNX, PROGRAM, PictureForm
-from galaxydist.serving.timm_config import prepares_alike
+from galaxydist.serving.timm_config import describe_agreement, prepares_alike
 
 _TIMM = Template("""import timm
 import torch
@@ -51,11 +51,12 @@ probabilities = probabilities ** (1 / app["temperature"])
 probabilities /= probabilities.sum()"""
 
 
-def describe_usage(config: Mapping[str, Any]) -> str:
+def describe_usage(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the section's Markdown: a block of code for each way in which the folder can be used.
 
     Args:
         config: content of ``config.json``.
+        results: content of ``results.json``.
     """
     ours, app = config["galaxydist"], config["app"]
     repo, files = ours.get("repo"), ours.get("files") or {}
@@ -70,7 +71,7 @@ def describe_usage(config: Mapping[str, Any]) -> str:
         views = " of one view, without the mean over the eight views" if app.get("tta") == "d4" else ""
         parts.append(f"With timm (probabilities{views}):")
         if not prepares_alike(PictureForm(**app["form"])):
-            parts.append("timm's own transform resamples pictures otherwise than the training did: probabilities differ.")
+            parts.append(describe_agreement(results.get("timm")))
         parts.append(fenced(_TIMM.substitute(name=name, temperature=temperature), "python"))
     parts.append("With galaxydist, which gives the numbers of the evaluation:")
     is_own = parse_model_name(str(ours["recipe"]["model"]["name"])).kind == "function"

@@ -140,7 +140,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         results: from ``collect_results``, with what was added to it; may be empty.
     """
     facts = CardFacts(config, results)
-    return f"---\n{card_header(facts)}\n---\n\n{card_text(config, results, describe_usage(config))}"
+    return f"---\n{card_header(facts)}\n---\n\n{card_text(config, results, describe_usage(config, results))}"
 
 
 def card_header(facts: CardFacts) -> str:

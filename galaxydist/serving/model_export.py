@@ -20,17 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from galaxydist.atomic_files import replace_bytes
+from galaxydist.atomic_files import write_bytes
 from galaxydist.errors import UserError, first_line
-from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
-from galaxydist.loading.training_data import build_augment, find_cache, find_manifest, has_split
+from galaxydist.loading.training_data import build_augment, has_split
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.features import extract_features
 from galaxydist.models.registry import architecture_of
 from galaxydist.models.saliency import GRAD_CAM, attention_rollout, grad_cam
 from galaxydist.models.traced_outputs import EMBEDDING, LOGITS, SALIENCY, TracedOutputs, trace, trace_outputs
-from galaxydist.paths import data_root
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.trained_model import TrainedModel
 from galaxydist.serving.app.onnx_runtime import import_onnxruntime
@@ -68,7 +66,7 @@ def export_onnx(trained: TrainedModel, path: Path, metadata: Mapping[str, str], 
 
     Args:
         trained: the model, which does not change.
-        path: the file to write, atomically.
+        path: the new file.
         metadata: properties of the file, in addition to those of the saliency map and of the versions.
         images_BCHW: normalised galaxies to compare on; None: simulated ones.
 
@@ -95,7 +93,7 @@ def export_onnx(trained: TrainedModel, path: Path, metadata: Mapping[str, str], 
         notes |= {"saliency": traced.saliency, "saliency_size": json.dumps(list(traced.covered))}
     data = _serialise(program, notes)
     difference = _compare_onnx(data, trained, model, traced, images_BCHW)
-    replace_bytes(path, data)
+    write_bytes(path, data)
     return OnnxExport(traced.saliency, difference)
 
 
@@ -104,7 +102,7 @@ def export_program(trained: TrainedModel, path: Path, images_BCHW: Tensor | None
 
     Args:
         trained: the model, which does not change.
-        path: the file to write, atomically; the torch version that reads it must know the operations of this one.
+        path: the new file; the torch version that reads it must know the operations of this one.
         images_BCHW: normalised galaxies to compare on; None: simulated ones.
 
     Returns:
@@ -132,7 +130,7 @@ def export_program(trained: TrainedModel, path: Path, images_BCHW: Tensor | None
         for some_BCHW in (images_BCHW, images_BCHW[:1]):
             found_BK, expected_BK = loaded(some_BCHW).numpy(), model(some_BCHW).numpy()
             worst = max(worst, _check("the torch.export archive", LOGITS, found_BK, expected_BK, "--no-program"))
-    replace_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
     return worst
 
 
@@ -156,9 +154,8 @@ def _stored_galaxies(
     trained: TrainedModel, environ: Mapping[str, str], trained_on: str | Path | None
 ) -> NDArray[np.uint8] | None:
     data = trained.recipe.data
-    root = data_root(data.dir, environ)
     try:
-        manifest = open_training_shards(trained.trained_on, find_manifest(data, root), trained_on, find_cache(data, root))
+        manifest = trained.open_shards(environ, trained_on)
         if not has_split(manifest, "val"):
             return None
         decode = DecodeOptions.of(data, threads=1, pin=False)

@@ -44,7 +44,14 @@ from galaxydist.serving.app.published_model import (
 from galaxydist.serving.model_card import collect_results, model_card
 from galaxydist.serving.model_export import checked_galaxies, export_onnx, export_program
 from galaxydist.serving.reference_galaxies import COUNT, write_reference
-from galaxydist.serving.timm_config import build_timm_keys, compare_with_timm, prepares_alike
+from galaxydist.serving.timm_config import (
+    LEAST_AGREEMENT,
+    build_timm_keys,
+    compare_with_timm,
+    describe_agreement,
+    measure_agreement,
+    prepares_alike,
+)
 from galaxydist.serving.whole_folder import check_target, whole_folder
 from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
 from galaxydist.surveys.licences import is_non_commercial, model_licence
@@ -171,7 +178,7 @@ class Publication:
         self._write_weights()
         self._export()
         results = self._collect_results()
-        keys = self._timm_keys()
+        keys = self._timm_keys(results)
         record = self._record()
         write_bytes(self.folder / RESULTS, to_json(results).encode())
         record = dataclasses.replace(record, files=hash_files(self.folder))
@@ -217,7 +224,8 @@ class Publication:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return results
 
-    def _timm_keys(self) -> dict[str, Any]:
+    def _timm_keys(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Return timm's keys if it loads the model, and its transform gives the run's classes; add the measurement to results."""
         keys = build_timm_keys(self.trained, self._app.form, licence_of(self.trained))
         if keys is None:
             return {}
@@ -225,13 +233,30 @@ class Publication:
         if reason is not None:
             self.notes.append(f"timm does not load the folder: {reason}")
             return {}
-        self.loads_in_timm = True
         if not prepares_alike(self._app.form):
+            measured = self._measure_agreement(keys)
             self.notes.append(
-                "timm's own transform resamples pictures otherwise than the run did, so that probabilities differ: use "
-                "galaxydist.load_predictor or the ONNX file for the run's numbers"
+                f"{describe_agreement(measured)} Use galaxydist.load_predictor or the ONNX file for the run's numbers"
             )
+            results |= {"timm": measured} if measured else {}
+            if measured and measured["same_class"] < LEAST_AGREEMENT * measured["galaxies"]:
+                self.notes.append(
+                    f"timm's keys are left out of config.json: they need the same class for {LEAST_AGREEMENT:.0%} of these "
+                    "galaxies"
+                )
+                return {}
+        self.loads_in_timm = True
         return keys
+
+    def _measure_agreement(self, keys: Mapping[str, Any]) -> dict[str, Any] | None:
+        if self.options.quick:
+            return None
+        try:
+            shards = self.trained.open_shards(self.environ, self.options.choice.trained_on)
+            return measure_agreement(self.trained, keys, shards)
+        except UserError as error:
+            logger.debug("timm's transform is not compared: %s", error)
+            return None
 
     def _record(self) -> PublishedRecord:
         trained = self.trained

@@ -21,14 +21,12 @@ from PIL import Image
 from galaxydist.atomic_files import to_json, write_bytes
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.evaluation.metrics import wilson_interval
 from galaxydist.loading.decode import read_samples
 from galaxydist.loading.image_ops import ImageTransform
-from galaxydist.loading.training_data import build_augment, find_cache, find_manifest, has_split
+from galaxydist.loading.training_data import build_augment, has_split
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.features import extract_features
-from galaxydist.paths import data_root
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.trained_model import TrainedModel
 from galaxydist.serving.app.published_model import EXAMPLES, REFERENCE, THUMBNAILS
@@ -111,9 +109,7 @@ def write_reference(
     Raises:
         UserError: the shards are not there, a galaxy cannot be read, or the model has no usable embedding.
     """
-    root = data_root(trained.recipe.data.dir, environ)
-    known, cache = find_manifest(trained.recipe.data, root), find_cache(trained.recipe.data, root)
-    shards = open_training_shards(trained.trained_on, known, manifest, cache)
+    shards = trained.open_shards(environ, manifest)
     reader = GalaxyReader(trained, shards)
     may_show = may_redistribute_images(shards.origin or trained.stored.origin)
     galaxies = choose_galaxies(shards, "train", min(count, QUICK_COUNT) if quick else count, by_class=True)

@@ -1,6 +1,8 @@
 """Folders that appear whole: written under a hidden name beside the final one, flushed to the disk, then renamed."""
 
+import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -48,7 +50,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """Open a hidden folder beside ``out`` for writing; rename it to ``out`` at the end, or remove it if the writing fails.
 
     An existing ``out`` is replaced: call ``check_target`` before. After a kill at any moment, ``out`` is the old folder, the new
-    one or missing, never a part of one.
+    one or missing, never a part of one. The next call removes the replaced folder that a killed process has left.
 
     Args:
         out: the final name; its parents are made.
@@ -61,7 +63,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     temporary, old = out.with_name(f"{stem}.tmp"), out.with_name(f"{stem}.old")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(out.parent, f".{out.name}.*.tmp")
+        remove_stale(out.parent, f".{glob.escape(out.name)}.*.tmp")
         for leftover in (temporary, old):  # of a killed process of the same number
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
@@ -81,7 +83,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if not out.exists() and old.exists():
             old.rename(out)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            _remove_replaced(out)
+
+
+def _remove_replaced(out: Path) -> None:
+    """Remove the folders that ``out`` has replaced, of this process and of killed ones."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.\d+\.old")  # those of a folder NAME.OTHER have other names
+    for path in out.parent.iterdir():
+        if name.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -29,7 +29,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.serving.app.published_model import read_about
 from galaxydist.serving.card_usage import onnx_code
 from galaxydist.serving.model_card import collect_results, model_card
-from galaxydist.serving.publish import PublishOptions
+from galaxydist.serving.publish import PublishOptions, publish
 from galaxydist.surveys.data_origin import known_origin
 from tests.helpers.published import PublishedRun, publish_blobs
 
@@ -147,7 +147,9 @@ def test_the_code_in_the_card_gives_the_probabilities_of_the_run(
 
 
 @pytest.mark.slow
-def test_the_code_for_timm_gives_the_class_and_the_confidence_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_for_timm_gives_the_class_and_the_confidence_of_the_run_or_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = PublishOptions(onnx=False, program=False, reference=0)
     run = publish_blobs(tmp_path, options, model__name="resnet18", model__width=None, train__epochs=1)
     stored_picture(run, run.folder)
@@ -157,7 +159,14 @@ def test_the_code_for_timm_gives_the_class_and_the_confidence_of_the_run(tmp_pat
     shown, names = run_code(blocks(text)[0])
     assert header(text)["library_name"] == "timm" and "timm.create_model" in blocks(text)[0]
     assert expected.predicted[0] in shown
-    np.testing.assert_allclose(names["probabilities"], expected.probabilities[0], atol=0.01)  # timm crops before it resamples
+    np.testing.assert_allclose(names["probabilities"], expected.probabilities[0], atol=0.01)  # timm resamples before it crops
+    measured = json.loads((run.folder / "results.json").read_text())["timm"]
+    assert measured["galaxies"] == 24 and f"{measured['same_class']} of 24 validation galaxies that it prepared" in text
+    monkeypatch.setattr("galaxydist.serving.publish.LEAST_AGREEMENT", 1.1)
+    report = publish(run.run_dir, tmp_path / "other", {}, options)
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert not report.loads_in_timm and "left out" in report.notes[-1] and "timm.create_model" not in text
+    assert header(text)["library_name"] == "galaxydist"
 
 
 def test_the_code_prepares_pictures_of_any_size_as_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,20 +227,22 @@ def test_the_app_and_the_predictor_name_the_same_files() -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_file_leaves_no_folder_or_a_whole_one(published_run: PublishedRun, tmp_path: Path) -> None:
+def test_a_kill_at_any_file_leaves_the_old_folder_or_none(published_run: PublishedRun, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["publish", str(published_run.run_dir), str(out), *QUICK]
-    num_killed = 0
-    for event in ("galaxydist.write", "galaxydist.fsync", "galaxydist.rename"):
+    publish(published_run.run_dir, out, {}, BARE)
+    (tmp_path / ".out.other.1.old").mkdir()  # of a folder out.other
+    states = []
+    for event in ("galaxydist.write", "galaxydist.rename"):
         number = 1
-        while run_forked(command, [*words, "--overwrite"], event, number).returncode == -9:
-            num_killed, number = num_killed + 1, number + 1
-            if out.exists():  # only after the rename
-                assert galaxydist.load_predictor(out)(blob_images(1)).predicted
-        assert number > 1 and galaxydist.load_predictor(out)(blob_images(1)).predicted
-        shutil.rmtree(out)
-    assert num_killed >= 6
-    assert all(path.name.startswith(".out.") for path in tmp_path.iterdir())
+        while run_forked(
+            command, ["publish", str(published_run.run_dir), str(out), *QUICK, "--overwrite"], event, number
+        ).returncode:
+            number += 1
+            states.append((out.exists(), len([*tmp_path.glob(".out.*.old")])))
+            assert not out.exists() or galaxydist.load_predictor(out)(blob_images(1)).predicted
+    assert states == [(True, 1)] * 5 + [(False, 2)], "the last one between the two renames"
+    assert galaxydist.load_predictor(out)(blob_images(1)).predicted
+    assert [path.name for path in tmp_path.glob("*.old")] == [".out.other.1.old"]
 
 
 @pytest.mark.slow
