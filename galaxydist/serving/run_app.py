@@ -81,16 +81,16 @@ def run_app(sources: Sequence[Path], options: AppOptions, environ: MutableMappin
         raise UserError(_explain_port(options.server, error)) from error
     server_options = replace(options.server, port=port)
     with ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
         models = stack.enter_context(publish_and_open(sources, environ, trust_code=options.trust_code))
         try:
             server = stack.enter_context(serve(models, server_options, environ))
         except PublishedFolderError as error:
             raise UserError(str(error)) from error
-        ended = stack.enter_context(_told_to_end())
         for line in address_lines(server, server_options):
             show(line)
         with suppress(KeyboardInterrupt):
-            ended.wait()
+            threading.Event().wait()
         logger.info("ended")
 
 
@@ -296,12 +296,16 @@ def _explain_port(options: ServerOptions, error: OSError) -> str:
 
 
 @contextmanager
-def _told_to_end() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, with which schedulers and containers end a program."""
-    ended = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+def _ended_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM, with which schedulers and containers end a program, for Ctrl-C; a second one does not disturb the end."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield ended
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
