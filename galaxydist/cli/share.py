@@ -80,7 +80,6 @@ def run_publish(arguments: argparse.Namespace) -> None:
         raise UserError(f"--repo {arguments.repo}: a repository is written OWNER/NAME, with letters, digits, '-', '_' and '.'")
     if arguments.name is not None and not (arguments.name.strip() and arguments.name.isprintable()):
         raise UserError("--name: give a name of printable characters")
-
     if arguments.space is None and len(arguments.paths) != 2:
         given = " ".join(map(str, arguments.paths))
         raise UserError(
@@ -89,7 +88,6 @@ def run_publish(arguments: argparse.Namespace) -> None:
         )
     if arguments.space is not None and arguments.no_onnx:
         raise UserError("--no-onnx: a Space runs the ONNX file; leave the option out")
-
     from galaxydist.prediction.trained_model import ModelChoice
     from galaxydist.serving.publish import PublishOptions, publish
 
