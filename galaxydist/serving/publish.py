@@ -135,7 +135,7 @@ def publish(run: Path, out: Path, environ: Mapping[str, str], options: PublishOp
     trained = open_trained_model(run, environ, options.choice)
     trained.model.eval()
     with whole_folder(out) as folder:
-        written = Publication(run, trained, options, folder, environ)
+        written = Publication(trained, options, folder, environ)
         written.write()
     needs_code = parse_model_name(trained.recipe.model.name).kind == "function"
     return PublishReport(out, sizes_of(out), tuple(written.notes), written.loads_in_timm, needs_code)
@@ -159,16 +159,14 @@ class Publication:
     """Writes the files of one published folder.
 
     Args:
-        run: the run folder.
-        trained: its model, in evaluation mode.
+        trained: the run's model, in evaluation mode.
         options: parts and title.
         folder: an empty folder.
+        environ: names the data root of the run's shards.
     """
 
-    def __init__(
-        self, run: Path, trained: TrainedModel, options: PublishOptions, folder: Path, environ: Mapping[str, str]
-    ) -> None:
-        self.run, self.trained, self.options, self.folder, self.environ = run, trained, options, folder, environ
+    def __init__(self, trained: TrainedModel, options: PublishOptions, folder: Path, environ: Mapping[str, str]) -> None:
+        self.trained, self.options, self.folder, self.environ = trained, options, folder, environ
         self.notes = list(trained.notes)
         self.loads_in_timm = False
         self._app = describe_app(trained, options.title)
@@ -208,7 +206,7 @@ class Publication:
 
     def _collect_results(self) -> dict[str, Any]:
         options = self.options
-        results = collect_results(RunFolder(self.run), self.trained)
+        results = collect_results(RunFolder(self.trained.path), self.trained)
         if not options.reference:
             return results
         logger.info("storing training galaxies")
