@@ -1,10 +1,11 @@
 """Training galaxies stored with a published model: the most similar ones to a picture, and pictures that are unlike all.
 
 Similar galaxies are those whose embeddings point into the same direction. An embedding does not say whether a picture is like
-them at all: a fine-tuned network can give a drawing the embedding of a galaxy (measured in docs/sharing.md). So statistics of the
-pixels decide: those of the texture, after the marginal statistics of Portilla & Simoncelli (2000, Int. J. Comput. Vis. 40, 49),
-and the radial profile. A picture is called unlike the training galaxies if its Mahalanobis distance from them in either is larger
-than that of nearly all validation galaxies (Lee et al. 2018, arXiv:1807.03888, equation 2, with one Gaussian for all classes).
+them at all: a fine-tuned network can give a drawing the embedding of a galaxy (measured in docs/benchmarks.md). So statistics of
+the pixels decide: those of the texture, after the marginal statistics of Portilla & Simoncelli (2000, Int. J. Comput. Vis. 40,
+49), and the radial profile. A picture is called unlike the training galaxies if its Mahalanobis distance from them in either is
+larger than that of nearly all validation galaxies (Lee et al. 2018, arXiv:1807.03888, equation 2, with one Gaussian for all
+classes).
 """
 
 import io
