@@ -154,6 +154,11 @@ def test_archives_outside_of_the_limits_are_refused_or_cut_before_they_cost_anyt
     assert len(cut.rows) == 4 and cut.notes[0].startswith("5 further files were left out")
     cut = label_many(model, [("x.zip", archive({"a.png": galaxy, "b.png": galaxy}))], limits=BatchLimits(total_bytes=10))
     assert len(cut.rows) == 1 and len(cut.notes) == 1
+    # Damaged entries count with the bytes that they announce: each is unpacked before the damage is found.
+    broken = bytearray(archive({"a.png": galaxy, "b.png": galaxy}, zipfile.ZIP_STORED).getvalue())
+    broken[broken.index(galaxy) + len(galaxy) // 2] ^= 255
+    cut = label_many(model, [("x.zip", io.BytesIO(bytes(broken)))], limits=BatchLimits(total_bytes=10))
+    assert len(cut.rows) == 1 and "damaged in its archive" in cut.rows[0].problem and len(cut.notes) == 1
 
     class Stop(Exception):
         pass

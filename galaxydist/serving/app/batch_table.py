@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -28,6 +29,8 @@ _ARCHIVES = re.compile(r"\.(zip|tar|gz|tgz|bz2|xz|7z|rar)$", re.IGNORECASE)
 # End of an archive's directory, and the record before it in archives of the 64-bit form.
 _END, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x07"
 _MAX_COMMENT = 1 << 16
+# A file: its name, the bytes that it has after unpacking, and a function that reads these, or the reason why it is not read.
+_Content = tuple[str, int, Callable[[], bytes] | PictureError]
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def label_many(
     rows: list[BatchRow] = []
     waiting: list[tuple[int, Picture]] = []
     num_pictures = num_bytes = num_left = 0
-    for name, found in _contents(uploads, archives, limits):
+    for name, size, found in _contents(uploads, archives, limits):
         if num_pictures >= limits.pictures or num_bytes >= limits.total_bytes:
             num_left += 1
             continue
@@ -147,8 +150,9 @@ def label_many(
         try:
             if isinstance(found, PictureError):
                 raise found
+            num_bytes += size
             data = found()
-            num_pictures, num_bytes = num_pictures + 1, num_bytes + len(data)
+            num_pictures += 1
             waiting.append((len(rows) - 1, read_picture(data, name)))
         except PictureError as error:
             rows[-1] = BatchRow(safe_name(name), problem=str(error))
@@ -180,15 +184,15 @@ def _answer(model: ServedModel, waiting: list[tuple[int, Picture]], rows: list[B
     waiting.clear()
 
 
-def _contents(
-    uploads: Sequence[tuple[str, BinaryIO]], archives: set[int], limits: BatchLimits
-) -> Iterator[tuple[str, Callable[[], bytes] | PictureError]]:
-    """Yield the name of each picture, with a function that reads its bytes or the reason why it is not read."""
+def _contents(uploads: Sequence[tuple[str, BinaryIO]], archives: set[int], limits: BatchLimits) -> Iterator[_Content]:
+    """Yield what is in the uploads and in their archives."""
     for number, (name, stream) in enumerate(uploads):
         if number in archives:
             yield from _entries(name, stream, limits)
         else:
-            yield name, lambda stream=stream: stream.read(MAX_BYTES + 1)  # type: ignore[misc]
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            yield name, min(size, MAX_BYTES), partial(stream.read, MAX_BYTES + 1)
 
 
 def _is_archive(stream: BinaryIO) -> bool:
@@ -197,7 +201,7 @@ def _is_archive(stream: BinaryIO) -> bool:
     return head in (b"PK\x03\x04", _END)
 
 
-def _entries(name: str, stream: BinaryIO, limits: BatchLimits) -> Iterator[tuple[str, Callable[[], bytes] | PictureError]]:
+def _entries(name: str, stream: BinaryIO, limits: BatchLimits) -> Iterator[_Content]:
     shown = safe_name(name)
     _check_directory(shown, stream, limits)
     try:
@@ -211,9 +215,9 @@ def _entries(name: str, stream: BinaryIO, limits: BatchLimits) -> Iterator[tuple
             continue
         problem = _entry_problem(entry, limits)
         if problem:
-            yield entry.filename, PictureError(f"{safe_name(entry.filename)} {problem}.")
+            yield entry.filename, 0, PictureError(f"{safe_name(entry.filename)} {problem}.")
         else:
-            yield entry.filename, lambda entry=entry: _read_entry(archive, entry)  # type: ignore[misc]
+            yield entry.filename, entry.file_size, partial(_read_entry, archive, entry)
 
 
 def _check_directory(shown: str, stream: BinaryIO, limits: BatchLimits) -> None:
