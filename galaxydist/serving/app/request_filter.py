@@ -47,8 +47,8 @@ MAX_TEXT, MAX_FILES = 1000, 10_000
 MAX_JSON_BYTES = 1 << 20
 # Uploads of this many times the limit of one may lie on the disk at the same time.
 STORED_UPLOADS = 20
-# Time for one upload. A part that gets nothing for this time is no longer being uploaded.
-UPLOAD_S = PART_KEPT_S = 600
+# Time in seconds for one request. A part that gets nothing for this time is no longer being uploaded.
+REQUEST_S = PART_KEPT_S = 600
 # The browser itself asks no other host. gradio's page has inline scripts, and builds functions from templates.
 CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
@@ -140,7 +140,7 @@ class RequestFilter:
             return _whole(receive)
         if length > MAX_JSON_BYTES:
             raise RefusedError(413, "the request is too large: files are uploaded, not sent in a request")
-        content = self._check_json(await _read(receive), is_event=path == JOIN)
+        content = self._check_json(await _read(_whole(receive)), is_event=path == JOIN)
         body = json.dumps(content).encode()
         scope["headers"] = [
             (name, str(len(body)).encode() if name.lower() == b"content-length" else value) for name, value in scope["headers"]
@@ -266,20 +266,19 @@ def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
 
 
 async def _read(receive: Receive) -> bytes:
+    """Return the body of a request from :func:`_whole`."""
     parts = []
     while True:
         message = await receive()
-        if message["type"] != "http.request":
-            raise RefusedError(400, "the request has ended early")
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
 
 
 def _whole(receive: Receive) -> Receive:
-    """Return a receiver that refuses an upload that is slow, or that is broken off, where gradio would log a traceback."""
+    """Return a receiver that refuses a request that is slow, or that is broken off, where gradio would log a traceback."""
     is_done = False
-    deadline = asyncio.get_running_loop().time() + UPLOAD_S
+    deadline = asyncio.get_running_loop().time() + REQUEST_S
 
     async def receive_part() -> Message:
         nonlocal is_done
@@ -289,9 +288,9 @@ def _whole(receive: Receive) -> Receive:
             async with asyncio.timeout_at(deadline):
                 message = await receive()
         except TimeoutError:
-            raise RefusedError(408, "the upload took too long") from None
+            raise RefusedError(408, "the request took too long") from None
         if message["type"] == "http.disconnect":
-            raise RefusedError(400, "the upload has ended early")
+            raise RefusedError(400, "the request has ended early")
         is_done = not message.get("more_body")
         return message
 
