@@ -26,7 +26,7 @@ from galaxydist.job_environment import tunnel_command
 from galaxydist.log import set_up_logging
 from galaxydist.runs.folder import BEST, RunFolder
 from galaxydist.serving.app.model import ServedModel
-from galaxydist.serving.app.published_model import CONFIG, FORMAT, REFERENCE, PublishedFolderError
+from galaxydist.serving.app.published_model import CONFIG, FORMAT, PUBLISHED, REFERENCE, PublishedFolderError
 from galaxydist.serving.app.reference_set import Reference
 from galaxydist.serving.app.standalone import open_models
 from galaxydist.serving.app.web_server import (
@@ -44,8 +44,6 @@ from galaxydist.version import __version__
 # By its full name: the process that publishes runs this module as ``__main__``.
 logger = logging.getLogger("galaxydist.serving.run_app")
 
-# Folder in a run that holds its publication for the app.
-PUBLISHED = "published"
 PACKAGES = ("gradio", "onnxruntime")
 
 

@@ -21,11 +21,13 @@ from galaxydist.atomic_files import write_bytes
 from galaxydist.errors import UserError
 from galaxydist.evaluation.text_table import escape_markdown
 from galaxydist.prediction.published_folder import is_published
+from galaxydist.runs.folder import RunFolder
 from galaxydist.serving import app
 from galaxydist.serving.app.published_model import (
     CARD,
     ONNX,
     PROGRAM,
+    PUBLISHED,
     WEIGHTS,
     AppConfig,
     PublishedFolderError,
@@ -181,10 +183,16 @@ def read_with_onnx(folder: Path) -> AppConfig:
 
 
 def name_folders(published: Sequence[Path]) -> dict[str, Path]:
-    """Return published folders by unique names of letters, digits, ``-``, ``_`` and ``.``."""
+    """Return published folders by unique names of letters, digits, ``-``, ``_`` and ``.``.
+
+    One that the app wrote into a run has the run's name.
+    """
     found: dict[str, Path] = {}
     for folder in published:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-.") or "model"
+        place = folder.resolve()
+        if place.name == PUBLISHED and RunFolder(place.parent).is_started:
+            place = place.parent
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", place.name).strip("-.") or "model"
         found[name if name not in found else f"{name}-{len(found) + 1}"] = folder
     return found
 

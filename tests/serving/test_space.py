@@ -20,7 +20,7 @@ from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.serving.app.standalone import find_folders, listening_options, names_of
 from galaxydist.serving.publish import PublishOptions, publish
-from galaxydist.serving.space import build_header, is_space, write_space
+from galaxydist.serving.space import build_header, is_space, name_folders, write_space
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.page_client import PageClient
 from tests.helpers.published import PublishedRun
@@ -153,6 +153,14 @@ def test_a_space_is_not_written_over_other_files_or_of_a_folder_without_onnx(
     write_space([published_run.folder], tmp_path / "space", title="Again", overwrite=True)
     assert is_space(tmp_path / "space")
     assert RepoCard.load(tmp_path / "space" / "README.md").data.to_dict()["title"] == "Again"
+
+
+def test_folders_have_unique_names_and_that_in_a_run_has_the_runs(published_run: PublishedRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(published_run.run_dir, tmp_path / "my run"))
+    inside, same, other = run / "published", tmp_path / "x" / "my-run", tmp_path / "published"
+    for folder in (inside, same, other):
+        folder.mkdir(parents=True)
+    assert name_folders([inside, same, other]) == {"my-run": inside, "my-run-2": same, "published": other}
 
 
 def test_licences_of_several_models_and_addresses_of_the_page() -> None:
