@@ -136,6 +136,11 @@ class ImageDecoder:
             pixels_BHWC[row] = 0
         return errors
 
+    def read_file(self, sample: int) -> bytes:
+        """Return the bytes of the file of an image that :meth:`read` has decoded without an error."""
+        ((shard, _, offset, length),) = self.locate(np.array([sample]))
+        return os.pread(self._source.open(shard).descriptor, length, offset)
+
     def locate(self, samples: NDArray[np.int64]) -> list[Location]:
         """Return the locations of stored samples."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
@@ -237,6 +242,31 @@ def read_samples(
     Raises:
         UserError: an image cannot be read; names shard and galaxy.
     """
+    for sample, decoders in _single_samples(manifest, split, samples, factors):
+        found = tuple(np.empty((1, decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
+        for decoder, pixels in zip(decoders, found, strict=True):
+            for error in decoder.read(sample[None], pixels).values():
+                raise error
+        yield int(sample), tuple(pixels[0] for pixels in found)
+
+
+def read_stored_files(manifest: Manifest, split: str, samples: NDArray[np.int64]) -> Iterator[tuple[int, bytes, Pixels]]:
+    """Read the files of single images; arguments and errors are those of :func:`read_samples`.
+
+    Yields:
+        sample number, the bytes of its image file, and its H x W x 3 uint8 pixels.
+    """
+    for sample, (decoder,) in _single_samples(manifest, split, samples, (1,)):
+        pixels = np.empty((1, decoder.size, decoder.size, 3), np.uint8)
+        for error in decoder.read(sample[None], pixels).values():
+            raise error
+        yield int(sample), decoder.read_file(int(sample)), pixels[0]
+
+
+def _single_samples(
+    manifest: Manifest, split: str, samples: NDArray[np.int64], factors: Sequence[int]
+) -> Iterator[tuple[np.int64, list[ImageDecoder]]]:
+    """Yield each sample number while its shard can be read, with a decoder for each factor."""
     if samples.size == 0:
         return
     sizes = manifest.shards(split)["samples"]
@@ -249,11 +279,7 @@ def read_samples(
     decoders = [ImageDecoder(manifest, split, factor, source) for factor in factors]
     try:
         for sample in samples:
-            found = tuple(np.empty((1, decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
-            for decoder, pixels in zip(decoders, found, strict=True):
-                for error in decoder.read(sample[None], pixels).values():
-                    raise error
-            yield int(sample), tuple(pixels[0] for pixels in found)
+            yield sample, decoders
             source.advance(int(sample))
     finally:
         source.close()

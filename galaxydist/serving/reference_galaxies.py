@@ -22,13 +22,14 @@ from galaxydist.atomic_files import to_json, write_bytes
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.evaluation.metrics import wilson_interval
-from galaxydist.loading.decode import read_samples
+from galaxydist.loading.decode import read_samples, read_stored_files
 from galaxydist.loading.image_ops import ImageTransform
 from galaxydist.loading.training_data import build_augment, has_split
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.features import extract_features
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.trained_model import TrainedModel
+from galaxydist.serving.app.pictures import PictureError, read_picture
 from galaxydist.serving.app.published_model import EXAMPLES, REFERENCE, THUMBNAILS
 from galaxydist.serving.app.reference_set import (
     EXAMPLES_LIST,
@@ -68,6 +69,8 @@ _BATCH = 32
 # float16 ends at 65,504.
 _LARGEST_HALF = 60_000
 _JPEG_QUALITY = 88
+# What Pillow finds in a JPEG file that says nothing about where the picture was made.
+_PLAIN_JPEG = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "progressive", "progression"}
 
 
 @dataclass(frozen=True)
@@ -333,7 +336,7 @@ def _write_sheets(folder: Path, images: list[Pixels]) -> None:
 
 
 def _write_examples(folder: Path, shards: Manifest) -> int:
-    """Write test galaxies, the same number of each class, as PNG files at their stored size, and ``EXAMPLES_LIST`` about them.
+    """Write image files of test galaxies, the same number of each class, and ``EXAMPLES_LIST`` about them.
 
     Without a test split they are validation galaxies; training galaxies, which the model knows, are none.
     """
@@ -345,12 +348,30 @@ def _write_examples(folder: Path, shards: Manifest) -> int:
     chosen = choose_galaxies(shards, split, number, by_class=True)
     folder.mkdir()
     listed = []
-    for row, (_, (pixels,)) in enumerate(read_samples(shards, split, chosen.samples)):
-        label, name = int(chosen.labels[row]), f"{row:02d}.png"
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-        write_bytes(folder / name, buffer.getvalue())
+    for row, (_, data, pixels) in enumerate(read_stored_files(shards, split, chosen.samples)):
+        content, ending = example_file(data, pixels)
+        label, name = int(chosen.labels[row]), f"{row:02d}.{ending}"
+        write_bytes(folder / name, content)
         listed.append({"file": name, "id": chosen.ids[row], "label": label, "class": shards.class_names[label], "split": split})
     listed.sort(key=lambda example: (example["label"], example["file"]))
     write_bytes(folder / EXAMPLES_LIST, to_json(listed).encode())
     return len(listed)
+
+
+def example_file(data: bytes, pixels: Pixels) -> tuple[bytes, str]:
+    """Return the content and the ending of an example's file.
+
+    A JPEG stays as it is in the shard, so that the app can decode it smaller, as an evaluation does. A file of another kind, one
+    with notes of a camera or a program, and one that the app would show otherwise become a PNG of the pixels.
+    """
+    try:
+        picture = read_picture(data)
+        with Image.open(io.BytesIO(data)) as image:
+            is_plain = picture.jpeg is not None and set(image.info) <= _PLAIN_JPEG
+    except (PictureError, OSError):
+        is_plain = False
+    if is_plain and picture.pixels.shape == pixels.shape:
+        return data, "jpg"
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue(), "png"

@@ -13,7 +13,7 @@ from scipy import stats
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.leakage import open_training_shards
-from galaxydist.loading.decode import read_samples
+from galaxydist.loading.decode import read_samples, read_stored_files
 from galaxydist.loading.training_data import build_augment, find_cache, find_manifest
 from galaxydist.models.features import extract_features
 from galaxydist.prediction.trained_model import TrainedModel, open_trained_model
@@ -32,6 +32,7 @@ from galaxydist.serving.reference_galaxies import (
     SHRINKAGE,
     GalaxyReader,
     choose_galaxies,
+    example_file,
     find_threshold,
     fit_gaussian,
     write_reference,
@@ -129,13 +130,28 @@ def test_examples_are_whole_test_galaxies_one_of_each_class(simulated: tuple[Tra
     test = choose_galaxies(shards, "test", 1000, by_class=False)
     for example in examples:
         row = test.ids.index(example.id)
-        ((_, (pixels,)),) = read_samples(shards, "test", test.samples[row : row + 1])
+        ((_, data, pixels),) = read_stored_files(shards, "test", test.samples[row : row + 1])
         assert test.labels[row] == example.label and example.split == "test"
-        assert np.array_equal(np.asarray(Image.open(example.path)), pixels)
+        assert example.path.read_bytes() == data and np.array_equal(np.asarray(Image.open(example.path)), pixels)
     examples[0].path.rename(folder / "moved.png")
     with pytest.raises(PublishedFolderError, match="missing"):
         read_examples(folder)
     (folder / "moved.png").rename(examples[0].path)
+
+
+@pytest.mark.parametrize(
+    "notes", [{}, {"comment": b"made at home"}, {"exif": b"Exif\0\0" + bytes(40)}, {"icc_profile": bytes(200)}]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_example_keeps_its_jpeg_file_unless_that_has_notes(kind: str, notes: dict[str, bytes]) -> None:
+    pixels, buffer = np.random.default_rng(5).integers(0, 256, (32, 32, 3), np.uint8), io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **notes)
+    content, ending = example_file(buffer.getvalue(), pixels)
+    if kind == "JPEG" and not notes:
+        assert (content, ending) == (buffer.getvalue(), "jpg")
+    else:
+        assert ending == "png" and np.array_equal(np.asarray(Image.open(io.BytesIO(content))), pixels)
+        assert set(Image.open(io.BytesIO(content)).info) == set()
 
 
 @pytest.mark.slow
