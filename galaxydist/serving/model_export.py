@@ -32,6 +32,7 @@ from galaxydist.models.traced_outputs import EMBEDDING, LOGITS, SALIENCY, Traced
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.trained_model import TrainedModel
 from galaxydist.serving.app.onnx_runtime import import_onnxruntime
+from galaxydist.serving.app.published_model import SALIENCY_SIZE
 from galaxydist.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def export_onnx(trained: TrainedModel, path: Path, metadata: Mapping[str, str], 
         ) from error
     notes = {**metadata, "torch": torch.__version__, "galaxydist": __version__}
     if traced.saliency is not None:
-        notes |= {"saliency": traced.saliency, "saliency_size": json.dumps(list(traced.covered))}
+        notes |= {"saliency": traced.saliency, SALIENCY_SIZE: json.dumps(list(traced.covered))}
     data = _serialise(program, notes)
     difference = _compare_onnx(data, trained, model, traced, images_BCHW)
     write_bytes(path, data)

@@ -24,7 +24,8 @@ from PIL import Image
 
 import galaxydist
 from galaxydist.prediction.published_folder import is_published
-from galaxydist.serving.run_app import PUBLISHED, find_publication
+from galaxydist.serving.app.published_model import PUBLISHED
+from galaxydist.serving.run_app import find_publication
 from tests.helpers.blobs import CLASS_NAMES, BlobSurvey
 from tests.helpers.browser import Browser
 from tests.helpers.published import PublishedRun, train_blobs
@@ -161,6 +162,13 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             shown = float(re.search(r"([\d.]+)\s%, calibrated", text)[1]) / 100  # type: ignore[index]
             assert shown == pytest.approx(float(expected.probabilities.max()), abs=1.1e-3)
             assert re.search(r"[1-8] of 8 views agree", text)
+            test = json.loads((known_run / PUBLISHED / "results.json").read_text())["test"]
+            label = CLASS_NAMES.index(name)
+            precision, called = test["per_class"]["precision"][label], test["per_class"]["predicted"][label]
+            assert (
+                f"Measured on {test['count']} test galaxies: {100 * test['accuracy']:.1f}\xa0% right (95\xa0% interval " in text
+            )
+            assert f"Of the {called} that it called {name}, {100 * precision:.1f}\xa0% are (95\xa0% interval " in text
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.

@@ -24,7 +24,7 @@ from galaxydist.prediction.predictor import load_predictor
 from galaxydist.prediction.trained_model import ModelChoice
 from galaxydist.serving.app.model import ServedModel, normalise, place_map, prepare, scaled_map, views_of
 from galaxydist.serving.app.pictures import Picture, read_picture
-from galaxydist.serving.app.published_model import CONFIG, ONNX, PictureForm, PublishedFolderError
+from galaxydist.serving.app.published_model import CONFIG, ONNX, RESULTS, PictureForm, PublishedFolderError, read_measured
 from galaxydist.surveys.image_files import parse_image
 from tests.helpers.published import PublishedRun, galaxy_files
 
@@ -136,9 +136,11 @@ def test_maps_are_scaled_and_resized_as_the_gallery_shows_them(side: int, is_rol
     ]
     floor = expected.min() if is_rollout else 0
     np.testing.assert_allclose(
-        scaled_map(raw, size, is_rollout=is_rollout), (expected - floor) / (expected.max() - floor), atol=1e-6
+        scaled_map(raw, size, (padded, padded), is_rollout=is_rollout),
+        (expected - floor) / (expected.max() - floor),
+        atol=1e-6,
     )
-    assert not scaled_map(np.zeros((3, 3), np.float32), 8, is_rollout=is_rollout).any()
+    assert not scaled_map(np.zeros((3, 3), np.float32), 8, (8, 8), is_rollout=is_rollout).any()
 
 
 def test_a_map_is_placed_where_the_network_saw_it_in_the_picture() -> None:
@@ -191,6 +193,28 @@ def test_folders_that_cannot_be_served_are_refused_with_what_to_do(folder: Path,
     other = change_config(copy("other"), lambda config: config["app"].update(classes=["one", "two"]))
     with pytest.raises(PublishedFolderError, match="does not belong to its config"):
         ServedModel.open(other)
+
+
+def test_results_of_another_form_or_of_other_classes_are_left_out(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / RESULTS).read_text())
+    found = read_measured(folder, 3)
+    assert found is not None and sum(found.called) == found.count == content["test"]["count"]
+    assert found.accuracy.value == content["test"]["accuracy"] and found.accuracy.interval is not None
+    assert read_measured(folder, 4) is None and read_measured(tmp_path, 3) is None
+    without = json.loads(json.dumps(content))
+    without["test"] |= {"intervals": None}
+    without["test"]["per_class"] |= {"intervals": None, "precision": [None, 0.5, 1]}
+    (tmp_path / RESULTS).write_text(json.dumps(without))
+    found = read_measured(tmp_path, 3)
+    assert found is not None and found.accuracy.interval is None and found.precision[0] is None and found.precision[1] is not None
+    for damaged in (
+        [],
+        {"test": None},
+        {"test": {**content["test"], "accuracy": "good"}},
+        {"test": {**content["test"], "per_class": {}}},
+    ):
+        (tmp_path / RESULTS).write_text(json.dumps(damaged))
+        assert read_measured(tmp_path, 3) is None
 
 
 def test_links_to_files_elsewhere_are_refused_but_those_of_the_hubs_cache(folder: Path, tmp_path: Path) -> None:

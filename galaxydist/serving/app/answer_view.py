@@ -17,7 +17,7 @@ from PIL import Image
 from .batch_table import FIRST_COLUMNS, LAST_COLUMNS, BatchTable
 from .model import Answer
 from .pictures import Picture
-from .published_model import AppConfig
+from .published_model import AppConfig, Measured, Share
 from .reference_set import Neighbour, Novelty
 
 # Width of the pictures in CSS pixels is at most 320; twice as many for sharp screens would make an answer of half a megabyte.
@@ -43,6 +43,7 @@ class AnswerView:
         neighbours: most similar first.
         novelty: distance from the training galaxies; None: the model does not know them.
         notes: sentences before those of the answer.
+        measured: how often the model was right on its test galaxies; None: not known.
     """
 
     config: AppConfig
@@ -52,6 +53,7 @@ class AnswerView:
     neighbours: Sequence[Neighbour] = ()
     novelty: Novelty | None = None
     notes: tuple[str, ...] = ()
+    measured: Measured | None = None
 
     @property
     def is_unlike(self) -> bool | None:
@@ -76,7 +78,15 @@ class AnswerView:
 
     def to_html(self) -> str:
         """Return the answer as an element of the page."""
-        parts = [self._banner(), self._headline(), self._bars(), self._agreement(), self._pictures(), self._similar()]
+        parts = [
+            self._banner(),
+            self._headline(),
+            self._measured(),
+            self._bars(),
+            self._agreement(),
+            self._pictures(),
+            self._similar(),
+        ]
         kind = "gd-answer gd-unlike" if self.is_unlike else "gd-answer"
         return f'<section class="{kind}" aria-live="polite">{"".join(parts)}</section>'
 
@@ -111,6 +121,19 @@ class AnswerView:
             f'<p class="gd-picture-name">{escape(self.picture.name)}</p><h2>{escape(self.answer.class_name)}</h2>'
             f'<p class="gd-confidence">{value}, {kind}</p><p class="gd-note">{escape(text)}</p>{known}{notes}'
         )
+
+    def _measured(self) -> str:
+        """Return how often the model was right on galaxies like those of the training."""
+        measured, label = self.measured, self.answer.label
+        if measured is None or self.is_unlike:
+            return ""
+        text = f"Measured on {measured.count:,} test galaxies: {share_text(measured.accuracy, ' right')}."
+        precision, name = measured.precision[label], self.answer.class_name
+        if precision is None:
+            text += f" It called none of them {name}."
+        else:
+            text += f" Of the {measured.called[label]:,} that it called {name}, {share_text(precision, ' are')}."
+        return f'<p class="gd-note gd-measured">{escape(text)}</p>'
 
     def _bars(self) -> str:
         probabilities = self.answer.probabilities
@@ -189,6 +212,14 @@ def percent(value: float) -> str:
     if 99.9 < shown < 100:
         return "> 99.9\xa0%"
     return f"{shown:.1f}\xa0%"
+
+
+def share_text(share: Share, verb: str) -> str:
+    """Return a share in per cent, a verb, and the interval."""
+    if share.interval is None:
+        return f"{percent(share.value)}{verb}"
+    low, high = share.interval
+    return f"{percent(share.value)}{verb} (95\xa0% interval {100 * low:.1f} to {percent(high)})"
 
 
 def blend(pixels: NDArray[np.uint8], saliency: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .onnx_runtime import import_onnxruntime
 from .pictures import Picture, Pixels, decode_smaller
-from .published_model import CONFIG, ONNX, AppConfig, PictureForm, PublishedFolderError, read_config
+from .published_model import CONFIG, ONNX, SALIENCY_SIZE, AppConfig, PictureForm, PublishedFolderError, read_config
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -28,8 +28,6 @@ VIEWS = 8
 PICTURES_AT_ONCE = 2
 # Name of the one method of saliency whose maps show shares, whose least is shown as 0; others show evidence, where 0 is none.
 ROLLOUT = "attention rollout"
-# Sides of a transformer's patches in pixels that are looked for if its map does not divide the image.
-_PATCHES = (16, 14, 32, 8)
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,9 @@ class ServedModel:
 
     def __init__(self, folder: Path, config: AppConfig, session: Any) -> None:
         self.folder, self.config, self._session = folder, config, session
+        size = config.form.image_size
+        covered = json.loads(session.get_modelmeta().custom_metadata_map.get(SALIENCY_SIZE) or f"[{size}, {size}]")
+        self._covered = int(covered[0]), int(covered[1])
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None) -> Self:
@@ -158,7 +159,7 @@ class ServedModel:
         shown = None
         if raw_Mhw is not None:
             raw_hw = raw_Mhw[label if len(raw_Mhw) == len(config.classes) and len(raw_Mhw) > 1 else 0]
-            map_TT = scaled_map(raw_hw, config.form.image_size, is_rollout=config.saliency == ROLLOUT)
+            map_TT = scaled_map(raw_hw, config.form.image_size, self._covered, is_rollout=config.saliency == ROLLOUT)
             shown = place_map(map_TT, picture.pixels.shape[:2], config.form)
         return Answer(
             probabilities=probabilities,
@@ -232,14 +233,18 @@ def views_of(image_CHW: Floats) -> Floats:
     return np.stack([image if number < 4 else image[:, :, ::-1] for number, image in enumerate(turned)])
 
 
-def scaled_map(raw_hw: Floats, size: int, *, is_rollout: bool) -> Floats:
+def scaled_map(raw_hw: Floats, size: int, covered: tuple[int, int], *, is_rollout: bool) -> Floats:
     """Return an unscaled saliency map at the network's size, size x size, from 0 to 1.
 
     Grad-CAM: the largest value is 1 and 0 is no evidence. Rollout: from the least to the most attended pixel. A flat map is 0.
+
+    Args:
+        raw_hw: of the ONNX file.
+        size: side of the network's input in pixels.
+        covered: height and width that the map covers: the image, or more than it to the right and at the bottom.
+        is_rollout: it shows shares of attention, not evidence.
     """
-    height, width = raw_hw.shape
-    sides = tuple(count * _patch(count, size) if is_rollout else size for count in (height, width))
-    rows, columns = (_interpolation(count, side)[:size] for count, side in zip((height, width), sides, strict=True))
+    rows, columns = (_interpolation(count, side)[:size] for count, side in zip(raw_hw.shape, covered, strict=True))
     map_TT = rows @ raw_hw.astype(np.float64) @ columns.T
     floor = map_TT.min() if is_rollout else 0.0
     span = map_TT.max() - floor
@@ -301,12 +306,6 @@ def _block_mean(pixels: Pixels, factor: int) -> Pixels:
     height, width = (side // factor for side in pixels.shape[:2])
     blocks = pixels[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
     return np.asarray((blocks.sum(axis=(1, 3), dtype=np.uint32) + factor**2 // 2) // factor**2, np.uint8)
-
-
-def _patch(count: int, size: int) -> int:
-    """Return the side of the patches of which ``count`` cover ``size`` pixels, the last one perhaps beyond the edge."""
-    found = [patch for patch in (size // count, *_PATCHES) if patch and -(-size // patch) == count]
-    return found[0] if found else -(-size // count)
 
 
 def _interpolation(count: int, size: int) -> Doubles:

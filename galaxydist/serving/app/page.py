@@ -13,7 +13,7 @@ from .batch_table import label_many
 from .cutout import CutoutError, CutoutForm, fetch_cutout
 from .model import ServedModel
 from .pictures import READABLE, Picture, PictureError, read_picture
-from .published_model import PublishedFolderError, read_about
+from .published_model import PublishedFolderError, read_about, read_measured
 from .reference_set import Example, Reference, read_examples
 from .request_filter import FILE_INPUT, FILES_INPUT, STATE_INPUT, VALUE_INPUT
 
@@ -52,6 +52,7 @@ class Desk:
         self._models = dict(models)
         self._references = {name: Reference.open(model.folder) for name, model in models.items()}
         self._examples = {name: read_examples(model.folder) for name, model in models.items()}
+        self._measured = {name: read_measured(model.folder, len(model.config.classes)) for name, model in models.items()}
         for name, model in models.items():
             labels = [example.label for example in self._examples[name]]
             labels += [] if (reference := self._references[name]) is None else reference.labels.tolist()
@@ -78,7 +79,8 @@ class Desk:
         (answer,) = model.predict([picture])
         neighbours = [] if reference is None else reference.nearest(answer.embedding, NUM_NEIGHBOURS)
         novelty = None if reference is None else reference.novelty(answer.seen)
-        return AnswerView(model.config, picture, answer, known_label, neighbours, novelty, notes)
+        measured = self._measured[self.known(name)]
+        return AnswerView(model.config, picture, answer, known_label, neighbours, novelty, notes, measured)
 
     def reference(self, name: object) -> Reference | None:
         return self._references[self.known(name)]

@@ -7,13 +7,18 @@ without galaxydist needs to prepare a picture and to name a class.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 CONFIG, CARD, RESULTS = "config.json", "README.md", "results.json"
 WEIGHTS, ONNX, PROGRAM = "model.safetensors", "model.onnx", "model.pt2"
+# Folder in a run that holds its publication for the app.
+PUBLISHED = "published"
+# Entry of the ONNX file's metadata: height and width in pixels that a saliency map covers, which is more than the image if a ViT
+# pads that to whole patches.
+SALIENCY_SIZE = "saliency_size"
 # Training galaxies: embeddings, labels and ids; thumbnails and examples only where the licence allows it.
 REFERENCE, THUMBNAILS, EXAMPLES = "reference.npz", "thumbnails", "examples"
 # Version of ``config.json``.
@@ -98,6 +103,57 @@ class AppConfig:
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
         form: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain["form"].items()}
         return cls(**{**values, "form": PictureForm(**form)})
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of test galaxies, with its 95 % interval; None where that was not computed."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, value: float, interval: Sequence[float] | None) -> Self:
+        """Return the share of plain values.
+
+        Raises:
+            TypeError, ValueError: they are no numbers.
+        """
+        return cls(float(value), None if interval is None else (float(interval[0]), float(interval[1])))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of a model on its test galaxies.
+
+    Args:
+        count: number of the galaxies.
+        accuracy: share of them whose class it found.
+        called: by label, the number of galaxies that it called so.
+        precision: by label, the share of these that are of the class; None if there are none.
+    """
+
+    count: int
+    accuracy: Share
+    called: tuple[int, ...]
+    precision: tuple[Share | None, ...]
+
+
+def read_measured(folder: Path, num_classes: int) -> Measured | None:
+    """Read what ``results.json`` says about the test galaxies; None if it says nothing, or has other classes."""
+    try:
+        test = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["test"]
+        intervals, per_class = test.get("intervals") or {}, test["per_class"]
+        between = (per_class.get("intervals") or {}).get("precision") or [None] * num_classes
+        precision = tuple(
+            None if value is None else Share.of(value, interval)
+            for value, interval in zip(per_class["precision"], between, strict=True)
+        )
+        accuracy, called = Share.of(test["accuracy"], intervals.get("accuracy")), tuple(map(int, per_class["predicted"]))
+        found = Measured(int(test["count"]), accuracy, called, precision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return found if len(called) == len(precision) == num_classes else None
 
 
 def read_config(folder: Path) -> AppConfig:
