@@ -1,5 +1,6 @@
-"""The run of `make demo`, shared: each published form answers as the evaluation in the run folder did."""
+"""The run of `make demo`, shared: the app and each published form answer as the evaluation in the run folder did."""
 
+import re
 import tarfile
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,7 @@ from galaxydist.evaluation.predictions import predictions_path, read_predictions
 from galaxydist.serving.app.model import ServedModel, normalise, prepare
 from galaxydist.serving.app.pictures import read_picture
 from galaxydist.serving.app.reference_set import Reference
+from tests.helpers.app_page import AppPage, running_app
 from tests.helpers.page_client import PageClient
 from tests.helpers.spaces import linked_environment, running_space
 
@@ -29,14 +31,22 @@ class SharedDemo:
     """The demo's run, published.
 
     Args:
+        run: the run folder.
         folder: the published folder.
         files: stored images of test galaxies.
         logits: of these galaxies, from the evaluation in the run folder.
     """
 
+    run: Path
     folder: Path
     files: list[Path]
     logits: NDArray[np.float32]
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        temperature = ServedModel.open(self.folder).config.temperature
+        assert temperature is not None
+        return softmax(self.logits.astype(np.float64) / temperature)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedDemo:
     batches = read_predictions(predictions_path(run / "evaluation", "test")).batches(["id", "logits"])
     stored = {str(name): row for batch in batches for name, row in zip(batch["id"], batch["logits"], strict=True)}
     files = [target / name for name in contents]
-    return SharedDemo(target / "model", files, np.stack([stored[path.stem] for path in files]))
+    return SharedDemo(run, target / "model", files, np.stack([stored[path.stem] for path in files]))
 
 
 def test_weights_onnx_and_program_give_the_logits_of_the_evaluation(shared: SharedDemo) -> None:
@@ -75,16 +85,28 @@ def test_weights_onnx_and_program_give_the_logits_of_the_evaluation(shared: Shar
     np.testing.assert_allclose(program(images).detach().numpy(), shared.logits, atol=1e-4)
 
 
+@pytest.mark.browser
+@pytest.mark.multiprocess
+def test_the_app_of_the_demo_answers_as_the_evaluation_did(shared: SharedDemo, tmp_path: Path) -> None:
+    classes = ServedModel.open(shared.folder).config.classes
+    environ = {"GALAXYDIST_DATA": str(ROOT / "data")}
+    with running_app([str(shared.run)], tmp_path / "log", tmp_path / "temporary", environ) as app, AppPage(app) as page:
+        for path, wanted in zip(shared.files[:3], shared.probabilities, strict=False):
+            page.give("#gd-drop", path)
+            text = page.answer_about(path.name)
+            assert page.evaluate("document.querySelector('#gd-answer h2').innerText") == classes[wanted.argmax()]
+            shown = re.search(r"([\d.]+)\s%, calibrated", text)
+            assert shown and float(shown[1]) == pytest.approx(100 * wanted.max(), abs=0.06)
+        page.check_quiet()
+
+
 def test_a_space_of_the_demo_answers_as_the_evaluation_did(shared: SharedDemo, tmp_path: Path) -> None:
     assert main(["publish", str(shared.folder), "--space", str(tmp_path / "space")]) == 0
     python = linked_environment(tmp_path / "environment")
-    temperature = ServedModel.open(shared.folder).config.temperature
-    assert temperature is not None
-    expected = softmax(shared.logits.astype(np.float64) / temperature)
     (tmp_path / "temporary").mkdir()
     with running_space(python, tmp_path / "space", tmp_path / "temporary") as address:
         client = PageClient(address)
-        for path, wanted in zip(shared.files[:3], expected, strict=False):
+        for path, wanted in zip(shared.files[:3], shared.probabilities, strict=False):
             found = client.predict(path, "demo on simulated")
             np.testing.assert_allclose([*found["probabilities"].values()], wanted, atol=1e-4)
             assert found["class"] == [*found["probabilities"]][wanted.argmax()]

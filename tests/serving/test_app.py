@@ -3,10 +3,8 @@
 import base64
 import http.client
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,14 +24,12 @@ import galaxydist
 from galaxydist.prediction.published_folder import is_published
 from galaxydist.serving.app.published_model import PUBLISHED
 from galaxydist.serving.run_app import find_publication
+from tests.helpers.app_page import AppPage, RunningApp, running_app
 from tests.helpers.blobs import CLASS_NAMES, BlobSurvey
-from tests.helpers.browser import Browser
 from tests.helpers.published import PublishedRun, train_blobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-# gradio's own script says this whenever a stream of events ends.
-GRADIO_SAYS = "Method not implemented."
 FILE = {"_type": "gradio.FileData"}
 
 
@@ -45,18 +41,13 @@ class Served:
         pictures: of the test split, by class; the run's network knows them.
     """
 
-    port: int
+    app: RunningApp
     log: Path
     folder: Path
     pictures: Mapping[str, Path]
-    process: subprocess.Popen[str]
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
 
     def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.app.port, timeout=60)
         try:
             connection.request(method, path, body, {"content-type": "application/json", **(headers or {})})
             answer = connection.getresponse()
@@ -87,70 +78,16 @@ def served(known_run: Path, published_run: PublishedRun, tmp_path_factory: pytes
         pictures[CLASS_NAMES[galaxy.label]] = path = folder / f"{CLASS_NAMES[galaxy.label]}.png"
         Image.fromarray(np.asarray(galaxy.image)).save(path)
 
-    temporary = folder / "temporary"
-    temporary.mkdir()
-    environ = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1", "GRADIO_ALLOWED_PATHS": "/etc"}
-    # A proxy that does not know this machine, as on a cluster.
-    environ |= {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    log = folder / "log"
-    command = [sys.executable, "-m", "galaxydist", "app", str(known_run), str(second), "--max-upload", "1"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, env=environ)
-    try:
-        assert process.stdout is not None
-        lines: list[str] = []
-        for line in process.stdout:
-            lines.append(line)
-            if "Ctrl-C" in line:
-                break
-        found = re.fullmatch(r"the app: http://127\.0\.0\.1:(\d+)\n", lines[0] if lines else "")
-        assert found, (lines, log.read_text())
-        assert f"ssh -N -L {found[1]}:localhost:{found[1]} " in lines[1]
-        yield Served(int(found[1]), log, folder, pictures, process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert "Traceback" not in log.read_text()
-        assert log.read_text().endswith("ended\n")
-        assert list(temporary.iterdir()) == []
-        assert find_publication(known_run, temporary).is_current and is_published(known_run / PUBLISHED)
-    finally:
-        process.kill()
-        process.wait()
-
-
-class Page(Browser):
-    """The page in a browser of its own."""
-
-    def __init__(self, served: Served, *, width: int = 1280, dark: bool = False) -> None:
-        super().__init__()
-        self._served = served
-        self.visit(served.address, width=width, dark=dark)
-        self.wait_for("document.querySelector('#gd-drop input[type=file]')")
-
-    def give(self, drop: str, *files: Path) -> None:
-        """Give files to a place where files are dropped."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", nodeId=root, selector=f"{drop} input[type=file]")["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
-
-    def answer_about(self, name: str) -> str:
-        """Wait for the answer about a picture, and return its text."""
-        self.wait_for(f"document.querySelector('#gd-answer')?.innerText.includes({json.dumps(name)})")
-        return str(self.evaluate("document.querySelector('#gd-answer').innerText"))
-
-    def open_tab(self, name: str) -> None:
-        self.evaluate(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)}).click()")
-
-    def check_quiet(self) -> None:
-        """No error on the console, and no request to another host."""
-        assert [line for line in self.console if GRADIO_SAYS not in line] == []
-        assert [address for address in self.requests if not address.startswith(self._served.address)] == []
+    words = [str(known_run), str(second), "--max-upload", "1"]
+    with running_app(words, folder / "log", folder / "temporary", {"GRADIO_ALLOWED_PATHS": "/etc"}) as app:
+        yield Served(app, folder / "log", folder, pictures)
+    assert find_publication(known_run, folder).is_current and is_published(known_run / PUBLISHED)
 
 
 @pytest.mark.browser
 def test_two_users_get_the_answers_about_their_own_pictures(served: Served, known_run: Path) -> None:
     predictor = galaxydist.load_predictor(known_run, device="cpu")
-    with Page(served) as first, Page(served, width=390, dark=True) as second:
+    with AppPage(served.app) as first, AppPage(served.app, width=390, dark=True) as second:
         users = {"round": first, "pair": second}
         for name, page in users.items():
             page.give("#gd-drop", served.pictures[name])
@@ -185,7 +122,7 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
 @pytest.mark.browser
 def test_bad_uploads_get_a_sentence_and_many_pictures_a_table(served: Served, tmp_path: Path) -> None:
     bad = {"galaxy.fits": b"SIMPLE  =                    T", "empty.jpg": b"", "text.jpg": b"<script>alert(1)</script>"}
-    with Page(served) as page:
+    with AppPage(served.app) as page:
         for name, content in bad.items():
             (tmp_path / name).write_bytes(content)
             page.give("#gd-drop", tmp_path / name)
@@ -251,7 +188,7 @@ def test_no_path_and_no_url_of_a_request_is_opened(served: Served) -> None:
         assert served.request("POST", "/gradio_api/upload", text, form)[0] == 400
         assert served.request("POST", "/gradio_api/upload", bytes(1_100_000), form)[0] == 413
         assert served.request("POST", "/gradio_api/upload", iter([b"--x"]), form)[0] == 411  # of unknown length
-        with socket.create_connection(("127.0.0.1", served.port)) as broken:
+        with socket.create_connection(("127.0.0.1", served.app.port)) as broken:
             broken.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n")
             broken.sendall(b"content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
         with pytest.raises(TimeoutError):
@@ -273,7 +210,7 @@ def test_uploads_that_arrive_slowly_take_room_on_the_disk_until_they_end(served:
 
     with ExitStack() as stack:
         for _ in range(20):
-            slow = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", served.app.port)))
             slow.sendall(head + b"content-length: 1048576\r\n\r\n--x\r\n")
         wait_for(503)
     wait_for(200, 400)
@@ -305,7 +242,7 @@ def test_errors_of_the_command_are_one_message(served: Served, tmp_path: Path) -
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
-    assert f"--port {served.port} of 127.0.0.1 is in use" in run(served.folder / "second", "--port", served.port)
+    assert f"--port {served.app.port} of 127.0.0.1 is in use" in run(served.folder / "second", "--port", served.app.port)
     assert "neither a run nor a published folder" in run(tmp_path)
     damaged = Path(shutil.copytree(served.folder / "second", tmp_path / "damaged"))
     (damaged / "reference.npz").write_bytes(b"PK")
