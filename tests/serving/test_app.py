@@ -105,7 +105,7 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             assert (
                 f"Measured on {test['count']} test galaxies: {100 * test['accuracy']:.1f}\xa0% right (95\xa0% interval " in text
             )
-            assert f"Of the {called} that it called {name}, {100 * precision:.1f}\xa0% are (95\xa0% interval " in text
+            assert f"Of the {called} that it called {name}, {100 * precision:.1f}\xa0% were (95\xa0% interval " in text
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.

@@ -132,7 +132,7 @@ class AnswerView:
         if precision is None:
             text += f" It called none of them {name}."
         else:
-            text += f" Of the {measured.called[label]:,} that it called {name}, {share_text(precision, ' are')}."
+            text += f" Of the {measured.called[label]:,} that it called {name}, {share_text(precision, ' were')}."
         return f'<p class="gd-note gd-measured">{escape(text)}</p>'
 
     def _bars(self) -> str:
