@@ -214,6 +214,8 @@ def test_uploads_that_arrive_slowly_take_room_on_the_disk_until_they_end(served:
             slow.sendall(head + b"content-length: 1048576\r\n\r\n--x\r\n")
         wait_for(503)
     wait_for(200, 400)
+    # The page asks how far an upload is that has not begun.
+    assert served.request("GET", "/gradio_api/upload_progress?upload_id=late") == (200, b'data: {"msg": "done"}\n\n')
 
 
 def test_a_model_is_asked_with_gradios_protocol(served: Served) -> None:

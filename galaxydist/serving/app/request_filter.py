@@ -25,6 +25,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
 UPLOAD, JOIN, QUEUE_DATA, FILE = f"{API}/upload", f"{API}/queue/join", f"{API}/queue/data", f"{API}/file="
+PROGRESS = f"{API}/upload_progress"
 READ = {
     "/",
     "/config",
@@ -35,7 +36,7 @@ READ = {
     f"{API}/info",
     QUEUE_DATA,
     f"{API}/startup-events",
-    f"{API}/upload_progress",
+    PROGRESS,
 }
 READ_BELOW = ("/assets/", "/static/", f"{API}/heartbeat/", FILE)
 WRITE = {UPLOAD, JOIN, f"{API}/cancel", f"{API}/reset"}
@@ -108,7 +109,8 @@ class RequestFilter:
         try:
             receive = await self._check(scope, receive)
             with self._room_for(scope):
-                await self._app(scope, receive, answer.hide_full_queue if scope["path"] == JOIN else answer.send)
+                senders = {JOIN: answer.hide_full_queue, PROGRESS: answer.hide_unknown_upload}
+                await self._app(scope, receive, senders.get(scope["path"], answer.send))
         except RefusedError as error:
             await answer.refuse(error.status, str(error))
         except (TypeError, KeyError, ValueError):
@@ -241,6 +243,18 @@ class _Answer:
         if message["type"] == "http.response.start" and message["status"] == 503:
             self._is_replaced = True
             await self.refuse(503, BUSY)
+            return
+        await self.send(message)
+
+    async def hide_unknown_upload(self, message: Message) -> None:
+        """Send; where gradio has not seen an upload within three seconds, the end of its progress bar instead of an error."""
+        if self._is_replaced:
+            return
+        if message["type"] == "http.response.start" and message["status"] == 404:
+            self._is_replaced = True
+            headers = [(b"content-type", b"text/event-stream")]
+            await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self.send({"type": "http.response.body", "body": b'data: {"msg": "done"}\n\n'})
             return
         await self.send(message)
 
