@@ -165,10 +165,9 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             test = json.loads((known_run / PUBLISHED / "results.json").read_text())["test"]
             label = CLASS_NAMES.index(name)
             precision, called = test["per_class"]["precision"][label], test["per_class"]["predicted"][label]
-            assert (
-                f"Measured on {test['count']} test galaxies: {100 * test['accuracy']:.1f}\xa0% right (95\xa0% interval " in text
-            )
-            assert f"Of the {called} that it called {name}, {100 * precision:.1f}\xa0% are (95\xa0% interval " in text
+            assert f"Measured: right for {100 * test['accuracy']:.1f}\xa0% (95\xa0% interval " in text
+            assert f" of its {test['count']} test galaxies, and for {100 * precision:.1f}\xa0% (95\xa0% interval " in text
+            assert f" of the {called} that it called {name}." in text
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.
