@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ import pytest
 from PIL import Image
 
 import galaxydist
+from galaxydist.errors import EXIT_INTERRUPTED
 from galaxydist.prediction.published_folder import is_published
 from galaxydist.serving.app.published_model import PUBLISHED
-from galaxydist.serving.run_app import find_publication
+from galaxydist.serving.run_app import find_publication, publish_runs
 from tests.helpers.blobs import CLASS_NAMES, BlobSurvey
 from tests.helpers.browser import Browser
 from tests.helpers.published import PublishedRun, train_blobs
@@ -310,3 +312,19 @@ def test_errors_of_the_command_are_one_message(served: Served, tmp_path: Path) -
     (damaged / "reference.npz").write_bytes(b"PK")
     assert "reference.npz is damaged" in run(damaged)
     assert "not an address of this machine" in run(served.folder / "second", "--host", "192.0.2.1")
+
+
+def test_ctrl_c_while_a_run_is_published_leaves_nothing_half_written(published_run: PublishedRun, tmp_path: Path) -> None:
+    out = tmp_path / "published"
+
+    def end_when_it_writes() -> None:
+        deadline = time.monotonic() + 120
+        while not (written := any(tmp_path.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if written:
+            os.kill(os.getpid(), signal.SIGTERM)  # as the app ends the process that publishes
+
+    Thread(target=end_when_it_writes).start()
+    asked = json.dumps({"runs": [[str(published_run.run_dir), str(out), ""]], "trust_code": False})
+    assert publish_runs(asked, os.environ) == EXIT_INTERRUPTED
+    assert list(tmp_path.iterdir()) == []
