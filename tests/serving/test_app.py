@@ -170,7 +170,7 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             assert f"Measured: right for {100 * test['accuracy']:.1f}\xa0% (95\xa0% interval " in text
             assert f" of its {test['count']} test galaxies, and for {100 * precision:.1f}\xa0% (95\xa0% interval " in text
             assert f" of the {called} that it called {name}." in text
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.fits_window()
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.
         first.evaluate("document.querySelector('#gd-model input').focus()")
@@ -211,6 +211,11 @@ def test_bad_uploads_get_a_sentence_and_many_pictures_a_table(served: Served, tm
         link = page.evaluate("document.querySelector('#gd-table a[download]').href")
         table = base64.b64decode(link.partition("base64,")[2]).decode().splitlines()
         assert table[0].startswith("name,predicted,confidence,p_round,p_flat,p_pair,") and table[1].startswith("'=flat.png,flat,")
+        for tab in ("Many pictures", "About the model"):
+            page.resize(1280)
+            page.open_tab(tab)
+            page.resize(390)
+            assert page.fits_window(), tab
         page.check_quiet()
 
 
