@@ -306,7 +306,7 @@ class TrainLoader(_Loader):
         manifest: the shards.
         seed: seed of the run.
         batch_size: G, the global batch size.
-        num_streams: number of canonical streams of the order.
+        num_streams: number of streams of the order.
         balance: ``none``, or ``resample`` for even classes.
         ranks: this process among the ranks of the run.
         decode: options of decoding.
