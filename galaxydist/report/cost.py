@@ -1,7 +1,7 @@
 """Device hours of runs: used, and of these lost to restarts, start-up, waiting for data, checkpoints and validations.
 
-The times at which each start of a run begins and ends come from its events, from the records of the batch script, and from SLURM's
-accounting where it exists. The parts of a start add up to its time; what nothing records is its part ``unknown``.
+Each start of a run has its times from its events, from the records of the batch script, and from SLURM's accounting where it
+exists. The parts of a start add up to its time; what nothing records is its part ``unknown``.
 """
 
 import contextlib
