@@ -1,7 +1,7 @@
 """Decoding of stored images: positioned reads of local tars, decoded straight into a batch's memory.
 
-Both release Python's lock, so that threads do the work of processes. What is between them holds it, for all threads together:
-each thread reads and decodes its images in one loop, without a call of the pool or an object for each of them.
+Both release the GIL, so that no worker processes are needed. The Python code between them holds it: therefore each thread reads and
+decodes its images in one loop, without a call of the pool or an object for each image.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Loaders of training and evaluation batches, decoded ahead by a pool of threads.
 
-A loader starts no processes: positioned reads and the decoders release Python's lock. Batches come in the order of
+A loader starts no processes: positioned reads and the decoders release the GIL. Batches come in the order of
 ``shards/order.py`` and are never taken from the order in which the threads finish.
 """
 

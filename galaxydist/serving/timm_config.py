@@ -175,7 +175,7 @@ def compare_with_timm(trained: TrainedModel, keys: Mapping[str, Any], weights: P
         (folder / WEIGHTS).symlink_to(weights.absolute())
         try:
             built: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        except Exception as error:  # of any model of timm
+        except Exception as error:  # a model may raise anything
             return f"timm cannot build it ({type(error).__name__}: {first_line(error)})"
     size = trained.recipe.data.image_size
     draws = uniform(0, torch.arange(2 * 3 * size * size).numpy())
