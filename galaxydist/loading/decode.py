@@ -1,7 +1,7 @@
 """Decoding of stored images: positioned reads of local tars, decoded straight into a batch's memory.
 
-Both release the GIL, so that no worker processes are needed. The Python code between them holds it: therefore each thread reads and
-decodes its images in one loop, without a call of the pool or an object for each image.
+Both release the GIL, so that no worker processes are needed. The Python code between them holds it: therefore each thread reads
+and decodes its images in one loop, without a call of the pool or an object for each image.
 """
 
 import contextlib
