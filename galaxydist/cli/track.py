@@ -30,7 +30,7 @@ def _add_push(commands: Commands) -> None:
         "push",
         run_push,
         "send run folders to a tracker",
-        description="Send what run folders hold to a tracker: runs that are training, were stopped, crashed or are finished. What the "
+        description="Send run folders to a tracker, of runs that are training, were stopped, crashed or are finished. What the "
         "tracker has already is not sent again, so that the command may be repeated. A run that sends itself is left out until "
         "it ends.",
         epilog=EPILOG,
