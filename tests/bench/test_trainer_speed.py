@@ -101,9 +101,10 @@ def test_last_step_ignores_a_half_written_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_world")
 def test_bench_trainer_compares_runs_with_equal_losses(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--image-size", "32", "--batch-size", "8", "--width", "4", "--precision", "fp64"]
+    models = ["custom_cnn", "timm/test_resnet"]  # one of them has a width
+    small = ["--models", *models, "--image-size", "32", "--batch-size", "8", "--width", "4", "--precision", "fp64"]
     results = run(capsys, "trainer", "--rounds", "2", "--steps", "3", *small)
-    assert [result["model"] for result in results] == ["custom_cnn", "resnet18"]
+    assert [result["model"] for result in results] == models
     for result in results:
         assert result["task"] == "trainer" and result["ours"] > 0 and result["bare"] > 0 and result["augment_s"] > 0
         assert result["ratio_least"] <= result["ratio"] <= result["ratio_greatest"]
