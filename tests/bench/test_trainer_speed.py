@@ -114,7 +114,8 @@ def test_bench_trainer_compares_runs_with_equal_losses(capsys: pytest.CaptureFix
         assert (result["image_size"], result["batch_size"], result["steps"], result["rounds"]) == (32, 8, 3, 2)
 
 
-@pytest.mark.slow
+# These two start eight interpreters, and what they do is proved by tests of the trainer.
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_bench_scaling_runs_1_and_2_processes(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "custom_cnn", "--image-size", "32", "--batch-size", "4"]
@@ -124,7 +125,7 @@ def test_bench_scaling_runs_1_and_2_processes(capsys: pytest.CaptureFixture[str]
     assert result["threads"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_startup_measures_fresh_and_continued_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = ["--num-galaxies", "100", "--rounds", "1", "--step", "2"]
