@@ -183,7 +183,8 @@ def merge_predictions(
             here = slice(int(rows["sample"][0]), int(rows["sample"][-1]) + 1)
             block: dict[str, Any] = {name: rows[name] for name in row_dtype(info.num_classes).names or ()}
             block |= {name: values_N[here] for name, values_N in known.items()}
-            block |= {name: catalogue.column(name).slice(here.start, len(rows)).to_pylist() for name in names}
+            texts = catalogue.select(names).slice(here.start, len(rows))
+            block |= {name: texts.column(name).cast("string").to_pylist() for name in names}
             if in_validation_N is not None:
                 block["in_validation"] = in_validation_N[here]
             if has_scale:

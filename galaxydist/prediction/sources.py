@@ -455,7 +455,7 @@ class ShardsToLabel:
         import pyarrow.compute as pc
 
         if SOURCE_ID in table.column_names:
-            own = pc.coalesce(table.column(SOURCE_ID), table.column("id"))
+            own = pc.coalesce(table.column(SOURCE_ID).cast("string"), table.column("id"))
             table = table.set_column(0, "id", own).drop_columns([SOURCE_ID])
         table = table.drop_columns([name for name in (PIXEL_HASH, "split") if name in table.column_names])
         table = table.append_column("split", pa.array([part] * len(table), pa.string()))

@@ -305,7 +305,7 @@ def test_evaluation_on_other_data_uses_the_temperature_of_the_run(
     class Others(KnownBlobs):
         def read(self, start: int, stop: int) -> Iterator[Galaxy]:
             for galaxy in super().read(start, stop):
-                texts = {"redshift": "0.1?", "pxscale": "unknown"}
+                texts = {"redshift": "0.1?", "pxscale": "unknown", "source_id": 7}
                 yield replace(galaxy, id=f"other{galaxy.id}", ra=200 + (galaxy.ra or 0), extras=texts)
 
     survey = Others(num_galaxies=60, size=32, name="other", variant="balanced")
@@ -319,7 +319,8 @@ def test_evaluation_on_other_data_uses_the_temperature_of_the_run(
     fitted = found["calibration"]["temperature"]
     assert fitted["fitted_on"]["manifest_hash"] == read_manifest(manifest_path).hash and fitted["count"] == 48
     assert fitted["value"] == read_evaluation(run_dir)["calibration"]["temperature"]["value"]
-    assert read_predictions(folder / "test-predictions.parquet").info.units["size"] == "pixel"
+    predictions = read_predictions(folder / "test-predictions.parquet")
+    assert predictions.info.units["size"] == "pixel" and set(predictions.column("source_id")) == {"7"}
     # By its predictions alone: the validation split's lie in the folder above.
     assert main(["evaluate", "--predictions", str(folder / "test-predictions.parquet"), "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "test.json").read_text()) == found
