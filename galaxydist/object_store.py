@@ -374,29 +374,26 @@ def download(
     stop: threading.Event,
     num_bytes: int | None = None,
     sha256: bytes | None = None,
-    version: str = "",
     attempts: int = ATTEMPTS,
 ) -> None:
     """Copy a file of a store to ``path`` and verify it, with growing pauses between attempts.
 
-    The number of requests is 1 plus the failures; without a digest, two more compare size and version before and after.
+    The number of requests is 1 plus the failures.
 
     Args:
         store, name: the file.
         path: is overwritten; after an error it may be incomplete or missing.
         stop: ends attempts and pauses when it is set.
         num_bytes, sha256: expected size and digest of the file, if known.
-        version: without a digest, the version that the store must have (``Store.stat``); empty: any.
         attempts: largest number of attempts.
 
     Raises:
         StoppedError: ``stop`` was set.
         MissingError: the store has no such file.
-        UserError: the file cannot be fetched, was replaced, or keeps differing from the manifest.
+        UserError: the file cannot be fetched, or keeps differing from the manifest.
         OSError: the local file cannot be written.
     """
     wrong = 0
-    has_version = sha256 is None and num_bytes is not None
 
     def attempt() -> None:
         nonlocal wrong
@@ -414,11 +411,7 @@ def download(
                 "Copy the whole folder of shards there again, manifest.json last."
             ) from None
 
-    if has_version:
-        _check_version(store, name, num_bytes, version, stop=stop)
     retried(attempt, store.url(name), stop, attempts)
-    if has_version:  # replaced meanwhile?
-        _check_version(store, name, num_bytes, version, stop=stop)
 
 
 def retried(attempt: Callable[[], T], url: str, stop: threading.Event, attempts: int) -> T:
@@ -443,10 +436,19 @@ def retried(attempt: Callable[[], T], url: str, stop: threading.Event, attempts:
         ) from error
 
 
-def _check_version(store: Store, name: str, num_bytes: int | None, version: str, *, stop: threading.Event) -> None:
-    """Raise a UserError if a file of a store has another size or version (empty: any) than when it was indexed."""
+def check_version(store: Store, name: str, num_bytes: int | None, version: str, *, stop: threading.Event) -> None:
+    """Check that a file of a store is the one that was seen earlier, by its size and version.
+
+    Args:
+        store, name: the file.
+        num_bytes, version: as ``Store.stat`` returned them; None and empty: not known.
+        stop: ends attempts when it is set.
+
+    Raises:
+        UserError: the file was replaced; or as :func:`download`.
+    """
     size, found = retried(lambda: store.stat(name), store.url(name), stop, ATTEMPTS)
-    if size != num_bytes or (version and found != version):
+    if (num_bytes is not None and size != num_bytes) or (version and found != version):
         raise UserError(
             f"{store.url(name)} was replaced after it was indexed ({num_bytes} bytes of version {version or 'unknown'} then, "
             f"{size} bytes of version {found or 'unknown'} now): index it again"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import MARGIN
-from galaxydist.object_store import Store, download
+from galaxydist.object_store import Store, check_version, download
 from galaxydist.shards.catalogue import ID, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
 from galaxydist.shards.manifest import (
     COLUMNS,
@@ -309,11 +309,11 @@ def _tar_file(shard: _Shard, manifest: Manifest) -> Iterator[Path]:
         yield path
         return
     store, stop = Store(manifest.shard_folder), threading.Event()
-    version = manifest.shard_version(shard.split, shard.number)
+    if sha256 is None:
+        check_version(store, shard.name, shard.num_bytes, manifest.shard_version(shard.split, shard.number), stop=stop)
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as folder:
-        path = Path(folder) / "tar"
-        download(store, shard.name, path, stop=stop, num_bytes=shard.num_bytes, sha256=sha256, version=version)
-        yield path
+        download(store, shard.name, Path(folder) / "tar", stop=stop, num_bytes=shard.num_bytes, sha256=sha256)
+        yield Path(folder) / "tar"
 
 
 def _duplicate_ids(manifest: Manifest) -> list[str]:

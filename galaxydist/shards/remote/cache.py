@@ -29,7 +29,7 @@ from pathlib import Path
 
 from galaxydist.atomic_files import NO_SPACE, fsync_file
 from galaxydist.errors import UserError
-from galaxydist.object_store import StoppedError, Store, download
+from galaxydist.object_store import StoppedError, Store, check_version, download
 
 
 class SharedFile:
@@ -382,8 +382,14 @@ class RemoteFolder:
             allow_over_limit: as in ``Cache.get_or_fetch``.
         """
 
+        def check() -> None:
+            if sha256 is None:
+                check_version(self.store, name, num_bytes, version, stop=self.stop)
+
         def fetch(path: Path) -> None:
-            download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256, version=version)
+            check()
+            download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256)
+            check()  # it may have been replaced meanwhile
 
         return self.cache.get_or_fetch(
             CacheEntry(f"{self._name}/{entry or name}", num_bytes), fetch, stop=self.stop, allow_over_limit=allow_over_limit
