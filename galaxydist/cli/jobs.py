@@ -79,8 +79,8 @@ COST_EPILOG = """examples:
   galaxydist cost runs/sweep           a sweep, with its sum
   galaxydist cost runs/sweep --json    the same for a program, with every start of every run
 
-Device hours count every start of a run, from the begin of its job or process to its end, times its GPUs; without a GPU times its
-CPU cores. "lost" are steps that a restart had to take again, "unknown" is what neither the run folder nor SLURM tells.
+Device hours count every start of a run, from the start to the end of its job or process, times its GPUs; without a GPU times its
+CPU cores. "lost" are steps that a restart repeated, "unknown" is what neither the run folder nor SLURM records.
 """
 
 
@@ -127,7 +127,7 @@ def find_folder(text: str) -> Path:
     for path in (Path(text), RUNS / text):
         if path.is_dir():
             return path
-    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run folder, or a folder that contains some.")
+    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}; `galaxydist status FOLDER` lists the runs of a folder")
 
 
 def run_status(arguments: argparse.Namespace) -> None:

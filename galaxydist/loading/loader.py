@@ -1,6 +1,6 @@
 """Loaders of training and evaluation batches, decoded ahead by a pool of threads.
 
-A loader starts no processes: positioned reads and the decoders release Python's lock. Batches come in the order of
+A loader starts no processes: positioned reads and the decoders release the GIL. Batches come in the order of
 ``shards/order.py`` and are never taken from the order in which the threads finish.
 """
 
@@ -179,12 +179,13 @@ DECODE_DEFAULTS = DecodeOptions()
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Samples of a batch before it is decoded; -1 is padding."""
+    """Samples of a batch before it is decoded; -1 is padding. ``ends_step`` is False if another batch has the same step."""
 
     samples: Int64
     positions: Int64
     epoch: int
     step: int
+    ends_step: bool = True
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,8 @@ class _Loader(Iterator[Batch]):
             pending = self._pending.popleft()
             batch = self._finish(pending, dict(failure for task in pending.tasks for failure in task.result().items()))
             self.wait_s += time.perf_counter() - started
-            self._images.advance(batch.step)
+            if pending.plan.ends_step:
+                self._images.advance(batch.step)
             if batch.errors and self._raises:
                 raise next(iter(batch.errors.values()))
         except BaseException:
@@ -306,7 +308,7 @@ class TrainLoader(_Loader):
         manifest: the shards.
         seed: seed of the run.
         batch_size: G, the global batch size.
-        num_streams: number of canonical streams of the order.
+        num_streams: number of streams of the order.
         balance: ``none``, or ``resample`` for even classes.
         ranks: this process among the ranks of the run.
         decode: options of decoding.
@@ -456,4 +458,5 @@ class EvalLoader(_Loader):
     def _plan_batches(self) -> Iterator[BatchPlan]:
         for chunk, number in self._numbers():
             positions = number * self._batch_size + np.arange(self._batch_size)
-            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, chunk)
+            ends_chunk = (number + 1) % self._chunks.length == 0 or positions[-1] >= self.num_samples - 1
+            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, chunk, ends_chunk)
