@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from galaxydist.atomic_files import read_json
 from galaxydist.errors import UserError, first_line
-from galaxydist.evaluation.evaluator import read_run_recipe, rebuild_model
+from galaxydist.evaluation.run_model import read_run_recipe, rebuild_model
 from galaxydist.loading.training_data import TrainingData
 from galaxydist.models.hub_weights import CONFIG_FILE, HUB_FILE
 from galaxydist.models.own_function import trusts_code

@@ -219,7 +219,7 @@ class WandbSink:
     def _send_model(self, end: RunEnd) -> None:
         import wandb
 
-        from galaxydist.evaluation.evaluator import save_weights
+        from galaxydist.evaluation.run_model import save_weights
 
         folder = self._data_dir.parent / "model"
         weights, card = folder / "model.safetensors", folder / "README.md"

@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 from galaxydist.atomic_files import disk_error
 from galaxydist.cpus import bounded_map
 from galaxydist.errors import DamagedImageError, UserError, name_some
-from galaxydist.object_store import PROTOCOLS, MissingError, Store, download
+from galaxydist.object_store import PROTOCOLS, Store, download
+from galaxydist.store_errors import MissingError
 from galaxydist.surveys.image_files import EXTENSIONS, parse_image
 
 logger = logging.getLogger(__name__)

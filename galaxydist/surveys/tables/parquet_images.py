@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
-from galaxydist.object_store import MissingError
+from galaxydist.store_errors import MissingError
 from galaxydist.surveys.image_arrays import ArrayLayout
 from galaxydist.surveys.image_files import group_equal_rows, parse_image
 from galaxydist.surveys.tables.file_tree import FileTree, is_hashed_whole
