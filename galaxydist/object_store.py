@@ -6,7 +6,6 @@ and ``RemoteFile`` decide about retries.
 
 import asyncio
 import concurrent.futures
-import hashlib
 import importlib.util
 import io
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
+from galaxydist.atomic_files import file_sha256
 from galaxydist.errors import UserError
 from galaxydist.store_errors import TransientError, classify_error
 
@@ -351,11 +351,8 @@ def _verify(path: Path, num_bytes: int | None, sha256: bytes | None) -> None:
     found = path.stat().st_size
     if num_bytes is not None and found != num_bytes:
         raise WrongContentError(f"{found} bytes instead of {num_bytes}")
-    if sha256 is not None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-        if digest != sha256:
-            raise WrongContentError(f"its SHA-256 is {digest.hex()[:16]}..., not {sha256.hex()[:16]}...")
+    if sha256 is not None and (digest := file_sha256(path)) != sha256.hex():
+        raise WrongContentError(f"its SHA-256 is {digest[:16]}..., not {sha256.hex()[:16]}...")
 
 
 def _log_retry(url: str, state: "RetryCallState") -> None:

@@ -109,7 +109,8 @@ def going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
     """Return a function that tells if a run runs here or waits or runs as a job; SLURM is asked once in a while."""
     from galaxydist.cluster.status import read_overview
     from galaxydist.runs.folder import RunFolder
-    from galaxydist.tracking.push import has_end, is_running
+    from galaxydist.runs.lock import live_owner
+    from galaxydist.tracking.push import has_end
 
     asked_at, active = -SLURM_S, set[Path]()
 
@@ -119,6 +120,7 @@ def going_by_slurm(folders: list[Path]) -> Callable[[Path], bool]:
             statuses = read_overview(folders).runs
             active = {status.run for status in statuses if status.group in ("running", "pending", "unknown")}
             asked_at = time.monotonic()
-        return not has_end(RunFolder(run)) and (run in active or is_running(RunFolder(run)))
+        folder = RunFolder(run)
+        return not has_end(folder) and (run in active or live_owner(folder.lock_path) is not None)
 
     return is_going

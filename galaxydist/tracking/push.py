@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Literal
 from galaxydist.errors import UserError, first_line
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder, TrackerName
-from galaxydist.runs.lock import STALE_SECONDS, is_alive, pid_space, read_owner
+from galaxydist.runs.lock import live_owner
 from galaxydist.tracking.follower import Destination, Follower, last_contact, tracker_run_id
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.run_tracker import exclusive
@@ -88,21 +87,9 @@ def has_end(folder: RunFolder) -> bool:
     return folder.is_finished or folder.is_pruned
 
 
-def is_running(folder: RunFolder) -> bool:
-    """Return True if a process holds the run folder: by its process on this machine, else by its heartbeat."""
-    owner = read_owner(folder.lock_path)
-    if owner is None:
-        return False
-    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
-        return is_alive(owner)
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - folder.lock_path.stat().st_mtime < STALE_SECONDS
-    return False
-
-
 def sends_itself(folder: RunFolder, name: TrackerName) -> bool:
     """Return True if a run is going on and its own process sends it to a tracker."""
-    if not (folder.is_started and is_running(folder)):
+    if not (folder.is_started and live_owner(folder.lock_path) is not None):
         return False
     with contextlib.suppress(UserError):
         return bool(folder.read_recipe().recipe.get("tracker.name") == name)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from galaxydist.atomic_files import NO_SPACE, rename, whole_file
+from galaxydist.atomic_files import NO_SPACE, file_sha256, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
@@ -36,7 +36,6 @@ from galaxydist.shards.manifest import (
     Split,
     catalogue_name,
     column_name,
-    file_sha256,
     manifest_json,
     read_manifest,
 )
