@@ -240,7 +240,7 @@ def _no_logs(files: "JobFiles", rank: int) -> str:
 
 def run_cancel(arguments: argparse.Namespace) -> None:
     """Cancel jobs, after a confirmation if there are several."""
-    from galaxydist.cluster.cancel import cancel, find_targets
+    from galaxydist.cluster.running_jobs import cancel, find_targets
 
     jobs, notes = find_targets(arguments.targets, find_folder)
     for text in notes:

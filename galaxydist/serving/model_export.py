@@ -169,8 +169,7 @@ def _stored_galaxies(
 
 
 def _simulated_galaxies(trained: TrainedModel) -> NDArray[np.uint8]:
-    from galaxydist.surveys.simulate.population import plan_survey
-    from galaxydist.surveys.simulate.survey import draw_slab
+    from galaxydist.surveys.simulate.survey import draw_slab, plan_survey
 
     images_BHWC, _, _ = draw_slab(plan_survey(NUM_CHECKED, seed=0, balanced=True), 0, NUM_CHECKED)
     form = ImageForm.of(trained.stored, trained.recipe.data, resize=True)

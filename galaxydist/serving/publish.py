@@ -53,8 +53,7 @@ from galaxydist.serving.timm_config import (
     prepares_alike,
 )
 from galaxydist.serving.whole_folder import check_target, whole_folder
-from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
-from galaxydist.surveys.licences import is_non_commercial, model_licence
+from galaxydist.surveys.data_origin import DataOrigin, is_non_commercial, legacy_layer, model_licence
 from galaxydist.tracking.run_info import nested, without_secrets
 from galaxydist.version import __version__
 
