@@ -377,18 +377,17 @@ def _is_leaving(state: Mapping[str, str]) -> bool:
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
 
-def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends_anyway: bool = False) -> str:
+def requeue_patiently(job_id: str, *, ends_anyway: bool) -> str:
     """Requeue a job; retry if slurmctld does not answer for some minutes.
 
     Args:
         job_id: the job.
-        pauses_s: pauses between the attempts.
         ends_anyway: SLURM is already ending the job, which must start again afterwards.
 
     Returns:
         An empty string on success, ``LEAVING`` if SLURM is already ending the job, else SLURM's message.
     """
-    for number, pause_s in enumerate((*pauses_s, 0.0)):
+    for number, pause_s in enumerate((*PAUSES_S, 0.0)):
         if number and not ends_anyway and _is_leaving(_read_job(job_id)):
             return ""  # an earlier request had arrived, but not its answer
         refusal = _requeue(job_id)
