@@ -141,7 +141,7 @@ class TensorCopies:
             self._buffers[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         self._copied = {}
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-            self._copied[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied[device] = torch.cuda.Event(blocking=True)
             self._copied[device].record(torch.cuda.current_stream(device))
         return dict(self._buffers)
 
@@ -156,7 +156,7 @@ class TensorCopies:
             for device, event in self._copied.items():
                 event.synchronize()
                 if device not in self._streams:
-                    self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    self._streams[device] = torch.cuda.Stream(device)
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             yield
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
+from typing import Literal
 
 from rich.console import Group as Lines
 from rich.console import RenderableType
@@ -97,8 +98,8 @@ def render_overview(overview: Overview, width: int) -> RenderableType:
     has_room = bool(failing) and width - used >= _ERROR_WIDTH
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in columns:
-        justify = "right" if column.is_number else "left"
-        table.add_column(column.title, justify=justify, no_wrap=column.rank > 0, overflow="fold")  # type: ignore[arg-type]
+        justify: Literal["left", "right"] = "right" if column.is_number else "left"
+        table.add_column(column.title, justify=justify, no_wrap=column.rank > 0, overflow="fold")
     if has_room:
         table.add_column("last error", overflow="fold", min_width=_ERROR_WIDTH)
     for status in overview.runs:
