@@ -81,15 +81,6 @@ class Validation:
     calibration: Sequence[Mapping[str, Any]] = ()
 
 
-def read_validations(folder: RunFolder) -> list[Validation]:
-    """Return the validations of a run, oldest first; none if the run folder is of an earlier version.
-
-    Raises:
-        UserError: a line of validation.jsonl is damaged.
-    """
-    return [validation_of(line, folder) for line in folder.validations.read()]
-
-
 def validation_of(line: Mapping[str, Any], folder: RunFolder) -> Validation:
     """Return the validation that a line of validation.jsonl holds."""
     galaxies = [

@@ -20,7 +20,6 @@ from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.tracking.sink import read_validations
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.checkpoints import load_best
 from tests.helpers.forked_runs import run_forked, train
@@ -32,6 +31,7 @@ from tests.helpers.runs import (
     read_evaluation,
     read_losses,
     read_metrics,
+    read_validations,
     run_here,
 )
 
