@@ -90,7 +90,7 @@ class _Recorder(TorchDispatchMode):
     """Records the allocated bytes after each operation; the storages of ``known`` tensors are not counted."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: list[int] = []
         self._alive = 0
         self._births: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

@@ -42,7 +42,7 @@ class _Loader(yaml.BaseLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # short files need no aliases, and an alias may contain itself
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, f"aliases (*name) are not used in {self.noun}s", mark)
         return super().compose_node(parent, index)
 
