@@ -28,6 +28,7 @@ from galaxydist.cluster.status import (
     read_status,
 )
 from galaxydist.cluster.status_table import duration_text, render_overview, summary_text
+from galaxydist.runs.events import Event, append_event, read_last_event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.listing import find_runs
 from galaxydist.runs.lock import RunLock
@@ -64,6 +65,17 @@ def test_status_of_a_finished_run_without_job_is_finished_with_progress(finished
     )
     assert status.progress.img_s is not None
     assert status.progress.img_s > 0
+    assert status.to_dict()["last_event"]["kind"] == "finish"
+
+
+def test_last_event_is_the_newest_one_that_this_version_knows(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert read_last_event(path) is None
+    for event in (Event(1.0, "start", "begins"), Event(2.0, "data_wait", "waits", 7)):
+        append_event(path, event)
+    with path.open("a") as file:
+        file.write('{"time": 3.0, "kind": "of a later version", "text": ""}\n{"time": 4.0, "kind": "st')
+    assert read_last_event(path) == event
 
 
 def test_run_without_job_is_running_while_its_lock_is_held_and_stopped_after(finished: Path, tmp_path: Path) -> None:
@@ -352,8 +364,9 @@ def show(overview: Overview, width: int) -> list[str]:
 def test_status_table_fits_any_terminal_width_without_truncation(width: int) -> None:
     progress = Progress(120, 4800, 1.5, 60, 1234.5, "balanced_accuracy", 0.8123, 192, 1.0)
     name, error = "sweep/" + "vit_scratch-balanced-seed" * 2, "a long error " * 12 + "[red]with its end"
+    event = Event(time.time() - 60, "data_wait", "waits", 7)
     runs = (
-        RunStatus(Path("a"), name, "RUNNING", "", JOB, "n[1-2]", progress, 3, 3600.0),
+        RunStatus(Path("a"), name, "RUNNING", "", JOB, "n[1-2]", progress, 3, 3600.0, None, event),
         RunStatus(Path("b"), "b", "OUT_OF_MEMORY", "x" * 100, JOB, "n1", progress, 0, None, error),
     )
     lines = show(Overview(runs, "SLURM did not answer"), width)
@@ -364,7 +377,7 @@ def test_status_table_fits_any_terminal_width_without_truncation(width: int) -> 
     if width >= 60:
         assert "120/4800" in text
     if width >= 200:
-        for word in ("1,234", "0.8123balanced", "1h00m", "1.5/60", "n[1-2]", JOB.job_id):
+        for word in ("1,234", "0.8123balanced", "1h00m", "1.5/60", "n[1-2]", "data_wait1mago", JOB.job_id):
             assert word in text
     assert "".join(error.split())[-12:] in text or width >= 140  # wrapped in a column of its own there
     assert sum("…" in line for line in lines) == 0
