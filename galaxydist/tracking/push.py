@@ -141,7 +141,7 @@ class Pusher:
         destination = options.destination(folder)
         if not is_writable(folder) and options.name != "trackio":  # which knows itself what it has
             raise UserError(
-                f"{folder} cannot be written, and what {options.name} has is noted there: send a copy of the run folder, or look at "
+                f"{folder} cannot be written, and what {options.name} has is noted there: send a copy of the run folder, or show "
                 "it with `galaxydist dashboard local`"
             )
         self.folder = folder
