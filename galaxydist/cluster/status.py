@@ -232,13 +232,13 @@ def read_overview(folders: Sequence[Path]) -> Overview:
     for run, name in names.items():
         try:
             jobs[run] = JobFiles(run).jobs()
-        except (UserError, PermissionError) as error:
+        except (UserError, OSError) as error:
             runs.append(RunStatus(run, name, DAMAGED, last_error=str(error)))
     known, slurm_error = _read_job_states([job for run_jobs in jobs.values() for job in run_jobs])
     for run, run_jobs in jobs.items():
         try:
             runs.append(read_status(run, names[run], run_jobs, known))
-        except (UserError, PermissionError) as error:
+        except (UserError, OSError) as error:
             runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
     labels = label_runs({run: read_settings(run) for run in jobs})
     runs = [dataclasses.replace(status, label=labels.get(status.run, "")) for status in runs]

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
@@ -16,8 +16,8 @@ from galaxydist.runs.folder import RunFolder, TrackerName
 from galaxydist.tracking.run_info import build_end, build_info
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.sink import RunInfo, Sink
+from galaxydist.tracking.wandb_sink import WandbMode, choose_wandb_mode
 
-WandbMode = Literal["online", "offline"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 
 
@@ -40,8 +40,6 @@ class Destination:
     @property
     def wandb_mode(self) -> WandbMode:
         """Mode in which wandb would be opened now."""
-        from galaxydist.tracking.wandb_sink import choose_wandb_mode
-
         return self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
 
     def open(self, info: RunInfo) -> Sink:

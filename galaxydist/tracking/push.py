@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Literal
 from galaxydist.errors import UserError, first_line
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder, TrackerName
-from galaxydist.runs.lock import STALE_SECONDS, is_alive, pid_space, read_owner
+from galaxydist.runs.lock import live_owner
 from galaxydist.tracking.follower import Destination, Follower, is_writable, last_contact, tracker_run_id
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.run_tracker import exclusive
@@ -88,15 +87,8 @@ def has_end(folder: RunFolder) -> bool:
 
 
 def is_running(folder: RunFolder) -> bool:
-    """Return True if a process holds the run folder: by its process on this machine, else by its heartbeat."""
-    owner = read_owner(folder.lock_path)
-    if owner is None:
-        return False
-    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
-        return is_alive(owner)
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - folder.lock_path.stat().st_mtime < STALE_SECONDS
-    return False
+    """Return True if a process holds the run folder."""
+    return live_owner(folder.lock_path) is not None
 
 
 def sends_itself(folder: RunFolder, name: TrackerName) -> bool:

@@ -340,16 +340,18 @@ def test_overview_sorts_running_first_keeps_damaged_runs_and_counts_groups(finis
         copy_run(finished, tmp_path / name, is_finished=True)
     copy_run(finished, tmp_path / "away", job_id="77")
     (copy_run(finished, tmp_path / "torn").run_dir / "failure.json").write_text("{")
+    (copy_run(finished, tmp_path / "unreadable").run_dir / "failure.json").mkdir()  # as a file system that fails
     copy_run(finished, tmp_path / "damaged").jobs_path.write_text("{}\n")
     copy_run(finished, tmp_path / "zzz")
     with RunLock(tmp_path / "zzz" / "lock.json", host=socket.gethostname(), pid=os.getpid(), clock=time.time):
         overview = read_overview([tmp_path, tmp_path / "zzz"])
-    assert [status.name for status in overview.runs] == ["zzz", "away", "damaged", "torn", "seed2", "seed10"]
-    assert [status.state for status in overview.runs] == ["RUNNING", "UNKNOWN", "DAMAGED", "DAMAGED", "FINISHED", "FINISHED"]
+    assert [status.name for status in overview.runs] == ["zzz", "away", "damaged", "torn", "unreadable", "seed2", "seed10"]
+    states = ["RUNNING", "UNKNOWN", "DAMAGED", "DAMAGED", "DAMAGED", "FINISHED", "FINISHED"]
+    assert [status.state for status in overview.runs] == states
     assert "no SLURM on this machine" in overview.slurm_error
     assert "jobs.jsonl, line 1" in (overview.runs[2].last_error or "")
     assert "failure.json" in (overview.runs[3].last_error or "")
-    assert summary_text(overview.runs) == "6 runs: 1 running, 1 unknown, 2 failed, 2 finished"
+    assert summary_text(overview.runs) == "7 runs: 1 running, 1 unknown, 3 failed, 2 finished"
     json.dumps([status.to_dict() for status in overview.runs], allow_nan=False)
 
 
