@@ -78,7 +78,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
         if method == GRAD_CAM:
             try:
                 _append_grad_cam(program, model, images_BCHW)
-            except Exception:  # of any head: its map cannot be computed without automatic differentiation
+            except Exception:  # a head may raise anything; its map then needs automatic differentiation
                 return trace_outputs(model, architecture, image_size, saliency=False)
         elif method == ROLLOUT:
             patches = _outputs(program)[2].meta["val"].shape[2:]

@@ -121,7 +121,7 @@ def test_every_architecture_is_exported_with_its_saliency(
     assert found.saliency == (ROLLOUT if is_plain_vit else GRAD_CAM)
     assert max(found.max_difference, difference) <= 1e-4
     check_outputs(model, name, tmp_path / "model.onnx", found.saliency, images_BCHW)
-    with capfd.disabled():  # the table of docs/sharing.md
+    with capfd.disabled():  # the table of docs/benchmarks.md
         print(f"\n| {name} | {found.saliency} | {found.max_difference:.0e} | {difference:.0e} |")
 
 
