@@ -67,7 +67,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
 
     Raises:
         UserError: the model has no embedding.
-        Exception: of any kind, from ``torch.export``: the model cannot be traced.
+        Exception: of any kind, from ``torch.export``: the model or its saliency map cannot be traced.
     """
     images_BCHW = torch.zeros(2, 3, image_size, image_size)
     with evaluation_mode(model), torch.no_grad(), _plain_attention(model):
@@ -76,10 +76,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
         program = trace(wrapped.eval(), images_BCHW)
         covered = image_size, image_size
         if method == GRAD_CAM:
-            try:
-                _append_grad_cam(program, model, images_BCHW)
-            except Exception:  # of any head: its map cannot be computed without automatic differentiation
-                return trace_outputs(model, architecture, image_size, saliency=False)
+            _append_grad_cam(program, model, images_BCHW)
         elif method == ROLLOUT:
             patches = _outputs(program)[2].meta["val"].shape[2:]
             height, width = (int(count) * size for count, size in zip(patches, patch_size(model), strict=True))
