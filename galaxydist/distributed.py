@@ -79,7 +79,7 @@ def write_flight_record(folder: Path, rank: int) -> Path | None:
     return path
 
 
-# Torch's own, for each of two waits: hours, which a collective may take, would hide that a rank never started.
+# Torch's default, for each of two waits; the timeout of collectives, hours, would hide that a rank never started.
 MEETING_TIMEOUT = timedelta(minutes=30)
 MEETING_WARNING_S = 60.0
 

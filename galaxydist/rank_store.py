@@ -40,9 +40,9 @@ FAILURE_POLL_S = 1.0
 # The store may be rank 0's own: it stays that long until the others know of the error.
 SEEN_S = 4.0
 FLUSH_S = 1.0
-# Seconds for all last works of a process together: launchers kill it 30 s after they have asked it to end.
+# Seconds for all exit tasks of a process together: launchers kill it 30 s after they have asked it to end.
 END_S = 22.0
-# A last work that begins later still has this time.
+# An exit task that begins later still has this time.
 LEAST_S = 0.5
 
 # Parts of the messages of gloo and NCCL about a connection to a rank that has ended.
@@ -233,10 +233,10 @@ class RankStore:
                 time.sleep(0.02)
 
 
-# A last work of a process that ends, and the seconds that it may take.
-LastWork = tuple[Callable[[], Any], float]
-# Ends the process after an error, with last works; returns if the process is the only one, whose error is raised as usual.
-Leave = Callable[[BaseException, Iterable[LastWork]], None]
+# An exit task of a process that ends, and the seconds that it may take.
+ExitTask = tuple[Callable[[], Any], float]
+# Ends the process after an error, with exit tasks; returns if the process is the only one, whose error is raised as usual.
+Leave = Callable[[BaseException, Iterable[ExitTask]], None]
 
 
 def run_within(seconds: float, work: Callable[[], Any]) -> None:
@@ -246,13 +246,13 @@ def run_within(seconds: float, work: Callable[[], Any]) -> None:
         with contextlib.suppress(Exception):
             work()
 
-    thread = threading.Thread(target=quietly, name="last-work", daemon=True)
+    thread = threading.Thread(target=quietly, name="exit-task", daemon=True)
     thread.start()
     thread.join(seconds)
 
 
-def end_process(code: int, works: Iterable[LastWork] = ()) -> NoReturn:
-    """Do some last works, each within its time and all within ``END_S``, and end the process without the interpreter's own end.
+def end_process(code: int, tasks: Iterable[ExitTask] = ()) -> NoReturn:
+    """Do some exit tasks, each within its time and all within ``END_S``, and end the process without the interpreter's own end.
 
     That would wait for threads, and with NCCL for the other ranks. Of several threads that call this the first one ends the
     process; the others wait.
@@ -261,7 +261,7 @@ def end_process(code: int, works: Iterable[LastWork] = ()) -> NoReturn:
         threading.Event().wait()
     deadline = time.monotonic() + END_S
     try:
-        for work, seconds in (*works, (sys.stdout.flush, FLUSH_S), (sys.stderr.flush, FLUSH_S)):
+        for work, seconds in (*tasks, (sys.stdout.flush, FLUSH_S), (sys.stderr.flush, FLUSH_S)):
             run_within(min(seconds, max(deadline - time.monotonic(), LEAST_S)), work)
     finally:
         os._exit(code)

@@ -24,7 +24,7 @@ SHORT = {
     "cli/train.py": "what launch.py imports",
     "cluster/snapshot.py": "the code that a job runs",
     "cluster/task.py": "entry point of a rank",
-    "log.py": "ground floor",
+    "log.py": "lowest layer",
     "recipe/identity.py": "a subject of its own",
     "serving/app/onnx_runtime.py": "the only importer of onnxruntime",
     "surveys/official_split.py": "reader of shipped data",

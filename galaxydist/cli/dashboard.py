@@ -17,7 +17,7 @@ stays. It needs WANDB_API_KEY (or `wandb login`) and internet access, and no run
 """
 
 LOCAL_EPILOG = """examples:
-  galaxydist dashboard local                            the runs in runs/, also those that are still going
+  galaxydist dashboard local                            the runs in runs/, also those that are training
   galaxydist dashboard local runs/sweep-a runs/sweep-b
   galaxydist dashboard local /scratch/runs --port 8000
 
@@ -79,7 +79,7 @@ def _add_local(commands: Commands) -> None:
         "local",
         run_local,
         "show runs on trackio's page, on this machine",
-        description="Store the runs of folders for trackio, follow those that are still going, and serve trackio's page on this "
+        description="Store the runs of folders for trackio, follow those that are training, and serve trackio's page on this "
         "machine's loopback address until Ctrl-C.",
         epilog=LOCAL_EPILOG,
     )

@@ -79,8 +79,8 @@ COST_EPILOG = """examples:
   galaxydist cost runs/sweep           a sweep, with its sum
   galaxydist cost runs/sweep --json    the same for a program, with every start of every run
 
-Device hours count every start of a run, from the begin of its job or process to its end, times its GPUs; without a GPU times its
-CPU cores. "lost" are steps that a restart had to take again, "unknown" is what neither the run folder nor SLURM tells.
+Device hours count every start of a run, from the start to the end of its job or process, times its GPUs; without a GPU times its
+CPU cores. "lost" are steps that a restart repeated, "unknown" is what neither the run folder nor SLURM records.
 """
 
 

@@ -49,7 +49,7 @@ def add_shard(commands: Commands) -> None:
         "shard",
         run_shard,
         "write a survey as shards",
-        description="Write a survey as shards (plain WebDataset tars) with an index and a manifest, ready for training.",
+        description="Write a survey as shards (plain WebDataset tars) with a manifest, ready for training.",
     )
     add_dataset(parser)
     add_survey(parser)
@@ -109,7 +109,10 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
         help="damaged images: raise stops, skip leaves them out and lists them (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: most images to leave out (default: 100)"
+        "--max-errors",
+        type=non_negative_int,
+        metavar="N",
+        help="with --on-error skip: largest number to leave out (default: 100)",
     )
 
 

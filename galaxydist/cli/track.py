@@ -30,7 +30,7 @@ def _add_push(commands: Commands) -> None:
         "push",
         run_push,
         "send run folders to a tracker",
-        description="Send what run folders hold to a tracker: runs that run, were stopped, crashed or are finished. What the "
+        description="Send run folders to a tracker, of runs that are training, were stopped, crashed or are finished. What the "
         "tracker has already is not sent again, so that the command may be repeated. A run that sends itself is left out until "
         "it ends.",
         epilog=EPILOG,
@@ -43,7 +43,7 @@ def _add_push(commands: Commands) -> None:
         metavar="TRACKER",
         help="wandb, trackio or tensorboard (default: %(default)s)",
     )
-    parser.add_argument("--watch", action="store_true", help="follow runs that are going on, until the last one ends or Ctrl-C")
+    parser.add_argument("--watch", action="store_true", help="follow runs that are training, until the last one ends or Ctrl-C")
     parser.add_argument("--project", metavar="NAME", help="project (default: each run's tracker.project)")
     parser.add_argument("--entity", metavar="NAME", help="team or user of wandb (default: each run's tracker.entity)")
     parser.add_argument(

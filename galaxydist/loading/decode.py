@@ -1,7 +1,7 @@
 """Decoding of stored images: positioned reads of local tars, decoded straight into a batch's memory.
 
-Both release Python's lock, so that threads do the work of processes. What is between them holds it, for all threads together:
-each thread reads and decodes its images in one loop, without a call of the pool or an object for each of them.
+Both release the GIL, so that no worker processes are needed. The Python code between them holds it: therefore each thread reads
+and decodes its images in one loop, without a call of the pool or an object for each image.
 """
 
 import contextlib
@@ -245,7 +245,7 @@ def read_samples(
     for sample, decoders in _single_samples(manifest, split, samples, factors):
         found = tuple(np.empty((1, decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
         for decoder, pixels in zip(decoders, found, strict=True):
-            for error in decoder.read(sample[None], pixels).values():
+            for error in decoder.read(np.array([sample]), pixels).values():
                 raise error
         yield int(sample), tuple(pixels[0] for pixels in found)
 
@@ -258,7 +258,7 @@ def read_stored_files(manifest: Manifest, split: str, samples: NDArray[np.int64]
     """
     for sample, (decoder,) in _single_samples(manifest, split, samples, (1,)):
         pixels = np.empty((1, decoder.size, decoder.size, 3), np.uint8)
-        for error in decoder.read(sample[None], pixels).values():
+        for error in decoder.read(np.array([sample]), pixels).values():
             raise error
         yield int(sample), decoder.read_file(int(sample)), pixels[0]
 

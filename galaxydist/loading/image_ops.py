@@ -1,4 +1,4 @@
-"""Image transforms: per-image parameters, and two backends that carry them out (torch on accelerators, OpenCV on CPUs).
+"""Image transforms: per-image parameters, and two backends that carry them out (torch on GPUs, OpenCV on CPUs).
 
 The antialiasing filter approximates that of PIL and torchvision (``antialias=True``): a triangle two output pixels wide. A
 bilinear sample alone is a triangle two input pixels wide. The missing variance (a triangle of half-width r has the variance

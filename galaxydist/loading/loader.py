@@ -1,6 +1,6 @@
 """Loaders of training and evaluation batches, decoded ahead by a pool of threads.
 
-A loader starts no processes: positioned reads and the decoders release Python's lock. Batches come in the order of
+A loader starts no processes: positioned reads and the decoders release the GIL. Batches come in the order of
 ``shards/order.py`` and are never taken from the order in which the threads finish.
 """
 
@@ -306,7 +306,7 @@ class TrainLoader(_Loader):
         manifest: the shards.
         seed: seed of the run.
         batch_size: G, the global batch size.
-        num_streams: number of canonical streams of the order.
+        num_streams: number of streams of the order.
         balance: ``none``, or ``resample`` for even classes.
         ranks: this process among the ranks of the run.
         decode: options of decoding.

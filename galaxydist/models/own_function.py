@@ -102,7 +102,7 @@ def build_own_model(config: "ModelConfig", num_classes: int, image_size: int, *,
         rates = _accepted_rates(function, config)
         try:
             model = function(num_classes, image_size, **rates)
-        except Exception as error:  # of the user's code
+        except Exception as error:  # the user's code may raise anything
             raise _failed(config.name, error) from error
         if not isinstance(model, nn.Module):
             raise UserError(
@@ -115,7 +115,7 @@ def build_own_model(config: "ModelConfig", num_classes: int, image_size: int, *,
 def _import(reference: ModelReference, name: str) -> Any:
     try:
         module = importlib.import_module(reference.name)
-    except Exception as error:  # of the user's code
+    except Exception as error:  # the user's code may raise anything
         is_missing = isinstance(error, ModuleNotFoundError) and error.name in (reference.name, reference.name.partition(".")[0])
         if is_missing:
             raise _no_module(name) from error

@@ -114,7 +114,7 @@ def check_logits(name: str, model: nn.Module, num_classes: int, image_size: int)
     """
     try:
         shape = _output_shape(model, image_size, device=next((str(p.device) for p in model.parameters()), "cpu"))
-    except Exception as error:  # of any model
+    except Exception as error:  # a model may raise anything
         raise UserError(
             f"model.name={name}: it does not take images of 2 x 3 x {image_size} x {image_size} "
             f"({type(error).__name__}: {first_line(error)})"
@@ -150,7 +150,7 @@ def size_options(config: "ModelConfig", record: ModelRecord, image_size: int) ->
             return options
         except NotImplementedError:  # an operation without a meta kernel: the model is checked when it is built
             return options
-        except Exception as error:  # of any model of timm
+        except Exception as error:  # a model may raise anything
             _refuse_rate(config, error)
             if not _UNKNOWN_ARGUMENT.search(str(error)) or not options:
                 errors.append(first_line(error))
@@ -176,7 +176,7 @@ def _takes(record: ModelRecord, published: Mapping[str, Any], image_size: int) -
     for options in _size_choices(published, image_size):
         try:
             _try_on_meta(record, {**record.arguments, **options}, image_size)
-        except Exception:  # of any model of timm
+        except Exception:  # a model may raise anything
             continue
         return True
     return False

@@ -96,7 +96,7 @@ def read_pickled_weights(path: Path) -> dict[str, "Tensor"]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the unpickler or of torch, by the kind of damage
+    except Exception as error:  # the unpickler and torch raise errors of many kinds for damaged files
         raise UserError(
             f"weights {path.name}: refused, since it is not a whole file of tensors only ({type(error).__name__}: "
             f"{first_line(error)}). "

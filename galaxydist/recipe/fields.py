@@ -151,7 +151,7 @@ def _in_words(error: ValidationError, annotation: Any) -> str:
     """Return pydantic's first error as a plain phrase."""
     (problem, *_) = error.errors(include_url=False)
     context = problem.get("ctx", {})
-    if problem["type"] == "value_error":  # of a validator of ours
+    if problem["type"] == "value_error":  # raised by one of our validators
         return str(context["error"])
     words = {
         "greater_than_equal": "must be at least {ge:g}",

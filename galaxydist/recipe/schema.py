@@ -248,7 +248,7 @@ class TrainConfig(Section):
         "accuracy", description="validation metric for the best checkpoint and early stopping"
     )
     on_nonfinite: Literal["stop", "skip"] = run_field(
-        "stop", "step with a non-finite loss or gradient: stop ends the run, skip leaves the step out"
+        "stop", "step with a non-finite loss or gradient: stop ends the run, skip skips the step"
     )
     max_nonfinite: Annotated[int, Field(ge=0)] = run_field(10, "with on_nonfinite=skip: stop after more such steps than this")
     spike_threshold: NonNegative = run_field(
@@ -259,14 +259,14 @@ class TrainConfig(Section):
     )
     log_every: Count = run_field(20, "steps between lines of metrics.jsonl")
     save_every: Count = run_field(
-        1, "epochs between checkpoints; one that is not the best is left out while an earlier one is still being written"
+        1, "epochs between checkpoints; one that is not the best is skipped while an earlier one is still being written"
     )
     save_steps: Annotated[int, Field(ge=0)] = run_field(0, "steps between additional checkpoints; 0: none")
     save_minutes: NonNegative = run_field(0.0, "minutes between additional checkpoints; 0: none")
     async_save: bool = run_field(True, "write checkpoints in the background, from a copy in memory")
     hang_timeout: NonNegative = run_field(
         600.0,
-        "seconds without a sign of life in a step after which the run ends and names the processes that are behind; the first "
+        "seconds without progress in a step after which the run ends and names the processes that are behind; the first "
         "step, validation, saving and evaluation may take longer; 0 turns it off",
     )
     profile: str | None = run_field(None, "steps to trace with torch's profiler, such as 10-20; the trace is in the run folder")

@@ -1,7 +1,7 @@
 """Device hours of runs: used, and of these lost to restarts, start-up, waiting for data, checkpoints and validations.
 
-Begin and end of each start of a run come from its events, from the records of the batch script, and from SLURM's accounting where
-it is. The parts of a start add up to its time; what no file tells is its part ``unknown``.
+Each start of a run has its times from its events, from the records of the batch script, and from SLURM's accounting where it
+exists. The parts of a start add up to its time; what nothing records is its part ``unknown``.
 """
 
 import contextlib
@@ -241,7 +241,7 @@ def read_run_hours(
         times = [at for _, at in _points_of(start, log, later)]
         hours = _hours_of(start, log, later, _end_of(start, times, folder, now if number == len(new) - 1 else None))
         if hours is None or not (hours.devices or devices):
-            lacking = "its begin or its end is" if hours is None else "its devices are"
+            lacking = "the time of its start or end is" if hours is None else "its devices are"
             notes.append(f"start {start.start or number + 1} is not counted: {lacking} unknown")
         else:
             found.append(replace(hours, devices=hours.devices or devices))
@@ -323,7 +323,7 @@ def _is_running(folder: RunFolder) -> bool:
 
 
 def _hours_of(start: _Start, log: _Log, later: _Later, end: float | None) -> StartHours | None:
-    """Divide the time of one start into its parts; None if its begin or its end is unknown."""
+    """Divide the time of one start into its parts; None if the time of its start or end is unknown."""
     first, clean, lost = start.first, start.clean_end, 0.0
     if start.began is None or end is None:
         return None
@@ -361,7 +361,7 @@ def _fit(parts: Mapping[str, float], total: float) -> dict[str, float]:
 
 
 def _end_of(start: _Start, times: Sequence[float], folder: RunFolder, now: float | None) -> float | None:
-    """Return the end of a start: as it was recorded, else this moment if it still runs, else its last sign of life."""
+    """Return the end of a start: as it was recorded, else this moment if it still runs, else its last record."""
     if start.ended is not None:
         return max(start.ended, *times) if times else start.ended  # accounting leaves out fractions of a second
     if now is not None and (_is_running(folder) or start.allocation is not None):
@@ -416,7 +416,7 @@ def read_all_hours(runs: Mapping[Path, str]) -> tuple[list[RunHours], list[str]]
     found, notes = list[RunHours](), list[str]()
     allocations, problem = read_allocations(_slurm_jobs(runs))
     if problem:
-        notes.append(f"begin, end and wait of the jobs are those of the run folders: {problem}")
+        notes.append(f"the times of the jobs are those of the run folders: {problem}")
     for run, name in runs.items():
         try:
             found.append(read_run_hours(run, name, allocations))

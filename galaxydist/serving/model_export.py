@@ -85,7 +85,7 @@ def export_onnx(trained: TrainedModel, path: Path, metadata: Mapping[str, str], 
     try:
         with _quiet():
             traced, program = _convert(trained, model)
-    except Exception as error:  # of any model
+    except Exception as error:  # a model may raise anything
         raise UserError(
             f"{name} cannot be exported to ONNX ({type(error).__name__}: {_last_reason(error)}): publish without it (--no-onnx)"
         ) from error
@@ -121,7 +121,7 @@ def export_program(trained: TrainedModel, path: Path, images_BCHW: Tensor | None
             program.example_inputs = None  # half a megabyte of zeros
             torch.export.save(program, buffer)
             loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-    except Exception as error:  # of any model
+    except Exception as error:  # a model may raise anything
         raise UserError(
             f"{trained.recipe.model.name} cannot be exported by torch.export ({type(error).__name__}: {_last_reason(error)}): "
             "publish without it (--no-program)"
@@ -200,7 +200,7 @@ def _convert(trained: TrainedModel, model: nn.Module) -> tuple[TracedOutputs, An
                 input_names=["images"],
                 output_names=list(traced.names),
             )
-        except Exception as error:  # of any model
+        except Exception as error:  # a model may raise anything
             if not saliency:
                 raise
             logger.debug("no saliency map in the exported file: %s: %s", type(error).__name__, _last_reason(error))
@@ -239,7 +239,7 @@ def _compare_onnx(data: bytes, trained: TrainedModel, model: nn.Module, traced: 
         session = _open_session(data)
         batches = [images_BCHW, images_BCHW[:1]] if len(images_BCHW) > 1 else [images_BCHW]
         answers = [session.run(list(traced.names), {"images": some_BCHW.numpy()}) for some_BCHW in batches]
-    except Exception as error:  # onnxruntime has its own
+    except Exception as error:  # onnxruntime's errors have no common base
         raise UserError(
             f"{trained.recipe.model.name}: onnxruntime does not run the exported file ({_last_reason(error)}): publish without "
             "it (--no-onnx)"

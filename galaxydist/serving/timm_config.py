@@ -33,7 +33,7 @@ _KEPT = ("first_conv", "classifier", "min_input_size")
 # Largest difference of the logits, relative to their largest value.
 TOLERANCE = 1e-5
 # Validation galaxies on which timm's transform is compared with the run's preparation, and the share that must get the same
-# class. Of an EfficientNet-Lite0 that was trained for three epochs it was 63 %, of such a ResNet-18 97 % (docs/sharing.md).
+# class. It was measured to be 65 to 100 %, by the network (docs/benchmarks.md, "Exported models").
 NUM_COMPARED, LEAST_AGREEMENT = 64, 0.9
 _BATCH = 16
 
@@ -175,7 +175,7 @@ def compare_with_timm(trained: TrainedModel, keys: Mapping[str, Any], weights: P
         (folder / WEIGHTS).symlink_to(weights.absolute())
         try:
             built: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        except Exception as error:  # of any model of timm
+        except Exception as error:  # a model may raise anything
             return f"timm cannot build it ({type(error).__name__}: {first_line(error)})"
     size = trained.recipe.data.image_size
     draws = uniform(0, torch.arange(2 * 3 * size * size).numpy())

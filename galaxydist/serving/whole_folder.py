@@ -64,7 +64,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(out.parent, f".{glob.escape(out.name)}.*.tmp")
-        for leftover in (temporary, old):  # of a killed process of the same number
+        for leftover in (temporary, old):  # left by a killed process with the same id
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
     except OSError as error:

@@ -1,6 +1,6 @@
 """Training order of samples: a pure function of (seed, epoch, position) for any number of processes.
 
-``order_version`` 1. An epoch's order is a permutation of the split's N stored samples, made of C canonical streams:
+``order_version`` 1. An epoch's order is a permutation of the split's N stored samples, made of C streams:
 
 1. the shards are permuted (sorted by a hash) and laid end to end;
 2. this line is cut into C segments, segment i of ceil((N - i) / C) samples;
@@ -73,7 +73,7 @@ class EpochOrder:
     Args:
         shard_samples: number of samples in each shard, in storage order.
         seed, epoch: select the permutation.
-        num_streams: C, the number of canonical streams; fixed for a run, never derived from the number of processes.
+        num_streams: C, the number of streams; fixed for a run, never derived from the number of processes.
         window: number of samples that are permuted together.
     """
 

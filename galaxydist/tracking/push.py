@@ -223,7 +223,7 @@ class Push:
             except SelfSendingError as error:
                 self._abandon(run)
                 self.report.skipped[run] = str(error)
-            except Exception as error:  # of any tracker's program
+            except Exception as error:  # a tracker's program may raise anything
                 self._abandon(run)
                 self._failed_at[run] = time.monotonic()
                 self.report.failed[run] = f"{run}: {first_line(error)}"

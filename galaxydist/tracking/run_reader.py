@@ -153,7 +153,7 @@ class RunReader:
                 event = from_plain(Event, line)
                 self._events.append(replace(event, text=without_secrets(event.text)))  # an error may name a URL with its token
             except ValueError:
-                continue  # of a later version
+                continue  # an event of a later version
         return self._events
 
     def _newest_step(self) -> int:

@@ -165,7 +165,7 @@ class WandbSink:
 
         try:
             self._run.finish(exit_code=1)
-        except Exception:  # of any kind; else the process is left alone, because it may serve other runs
+        except Exception:  # wandb may raise anything; else the process is left alone, because it may serve other runs
             with contextlib.suppress(Exception):
                 wandb.teardown(exit_code=1)
 

@@ -92,7 +92,7 @@ class Checkpointer:
         return self.world.is_main and self.timer.is_up and not self.writer.is_writing, self.writer.failed
 
     def is_skipped(self, step: int) -> bool:
-        """Return True, on all ranks, if a save that is due would wait for an earlier write and may be left out. All take part."""
+        """Return True, on all ranks, if a save that is due would wait for an earlier write and may be skipped. All take part."""
         return self.schedule.may_skip(step) and any(self.world.all_gather(self.writer.is_writing))
 
     def save(self, *, is_best: bool) -> None:

@@ -26,7 +26,7 @@ from galaxydist.errors import (
 )
 from galaxydist.job_environment import LauncherRank, find_rank
 from galaxydist.log import set_up_logging
-from galaxydist.rank_store import LastWork, Leave, end_process
+from galaxydist.rank_store import ExitTask, Leave, end_process
 
 if TYPE_CHECKING:
     from galaxydist.training.resume import Prune
@@ -111,10 +111,10 @@ class _RankEnd:
     environ: Mapping[str, str]
     note: Callable[[BaseException], None]
 
-    def leave(self, error: BaseException, works: Iterable[LastWork] = ()) -> None:
+    def leave(self, error: BaseException, tasks: Iterable[ExitTask] = ()) -> None:
         """Report the error and end this process, if it is one of several (``Leave``)."""
         if self.launched.size > 1:
-            end_process(exit_code_of(error), [(lambda: self.report(error), REPORT_S), *works])
+            end_process(exit_code_of(error), [(lambda: self.report(error), REPORT_S), *tasks])
 
     def report(self, error: BaseException) -> None:
         """Log an error, unless another rank does, and write it for the launcher."""

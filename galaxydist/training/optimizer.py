@@ -90,7 +90,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
 def _fill_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
     """Add momentum buffers of zeros where fused kernels would make new ones; they give the same first step.
 
-    The kernels of SGD do not write into new buffers if they leave the step out (a gradient that is not finite), and take what is
+    The kernels of SGD do not write into new buffers if they skip the step (a gradient that is not finite), and take what is
     in that memory for the momentum in the next step. AdamW's buffers begin as zeros.
     """
     for group in optimizer.param_groups:
@@ -109,7 +109,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def step_if_finite(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
     """Take a step, unless the gradient is not finite.
 
-    Fused kernels leave the step out themselves, as they do with fp16; for the other optimizers the host waits for the device.
+    Fused kernels skip the step themselves, as they do with fp16; for the other optimizers the host waits for the device.
 
     Args:
         optimizer: with gradients.
@@ -144,7 +144,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         for old, new in zip(saved, ours, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    _fill_momentum_buffers(optimizer)  # a state from before the first step, or of unfused kernels that left it out, has none
+    _fill_momentum_buffers(optimizer)  # a state from before the first step, or of unfused kernels that skipped it, has none
 
 
 def _use_fused(config: OptimConfig, device: torch.device, *, is_sharded: bool) -> bool:

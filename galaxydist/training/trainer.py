@@ -63,7 +63,7 @@ from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTim
 from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.health.rank_exit import LastWorks, leaving_alone
+from galaxydist.training.health.rank_exit import ExitTasks, leaving_alone
 from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.loop import TrainLoop
@@ -143,7 +143,7 @@ class Trainer:
         tracker: the run's tracker, on rank 0.
         events: what happens to the run, for its folder and its webhook.
         watchdog: ends the run if it hangs, or if another rank has failed.
-        last_works: what this rank still does if it leaves after a failure.
+        exit_tasks: what this rank still does if it leaves after a failure.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Trainer:
         self._saved_progress: dict[str, Any] = {}
         self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
-        self.last_works = LastWorks()
+        self.exit_tasks = ExitTasks()
 
     def run(self, prune: Prune | None = None) -> int:
         """Train to the result, as ``train`` does, and return its result."""
@@ -241,7 +241,7 @@ class Trainer:
                 folder = RunFolder(run_path(self.recipe))
                 self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
                 stack.callback(self._lock.release)
-                self.last_works.lock = self._lock.release
+                self.exit_tasks.lock = self._lock.release
                 folder.clear_failure()
                 return folder.path, progress, is_finished, began()
 
@@ -254,11 +254,11 @@ class Trainer:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
             self.watchdog = build_watchdog(
-                self.world, self.recipe.train, self.run_folder, self.last_works, self.events, note=self._note_failure
+                self.world, self.recipe.train, self.run_folder, self.exit_tasks, self.events, note=self._note_failure
             )
             stack.enter_context(self.watchdog)
-            self.last_works.stacks, self.last_works.webhook = self.watchdog.close_stacks, webhook.close
-            with leaving_alone(self.world, self._leave, self.last_works, self._note_failure):
+            self.exit_tasks.stacks, self.exit_tasks.webhook = self.watchdog.close_stacks, webhook.close
+            with leaving_alone(self.world, self._leave, self.exit_tasks, self._note_failure):
                 yield
 
     def build(self) -> None:
@@ -293,7 +293,7 @@ class Trainer:
                 "recipe": to_dict(recipe),
             },
         )
-        self.last_works.checkpoint = self.checkpointer.writer.wait
+        self.exit_tasks.checkpoint = self.checkpointer.writer.wait
 
     def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
         """Move the model to its device, choose the micro-batch, and synchronise or compile the model if the recipe says so.
@@ -425,15 +425,15 @@ class Trainer:
 
         self.tracker = Tracker()
         self.world.run_on_main(start)
-        self.last_works.tracker = partial(self.tracker.finish, 1)
+        self.exit_tasks.tracker = partial(self.tracker.finish, 1)
         try:
             yield
         except BaseException as error:
             if isinstance(error, Exception):
                 self._note_failure(error)
-            self.last_works.end_tracker()
+            self.exit_tasks.end_tracker()
             raise
-        self.last_works.tracker = None
+        self.exit_tasks.tracker = None
         _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
     def _complete_tracker(self) -> str | None:
@@ -465,7 +465,7 @@ class Trainer:
             stack.enter_context(self.checkpointer.writer)
             loop = self._build_loop(stack)
             with (
-                leaving_alone(self.world, self._leave, self.last_works, self._note_failure),
+                leaving_alone(self.world, self._leave, self.exit_tasks, self._note_failure),
                 explained_out_of_memory(self.recipe, self.world, self.step.micro_batch),
             ):
                 stop_signal = loop.run(batches, self.stop)

@@ -49,9 +49,9 @@ def test_the_readme_has_at_most_200_lines_and_10_kb() -> None:
     assert len(text.splitlines()) <= 200 and len(text) <= 10_000
 
 
-def test_the_floors_of_the_architecture_name_every_folder_of_the_package() -> None:
-    floors = re.findall(r"^\| \d+ \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
-    named = {name for floor in floors for name in re.findall(r"`(\w+)/`", floor)}
+def test_the_layers_of_the_architecture_name_every_folder_of_the_package() -> None:
+    layers = re.findall(r"^\| \d+ \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for layer in layers for name in re.findall(r"`(\w+)/`", layer)}
     assert named == {path.parent.name for path in (ROOT / "galaxydist").glob("*/__init__.py")}
 
 

@@ -28,7 +28,7 @@ def read_steps(folder: Path) -> dict[int, Step]:
     found: dict[int, Step] = {}
     for step in sorted({line["step"] for line in lines}):
         sizes = {line["world_size"] for line in lines if line["step"] == step}
-        for size in sizes:  # taken again after a restart: any of them must be the same
+        for size in sizes:  # repeated after a restart: any of them must be the same
             ranks = {line["rank"]: line for line in lines if line["step"] == step and line["world_size"] == size}
             if len(ranks) < size:
                 continue  # killed within this step

@@ -79,7 +79,7 @@ def test_torch_backend_treats_each_image_alone(config: AugmentConfig) -> None:
 
 
 def by_torch(augment: Augment, images: Tensor, epoch: int, first: int = 0, **layout: torch.memory_format) -> Tensor:
-    """The images that an accelerator would get, computed on a CPU."""
+    """The images that a GPU would get, computed on a CPU."""
     transform = augment.transform(torch.from_numpy(augment.draw(epoch, first + np.arange(len(images)), 96)), 96)
     views = images if isinstance(transform.geometry, AffineWarp) else augment.normalise.crop_and_resize(images)
     return augment.normalise.on_device(views, transform, **layout)
@@ -99,7 +99,7 @@ def test_blur_levels_cover_all_pitches_and_nothing_else(least: float, ratio: flo
 
 @pytest.mark.parametrize("size", [20, 40, 64, 75, 130])
 def test_resize_of_uint8_and_float_images_agrees_up_to_rounding(size: int) -> None:
-    """A CPU takes the first, an accelerator the second."""
+    """A CPU takes the first, a GPU the second."""
     images = random_images(10, 96).permute(0, 3, 1, 2)
     difference = (resize(images, size).float() - resize(images.float(), size)).abs()
     assert difference.mean() < 0.1

@@ -28,7 +28,7 @@ class SPDLLoader:
     """Makes single epochs, as in SPDL's documentation: threads decode, another one makes batches.
 
     SPDL decodes with FFmpeg's libraries, which its wheels do not contain, and whose pixels are not those of libjpeg; its own
-    decoder here is torchvision's, which releases Python's lock, as LitData's.
+    decoder here is torchvision's, which releases the GIL, as LitData's.
     """
 
     job: LoaderJob

@@ -119,7 +119,7 @@ class SearchStudy:
         try:
             self._storage = optuna.storages.JournalStorage(backend)
             self._study = self._open(_build_sampler(record, number), _build_pruner(record))
-        except (ValueError, KeyError, TypeError, AssertionError) as error:  # of Optuna, for lines that it has not written
+        except (ValueError, KeyError, TypeError, AssertionError) as error:  # Optuna raises these for foreign lines
             raise UserError(
                 f"{path} is damaged ({error}): it was edited, or its disk has failed. Restore it; or remove it, and the ended "
                 "trials are read from their run folders."

@@ -102,7 +102,7 @@ def _should_prune(study: SearchStudy | None, number: int, epoch: int, value: flo
     assert study is not None, "rank 0 has the study"
     try:
         return study.should_prune(number, epoch, value)
-    except Exception as error:  # of Optuna or the file system
+    except Exception as error:  # Optuna and the file system raise errors of many kinds
         logger.warning("the search could not be asked whether to prune the trial, which continues: %s", error)
         return False
 
@@ -114,7 +114,7 @@ def _tell_end(study: SearchStudy, run_dir: Path) -> None:
         return
     try:
         study.end(trial_number(run_dir), *end)
-    except Exception as error:  # of Optuna or the file system
+    except Exception as error:  # Optuna and the file system raise errors of many kinds
         logger.warning("the search could not be told the end of the trial: %s", error)
 
 

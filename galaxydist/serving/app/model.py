@@ -110,7 +110,7 @@ class ServedModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds of errors have no common base
+        except Exception as error:  # onnxruntime's errors have no common base
             raise PublishedFolderError(f"{path} cannot be opened by onnxruntime: {str(error).splitlines()[0]}") from error
         _check_session(path, config, session)
         return cls(folder, config, session)

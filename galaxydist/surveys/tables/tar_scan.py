@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
-from galaxydist.object_store import RemoteFile, Store, is_url, list_files
+from galaxydist.object_store import WHAT_TO_SET, RemoteFile, Store, is_url, list_files
 from galaxydist.surveys.file_kinds import TAR, TAR_GZ, file_kind, folder_kind, kind_of, refuse_kind
 from galaxydist.surveys.folder_scan import known_split, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS
@@ -161,7 +161,7 @@ def _expand(pattern: str) -> list[str]:
     if is_url(pattern) and pattern.startswith("file://"):
         pattern = pattern.removeprefix("file://")
     if pattern.startswith(("http://", "https://")) and "?" in pattern:
-        raise UserError("a URL of tars has no query (?...): give passwords and tokens through fsspec (docs/others_shards.md)")
+        raise UserError(f"a URL of tars has no query (?...): {WHAT_TO_SET['http']}")
     try:
         plain = list(braceexpand(pattern))
     except ValueError:

@@ -113,7 +113,7 @@ class UnreadableImages:
 
 
 class NonFiniteSteps:
-    """The galaxies of the last steps, and the number of steps that were left out because they were not finite.
+    """The galaxies of the last steps, and the number of steps that were skipped because they were not finite.
 
     Args:
         on_nonfinite: ``stop`` the run, or ``skip`` the step.
@@ -157,7 +157,7 @@ class NonFiniteSteps:
             raise NonfiniteError(
                 f"{what} These are {self.num_steps} such steps, more than train.max_nonfinite={self._max_nonfinite}. {REMEDY}"
             )
-        return f"{what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
+        return f"{what} The step is skipped ({self.num_steps} of at most {self._max_nonfinite})."
 
     def _write(self, path: Path, step: int, samples: list[int]) -> list[str]:
         names = [self._name_of(sample) for sample in samples]

@@ -1,4 +1,4 @@
-"""The exit of a rank of a training after an error: its last works, and who else hears of it."""
+"""The exit of a rank of a training after an error: its exit tasks, and who else hears of it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,16 +8,16 @@ from typing import Any
 
 from galaxydist.distributed import World
 from galaxydist.errors import PeerFailedError, is_known_to_all
-from galaxydist.rank_store import SEEN_S, LastWork, Leave, run_within
+from galaxydist.rank_store import SEEN_S, ExitTask, Leave, run_within
 
-# Seconds for each last work; all together they have ``rank_store.END_S``, after the record of the error.
+# Seconds for each exit task; all together they have ``rank_store.END_S``, after the record of the error.
 CHECKPOINT_S, LOCK_S, WEBHOOK_S, TRACKER_S, STACKS_S = 15.0, 3.0, 4.0, 8.0, 3.0
 NOTE_S = 3.0
 
 
 @dataclass(eq=False)
-class LastWorks:
-    """Works that a rank still does if it leaves after an error, in the order of these attributes.
+class ExitTasks:
+    """Tasks that a rank still does if it leaves after an error, in the order of these attributes.
 
     An attribute is None before there is something to do, and again once it was done.
 
@@ -35,15 +35,15 @@ class LastWorks:
     tracker: Callable[[], Any] | None = None
     stacks: Callable[[], Any] | None = None
 
-    def __iter__(self) -> Iterator[LastWork]:
-        works = [
+    def __iter__(self) -> Iterator[ExitTask]:
+        tasks = [
             (self.checkpoint, CHECKPOINT_S),
             (self.lock, LOCK_S),
             (self.webhook, WEBHOOK_S),
             (self.tracker, TRACKER_S),
             (self.stacks, STACKS_S),
         ]
-        return ((work, seconds) for work, seconds in works if work is not None)
+        return ((work, seconds) for work, seconds in tasks if work is not None)
 
     def end_tracker(self) -> None:
         """Do the tracker's work now, within its time, and not again."""
@@ -53,7 +53,7 @@ class LastWorks:
 
 
 @contextlib.contextmanager
-def leaving_alone(world: World, leave: Leave, works: LastWorks, note: Callable[[Exception], None]) -> Iterator[None]:
+def leaving_alone(world: World, leave: Leave, tasks: ExitTasks, note: Callable[[Exception], None]) -> Iterator[None]:
     """After an error of this rank alone, tell the other ranks, and leave the process if the launcher allows it.
 
     The contexts around this one are not closed then: that might wait for the other ranks, or for work on a GPU that does.
@@ -61,7 +61,7 @@ def leaving_alone(world: World, leave: Leave, works: LastWorks, note: Callable[[
     Args:
         world: the processes.
         leave: ends a process of several, or returns.
-        works: done before the process ends.
+        tasks: done before the process ends.
         note: writes an error that began on this rank into the run folder.
 
     Raises:
@@ -75,7 +75,7 @@ def leaving_alone(world: World, leave: Leave, works: LastWorks, note: Callable[[
         reported = world.store.announce_error(error)
         if isinstance(reported, Exception) and not isinstance(reported, PeerFailedError):
             run_within(NOTE_S, partial(note, reported))  # before the launcher's report, which knows less
-        leave(reported, [*works, (world.store.wait_until_seen, SEEN_S)])
+        leave(reported, [*tasks, (world.store.wait_until_seen, SEEN_S)])
         if reported is error:
             raise
         raise reported from error

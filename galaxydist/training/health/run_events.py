@@ -28,7 +28,7 @@ LONGEST_START_S = 600.0
 def began() -> float:
     """Return the time at which a start of a run begins that calls this once, in seconds since 1970.
 
-    It is the begin of the process, whose imports belong to the run, unless the process has done other work before.
+    It is when the process began, whose imports belong to the run, unless the process has done other work before.
     """
     now, created = time.time(), psutil.Process().create_time()
     return created if next(_STARTS) == 0 and now - created < LONGEST_START_S else now
@@ -38,8 +38,8 @@ def cut_back(folder: RunFolder, step: int) -> dict[str, Any]:
     """Cut the logs of a run back to the step of its checkpoint, and return details of its start.
 
     Returns:
-        ``cut_steps``: the logged steps that are taken again; ``cut_points``: step and time of the first and the last line of
-        timing.jsonl that was cut off, which tell how long the lost steps took.
+        ``cut_steps``: the logged steps that are repeated; ``cut_points``: step and time of the first and the last line of
+        timing.jsonl that was cut off, which give the time that the lost steps took.
     """
     lines = folder.metrics.read()
     logged = lines[-1]["step"] if lines else 0

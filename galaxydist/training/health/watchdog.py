@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn, TextIO
 
 from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_FAILED, EXIT_HUNG, OneRankFailedError
-from galaxydist.rank_store import END_S, LONG_TIMEOUT, SEEN_S, LastWork, RankFailure, RankStore, end_process
+from galaxydist.rank_store import END_S, LONG_TIMEOUT, SEEN_S, ExitTask, RankFailure, RankStore, end_process
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import RunFolder
@@ -153,7 +153,7 @@ def build_watchdog(
     world: World,
     config: TrainConfig,
     folder: RunFolder,
-    last_works: Iterable[LastWork],
+    exit_tasks: Iterable[ExitTask],
     events: EventLog,
     *,
     note: Callable[[Exception], None],
@@ -165,7 +165,7 @@ def build_watchdog(
         config.hang_timeout,
         world.store,
         folder.stacks_dir,
-        last_works=last_works,
+        exit_tasks=exit_tasks,
         note=note,
         # Its second line names the ranks behind.
         tell=lambda text, step: events.write("hang", " ".join(map(str.strip, text.splitlines()[:2])), step),
@@ -181,7 +181,7 @@ class Watchdog:
         timeout_s: seconds without a beat in a step, on any rank, after which the run is ended; 0: only a failure ends it.
         store: messages to the other ranks; None for a single process.
         stacks_dir: folder of the stack dumps, such as ``rank-0003.txt``.
-        last_works: done before the process ends; they may change while it runs.
+        exit_tasks: done before the process ends; they may change while it runs.
         allowances: seconds by phase; None: ``phase_allowances``.
         tell: called with the report of a hang and the steps done, on the rank that reports it.
         note: called with an error on the rank that has found another one dead.
@@ -192,7 +192,7 @@ class Watchdog:
     timeout_s: float
     store: RankStore | None
     stacks_dir: Path
-    last_works: Iterable[LastWork] = ()
+    exit_tasks: Iterable[ExitTask] = ()
     allowances: Mapping[str, float] | None = None
     tell: Callable[[str, int | None], None] = lambda _text, _step: None
     note: Callable[[Exception], None] = lambda _error: None
@@ -338,26 +338,26 @@ class Watchdog:
             if text is not None:
                 self.tell(text, self._beat.step if self._beat.step >= 0 else None)
 
-        self._leave(EXIT_HUNG, [(report, REPORT_S), (tell, TELL_S), *self.last_works])
+        self._leave(EXIT_HUNG, [(report, REPORT_S), (tell, TELL_S), *self.exit_tasks])
 
     def _follow(self, failure: RankFailure, is_finder: bool) -> NoReturn:
         """Leave because another rank has failed: this one would wait for it for ever. A dead rank is reported by its finder."""
         assert self.store is not None
-        report: list[LastWork] = []
+        report: list[ExitTask] = []
         if is_finder:
             report.append((lambda: self.note(OneRankFailedError(str(failure))), TELL_S))
         if self.rank == 0 or (is_finder and failure.rank == 0):
             report.append((lambda: _write(str(failure)), REPORT_S))
-        self._leave(failure.code, [*report, *self.last_works, (self.store.wait_until_seen, SEEN_S)])
+        self._leave(failure.code, [*report, *self.exit_tasks, (self.store.wait_until_seen, SEEN_S)])
 
     def _end_alone(self, error: OneRankFailedError) -> NoReturn:
         """Leave because no other rank can be asked any more."""
-        self._leave(EXIT_FAILED, [(lambda: _write(f"rank {self.rank} ends: {error}"), REPORT_S), *self.last_works])
+        self._leave(EXIT_FAILED, [(lambda: _write(f"rank {self.rank} ends: {error}"), REPORT_S), *self.exit_tasks])
 
-    def _leave(self, code: int, works: Iterable[LastWork]) -> NoReturn:
+    def _leave(self, code: int, tasks: Iterable[ExitTask]) -> NoReturn:
         if self.timeout_s > 0:
             self._guard.feed(2 * END_S)
-        end_process(code, works)
+        end_process(code, tasks)
 
     def _message(self, verdict: Verdict) -> str | None:
         behind = verdict.hang.heartbeats.get(verdict.hang.behind[0]) if verdict.hang is not None else None

@@ -29,7 +29,7 @@ def hold_the_lock_in_c() -> None:
 
 
 def work_slowly(watchdog: Watchdog) -> None:
-    """A healthy rank with signs of life that takes longer than the timeout in a phase of a step, while the others wait for it."""
+    """A healthy rank with heartbeats that takes longer than the timeout in a phase of a step, while the others wait for it."""
     for _ in range(8):
         time.sleep(0.5)
         watchdog.beat(STEPS_BEFORE, "data")

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: all ranks stop at the same step and name its galaxies, or leave the step out without a trace."""
+"""Numbers that are not finite: all ranks stop at the same step and name its galaxies, or skip the step without a trace."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_skipped_nonfinite_step_leaves_weights_and_optimizer_unchanged(size: int
     options = {"train__epochs": 1, "train__save_steps": 1, "train__on_nonfinite": "skip", "train__log_every": 1}
     code, errors = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
     assert code == 0, errors
-    assert errors.count("The step is left out (1 of at most 10)") == 1
+    assert errors.count("The step is skipped (1 of at most 10)") == 1
     last, before = (store.read_sound(path) for path in store.list_checkpoints(run_dir / "checkpoints"))
     assert (last.step, before.step) == (3, 2)
     assert any(name.endswith("running_var") for name in last.tensors) and any(name.endswith("/exp_avg") for name in last.tensors)

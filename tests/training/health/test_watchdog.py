@@ -302,7 +302,7 @@ def test_rank_holding_the_gil_in_c_is_dumped_and_killed(number: int, tmp_path: P
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("fault", ["slow", START, SAVING])
 def test_slow_run_with_heartbeats_or_a_long_start_or_save_is_not_ended(fault: str, tmp_path: Path) -> None:
-    """Rank 1 works longer than the timeout: with signs of life, while rank 0 waits without any; in the first step; in a save."""
+    """Rank 1 works longer than the timeout: with heartbeats, while rank 0 waits without any; in the first step; in a save."""
     with ranks(fault, tmp_path, number=2, faulty=1, start=20 * TIMEOUT_S, saving=20 * TIMEOUT_S) as run:
         assert exit_codes(run) == [0, 0]
         assert "hangs" not in run.text("err")
