@@ -164,6 +164,7 @@ class Trainer:
         with self.open_run_folder():
             if self.is_finished:
                 logger.info("%s is finished.", self.run_folder)
+                self.stop.close()  # nothing is to be saved: a signal ends an evaluation that is missing
                 self.evaluate()
                 _log_result(self.world.run_on_main(self._complete_tracker))
                 return 0
