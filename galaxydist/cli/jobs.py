@@ -128,7 +128,7 @@ def find_folder(text: str) -> Path:
     for path in (Path(text), RUNS / text):
         if path.is_dir():
             return path
-    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run folder, or a folder that contains some.")
+    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}; `galaxydist status FOLDER` lists the runs of a folder")
 
 
 def run_status(arguments: argparse.Namespace) -> None:
