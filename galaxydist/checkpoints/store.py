@@ -375,10 +375,13 @@ def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:
 
 
 def _remove_leftovers(checkpoints_dir: Path) -> None:
-    """Remove the incomplete folders, under temporary names, of killed saves and deletions."""
+    """Remove the incomplete folders, under temporary names, of killed saves and deletions, as far as that is possible."""
     for path in checkpoints_dir.iterdir():
         if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
-            _remove_tree(path) if path.is_dir() else unlink(path)
+            try:
+                _remove_tree(path) if path.is_dir() else unlink(path)
+            except OSError as error:  # on NFS, a file that another process has open
+                _log.warning("%s could not be deleted: %s", path, error)
 
 
 def _remove_tree(folder: Path) -> None:

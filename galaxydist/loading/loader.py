@@ -179,12 +179,13 @@ DECODE_DEFAULTS = DecodeOptions()
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Samples of a batch before it is decoded; -1 is padding."""
+    """Samples of a batch before it is decoded; -1 is padding. ``ends_step`` is False if another batch has the same step."""
 
     samples: Int64
     positions: Int64
     epoch: int
     step: int
+    ends_step: bool = True
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,8 @@ class _Loader(Iterator[Batch]):
             pending = self._pending.popleft()
             batch = self._finish(pending, dict(failure for task in pending.tasks for failure in task.result().items()))
             self.wait_s += time.perf_counter() - started
-            self._images.advance(batch.step)
+            if pending.plan.ends_step:
+                self._images.advance(batch.step)
             if batch.errors and self._raises:
                 raise next(iter(batch.errors.values()))
         except BaseException:
@@ -456,4 +458,5 @@ class EvalLoader(_Loader):
     def _plan_batches(self) -> Iterator[BatchPlan]:
         for chunk, number in self._numbers():
             positions = number * self._batch_size + np.arange(self._batch_size)
-            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, chunk)
+            ends_chunk = (number + 1) % self._chunks.length == 0 or positions[-1] >= self.num_samples - 1
+            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, chunk, ends_chunk)

@@ -29,7 +29,7 @@ class LockOwner:
     Args:
         host: name of the machine.
         pid: process id on that machine.
-        process_start: start of the process, seconds since 1970; distinguishes it from a later process with the same id.
+        after_boot: start of the process, seconds after boot; distinguishes it from a later process with the same id.
         pid_space: identifier of the boot and the container in which the process id is valid; empty if unknown.
         job_id: id of the scheduler's job, or None.
         restart_count: number of times that job was requeued.
@@ -38,7 +38,7 @@ class LockOwner:
 
     host: str
     pid: int
-    process_start: float
+    after_boot: float
     pid_space: str
     job_id: str | None
     restart_count: int
@@ -71,12 +71,17 @@ def pid_space() -> str:
         return ""
 
 
+def start_after_boot(process: psutil.Process) -> float:
+    """Return the start of a process in seconds after boot: in seconds since 1970 it moves when the clock is set."""
+    return process.create_time() - psutil.boot_time()
+
+
 def is_alive(owner: LockOwner) -> bool:
     """Return True if the process that took the lock still runs on this host; a zombie does not count."""
     try:
         process = psutil.Process(owner.pid)
-        # The start time is computed from the boot time, which a clock adjustment may move by a little.
-        is_same = abs(process.create_time() - owner.process_start) < 2.0
+        # The system gives the time of boot in whole seconds.
+        is_same = abs(start_after_boot(process) - owner.after_boot) < 2.0
         return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -85,14 +90,15 @@ def is_alive(owner: LockOwner) -> bool:
 
 
 def live_owner(path: Path) -> LockOwner | None:
-    """Return the owner of a lock if it is alive, by its process on this machine or else by its heartbeat; else None."""
+    """Return the owner named in a lock file if it is alive: by its process on this machine, else by its heartbeat."""
     owner = read_owner(path)
     if owner is None:
         return None
     if owner.host == socket.gethostname() and owner.pid_space == pid_space():
         return owner if is_alive(owner) else None
     with suppress(FileNotFoundError):
-        return owner if time.time() - path.stat().st_mtime < STALE_SECONDS else None
+        if time.time() - path.stat().st_mtime < STALE_SECONDS:
+            return owner
     return None
 
 
@@ -138,7 +144,7 @@ class RunLock:
     is_patient: bool = False
 
     def __post_init__(self) -> None:
-        started = psutil.Process(self.pid).create_time()
+        started = start_after_boot(psutil.Process(self.pid))
         self.owner = LockOwner(self.host, self.pid, started, pid_space(), self.job_id, self.restart_count, secrets.token_hex(8))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

@@ -115,6 +115,13 @@ def test_saving_an_earlier_step_again_removes_the_later_checkpoints(tmp_path: Pa
     assert [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)] == [15, 10]
 
 
+def test_leftover_that_cannot_be_deleted_does_not_stop_a_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    leftover = tmp_path / ".step-00000001-0001.old"
+    (leftover / "not_a_file").mkdir(parents=True)  # cannot be unlinked, like a file on NFS that another process has open
+    save_simple(tmp_path, 2)
+    assert loaded_step(tmp_path) == 2 and f"{leftover} could not be deleted" in caplog.text
+
+
 @pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
 @pytest.mark.parametrize("file_name", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "checkpoint.json"])
 def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_loaded(

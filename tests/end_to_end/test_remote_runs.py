@@ -1,15 +1,18 @@
 """Runs, evaluations and checks of shards that lie on a server."""
 
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from galaxydist.bench.flaky_server import Behaviour, FileServer, every
+from galaxydist.bench.flaky_server import Behaviour, FileServer, Trouble, every
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
-from tests.helpers.forked_runs import run_forked, train
+from tests.helpers.forked_runs import forked, run_forked, train
 from tests.helpers.runs import quick_settings, read_evaluation, read_losses, run_here, without_figures
 
 
@@ -42,6 +45,28 @@ def test_run_from_http_shards_is_bit_equal_to_local_and_reads_each_shard_once(bl
             assert main(arguments) == 0
     evaluation = json.loads((tmp_path / "there" / "evaluation" / "val.json").read_text())
     assert evaluation["count"] == 24
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_signal_ends_an_evaluation_of_a_finished_run(blobs: Path, tmp_path: Path) -> None:
+    asked = threading.Event()
+
+    def never(path: str, _number: int) -> Trouble:
+        if not path.startswith("test"):
+            return None
+        asked.set()
+        return 503
+
+    with FileServer(blobs.parent) as server:
+        assert run_here(settings(server.url, tmp_path / "run", tmp_path / "cache")) == 0
+        shutil.rmtree(tmp_path / "run" / "evaluation")
+        server.behaviour.trouble = never
+        again = settings(server.url, tmp_path / "run", tmp_path / "other_cache")
+        with forked(train, again, folder=tmp_path / "log") as run:
+            assert asked.wait(200)
+            os.kill(run.pids[0], signal.SIGTERM)
+            assert run.wait() == [-signal.SIGTERM], run.text("err")
 
 
 @pytest.mark.slow

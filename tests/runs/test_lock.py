@@ -110,11 +110,30 @@ def test_lock_of_a_reused_pid_is_taken_over(path: Path) -> None:
     holder = start_holder(path)
     text = path.read_text()
     end(holder)
-    started = f'"process_start": {make_lock(path).owner.process_start - 100}'
-    old = next(line for line in text.splitlines() if "process_start" in line)
+    started = f'"after_boot": {make_lock(path).owner.after_boot - 100}'
+    old = next(line for line in text.splitlines() if "after_boot" in line)
     path.write_text(text.replace(old.strip().rstrip(","), started).replace(f'"pid": {holder.pid}', f'"pid": {os.getpid()}'))
     with make_lock(path) as lock:
         assert lock.is_held
+
+
+def test_lock_of_a_living_process_survives_a_step_of_the_clock(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel computes the time of boot, and so when a process began, from the present clock."""
+    holder = start_holder(path)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    for name in (holder.pid, os.getpid(), "self/stat"):
+        (tmp_path / "proc" / str(name)).symlink_to(Path("/proc", str(name)))
+    later = [
+        f"btime {int(line.split()[1]) + 3600}" if line.startswith("btime") else line
+        for line in Path("/proc/stat").read_text().splitlines()
+    ]
+    (tmp_path / "proc" / "stat").write_text("\n".join(later))
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path / "proc"))
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on node1"):
+        make_lock(path).acquire()
+    end(holder)
 
 
 def test_lock_of_another_host_is_respected_until_its_heartbeat_is_stale(path: Path, caplog: pytest.LogCaptureFixture) -> None:

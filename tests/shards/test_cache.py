@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from galaxydist import object_store as transfers
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo, TrainLoader
+from galaxydist.loading.loader import Batch, Chunks, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, SharedFile
@@ -227,9 +227,10 @@ def test_resampled_and_evaluation_batches_from_http_equal_the_local_ones(folder:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=2))
         local = read_manifest(folder)
         assert_same(read(remote, 14, balance="resample", start_step=5), read(local, 14, balance="resample", start_step=5))
-        for rank in range(3):
-            given = {"batch_size": 7, "ranks": RankInfo(rank, 3, 3)}
-            with EvalLoader(remote, "test", **given) as found, EvalLoader(local, "test", **given) as expected:  # type: ignore[arg-type]
+        chunks = {"batch_size": 2, "chunks": Chunks(16, np.array([0, 2])), "decode": DecodeOptions(prefetch=1)}  # of four shards
+        ranks = [{"batch_size": 7, "ranks": RankInfo(rank, 3, 3)} for rank in range(3)]
+        for split, given in [("train", chunks), *(("test", rank) for rank in ranks)]:
+            with EvalLoader(remote, split, **given) as found, EvalLoader(local, split, **given) as expected:  # type: ignore[arg-type]
                 assert_same(list(found), list(expected))
     assert {path: count - server.failures[path] for path, count in server.gets.items()} == dict.fromkeys(server.gets, 1)
 

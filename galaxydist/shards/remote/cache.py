@@ -382,10 +382,14 @@ class RemoteFolder:
             allow_over_limit: as in ``Cache.get_or_fetch``.
         """
 
-        def fetch(path: Path) -> None:
+        def check() -> None:
             if sha256 is None:
                 check_version(self.store, name, num_bytes, version, stop=self.stop)
+
+        def fetch(path: Path) -> None:
+            check()
             download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256)
+            check()  # it may have been replaced meanwhile
 
         return self.cache.get_or_fetch(
             CacheEntry(f"{self._name}/{entry or name}", num_bytes), fetch, stop=self.stop, allow_over_limit=allow_over_limit
