@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 # The first Python of 3.11 or later on this machine; or say: make PYTHON=/path/to/python3 ...
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+# Python compiles what it imports when it imports it; pip would compile all of what it installs, which takes a minute.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
 
 DEMO_GALAXIES ?= 3000
 DEMO_SEED ?= 0
@@ -30,11 +31,13 @@ help:
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
 
+# A new pip: that of Python 3.11 takes half a minute to list what it has installed.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "galaxydist needs Python 3.11 or later and found none; install it, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --quiet --upgrade pip
 
 # Installed once for each change of what is required; the code itself is used where it stands.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python

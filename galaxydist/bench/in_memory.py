@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -92,12 +93,12 @@ def write_recipe(folder: Path, model: str, settings: Mapping[str, object]) -> li
     """Write a recipe of the schema's defaults for a run without validation; return the arguments for ``load_recipe``.
 
     Args:
-        folder: for the recipe's file, which is named after the model.
+        folder: for the recipe's file.
         model: name in the schema.
         settings: by key.
     """
-    path = folder / f"{model}.yaml"
-    path.write_text(f"model: {{name: {model}}}\n")
+    path = folder / "bench.yaml"
+    path.write_text(json.dumps({"model": {"name": model}}))  # a name may have characters that are YAML's
     return [f"{key}={value}" for key, value in {"recipe": path, "eval.checkpoint": "last", **settings}.items()]
 
 

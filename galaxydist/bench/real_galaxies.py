@@ -142,6 +142,7 @@ COMMON = {
     "train.ema": "0.995",
     "train.micro_batch": "0",
     "eval.checkpoint": "last",
+    "eval.figures": "false",
     "tracker.name": "none",
 }
 # d4_cnn: best of 4e-3, 8e-3 and 2e-2 on three quarters of fold 1's training galaxies, evaluated on the rest (64 pixels, 12

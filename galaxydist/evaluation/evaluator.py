@@ -205,8 +205,15 @@ class Evaluator:
             versions={name: version(name) for name in LIBRARIES},
         )
         files = [rank_file_path(path, rank) for rank in range(self.world.size)]
-        batch_size = self.recipe.eval.batch_size
-        merge_predictions(path, info, files, self._catalogue, batch_size=batch_size, in_validation_N=in_validation_N)
+        merge_predictions(
+            path,
+            info,
+            files,
+            self._catalogue,
+            batch_size=self.recipe.eval.batch_size,
+            resampling=manifest.resampling,
+            in_validation_N=in_validation_N,
+        )
         self._catalogue = None
 
     def _validation_predictions(self, manifest: Manifest) -> Path | None:

@@ -27,6 +27,7 @@ from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.performance import choose_memory_format
 from galaxydist.recipe.schema import Recipe
+from galaxydist.shards.catalogue import number_column
 from galaxydist.shards.manifest import Manifest
 from galaxydist.surveys.photometry import Measurements, measure_images
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 
 # Columns of a catalogue that a file of predictions needs.
-CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale", *NAMES)
+SKY = ("ra", "dec", "redshift")
+CATALOGUE_COLUMNS = ("id", *SKY, "pxscale", *NAMES)
 # Images wider than MEASURED_WIDTH pixels are reduced before their photometry, but not below LEAST_WIDTH: from 256 pixels this
 # takes a quarter of the time, and the sizes agree to a fraction of a pixel.
 MEASURED_WIDTH, LEAST_WIDTH = 128, 64
@@ -150,11 +152,12 @@ def merge_predictions(
     catalogue: "pa.Table",
     *,
     batch_size: int,
+    resampling: float | None = 1.0,
     in_validation_N: NDArray[np.bool_] | None = None,
 ) -> None:
     """Merge the files of all ranks and the galaxies' properties into one file; memory is that of the catalogue.
 
-    Sizes are in arcsec if the pixel scale of every galaxy is known, else in pixels of the stored images.
+    Sizes are in arcsec if the pixel scale of every galaxy is known as it is stored, else in pixels of the stored images.
 
     Args:
         path: the file, written atomically.
@@ -162,6 +165,7 @@ def merge_predictions(
         rank_files: by rank.
         catalogue: ``CATALOGUE_COLUMNS`` as far as the data set has them, one row per sample.
         batch_size: of the evaluation.
+        resampling: pixels of the catalogue's scale per pixel of a stored image (``Manifest.resampling``).
         in_validation_N: mask of the galaxies in the run's validation split; None if unknown.
 
     Raises:
@@ -169,8 +173,8 @@ def merge_predictions(
         ValueError: a galaxy is missing or duplicated.
     """
     names = [name for name in ("id", *NAMES) if name in catalogue.column_names]
-    known = {name: catalogue.column(name).to_numpy() for name in catalogue.column_names if name not in names}
-    scale_N = np.asarray(known.pop("pxscale", np.full(len(catalogue), np.nan)), np.float64)
+    known = {name: number_column(catalogue, name) for name in SKY}
+    scale_N = number_column(catalogue, "pxscale") * (np.nan if resampling is None else resampling)
     has_scale = len(scale_N) > 0 and bool((np.isfinite(scale_N) & (scale_N > 0)).all())
     units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale = 1"}
 
@@ -178,8 +182,9 @@ def merge_predictions(
         for rows in merge_rank_files(rank_files, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
             here = slice(int(rows["sample"][0]), int(rows["sample"][-1]) + 1)
             block: dict[str, Any] = {name: rows[name] for name in row_dtype(info.num_classes).names or ()}
-            block |= {name: np.asarray(values_N[here], np.float64) for name, values_N in known.items()}
-            block |= {name: catalogue.column(name).slice(here.start, len(rows)).to_pylist() for name in names}
+            block |= {name: values_N[here] for name, values_N in known.items()}
+            texts = catalogue.select(names).slice(here.start, len(rows))
+            block |= {name: texts.column(name).cast("string").to_pylist() for name in names}
             if in_validation_N is not None:
                 block["in_validation"] = in_validation_N[here]
             if has_scale:

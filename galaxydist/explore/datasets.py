@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from galaxydist.errors import UserError
 from galaxydist.explore.features_file import FeaturesFile, read_features
 from galaxydist.galaxy import MARGIN, EncodedImage, Galaxy
 from galaxydist.object_store import is_url
-from galaxydist.shards.catalogue import read_catalogue
+from galaxydist.shards.catalogue import number_column, read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
@@ -33,9 +33,6 @@ from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import Hdf5Images
 from galaxydist.surveys.tables.table_files import split_hdu
 from galaxydist.surveys.tables.tar_scan import names_tars
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +243,9 @@ class ShardImages:
         except UserError as error:
             logger.warning("%s (explored without positions)", error)
             return None
-        return Positions(*(np.concatenate([_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift")))
+        return Positions(
+            *(np.concatenate([number_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift"))
+        )
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of a few whole remote shards: galaxies are shuffled over shards, so these are a random sample."""
@@ -302,16 +301,6 @@ class ShardImages:
             location = manifest.shard_location(shard.split, shard.number)
             return ExploredImage(row, key, None, f"shard {location}, galaxy {key}: {reason}")
         return ExploredImage(row, key, image)
-
-
-def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
-    """Return a numeric column of a catalogue, nan where unknown or not a number."""
-    import pyarrow as pa
-
-    kind = table.schema.field(name).type if name in table.column_names else None
-    if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        return np.full(len(table), np.nan)
-    return np.asarray(table.column(name).to_numpy(), np.float64)
 
 
 # Surveys (HDF5 files and folders of images): only the slabs with requested rows are read.
@@ -370,7 +359,7 @@ class SurveyImages:
 
     def positions(self) -> Positions:
         extras = self.survey.extras  # without columns it has no rows either
-        redshift = _column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
+        redshift = number_column(extras, "redshift") if extras.num_columns else np.full(len(self.survey.labels), np.nan)
         return Positions(*(column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)))
 
     def candidates(self, number: int, seed: int) -> None:

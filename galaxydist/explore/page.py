@@ -135,6 +135,8 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     drawn = np.flatnonzero(positions.known)
     drawn = drawn[:: -(-len(drawn) // _MOST_POINTS)]
     ra, dec, redshift = positions.ra[drawn], positions.dec[drawn], positions.redshift[drawn]
+    around_0 = (ra + 180) % 360 - 180
+    ra = around_0 if np.ptp(around_0) < np.ptp(ra % 360) else ra % 360  # a field on both sides of 0 degrees is not cut
     whole = max(np.ptp(ra), np.ptp(dec)) > _WHOLE_SKY
     figure = new_figure(_WIDTH, 2.9)
     axes = figure.add_subplot(projection="mollweide" if whole else None)

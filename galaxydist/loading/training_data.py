@@ -133,6 +133,14 @@ class StoredImages:
     pxscale: tuple[float, float, float] | None = None
     origin: DataOrigin | None = None
 
+    @property
+    def stored_scales(self) -> tuple[float, float] | None:
+        """Smallest and largest pixel scale of the images as they are stored, in arcsec/pixel; None: unknown."""
+        if self.pxscale is None:
+            return None
+        low, high = self.source_sides or (self.image_size, self.image_size)
+        return self.pxscale[0] * low / self.image_size, self.pxscale[2] * high / self.image_size
+
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         """Return them for the shards of a training; of a catalogue, only the pixel scales are read.
@@ -155,14 +163,11 @@ def _pixel_scales(manifest: Manifest) -> tuple[float, float, float] | None:
     """Return smallest, median and largest pixel scale of the training galaxies; None if unknown, or without a catalogue."""
     import numpy as np
 
-    from galaxydist.shards.catalogue import read_catalogue
+    from galaxydist.shards.catalogue import number_column, read_catalogue
 
     if not manifest.catalogues:  # shards of earlier versions: all tars would be read
         return None
-    table = read_catalogue(manifest, "train", columns=["pxscale"])
-    if not table.num_columns:
-        return None
-    scales = table.column(0).to_numpy().astype(np.float64)
+    scales = number_column(read_catalogue(manifest, "train", columns=["pxscale"]), "pxscale")
     scales = scales[np.isfinite(scales) & (scales > 0)]
     if not scales.size:
         return None

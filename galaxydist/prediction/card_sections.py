@@ -170,14 +170,14 @@ def _reason_of_non_commercial(facts: CardFacts) -> str:
 def _training_data(facts: CardFacts) -> Iterator[str]:
     stored, scale, sides = facts.stored, facts.stored.get("pxscale"), facts.stored.get("source_sides")
     size = stored.get("image_size")
-    resampled = f", resampled from {sides[0]}{'' if sides[0] == sides[1] else f' to {sides[1]}'} pixels" if sides else ""
+    resampled = f", resampled from {_width_text(stored)} pixels" if sides else ""
     splits = ", ".join(f"{count:,} {name}" for name, count in (facts.training.get("splits") or {}).items())
     variant = facts.test.get("variant") or facts.value("data.variant")
     rows = {
         "data set": f"{escape_markdown(facts.dataset)}, variant {escape_markdown(str(variant))}",
         "galaxies": splits or None,
         "stored images": f"{size} x {size} pixels{resampled}" if size else None,
-        "pixel scale": _scale_text(scale) if stored else None,
+        "pixel scale": _scale_text(scale) + (" before resampling" if sides and scale else "") if stored else None,
         "licence": escape_markdown(str(facts.origin["licence"])) if facts.origin.get("licence") else "not stated",
         "source": link(str(facts.origin.get("url") or "")),
         "revision": escape_markdown(str(facts.origin["revision"])) if facts.origin.get("revision") else None,
@@ -187,6 +187,12 @@ def _training_data(facts: CardFacts) -> Iterator[str]:
     yield table(("", ""), [(name, str(value)) for name, value in rows.items() if value])
     if facts.data.get("manifest_hash"):
         yield "The hash of the manifest identifies every image, label and split."
+
+
+def _width_text(stored: Mapping[str, Any]) -> str:
+    """Return the width of the training images in pixels, before they were resampled."""
+    low, high = stored.get("source_sides") or (stored.get("image_size"),) * 2
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _scale_text(scale: Sequence[float] | None) -> str:
@@ -365,11 +371,11 @@ def _limits(facts: CardFacts) -> Iterator[str]:
 
 def limits(facts: CardFacts) -> Iterator[str]:
     """Yield a sentence, in Markdown, for each limit that holds for this model."""
-    scale, size = facts.stored.get("pxscale"), facts.stored.get("image_size")
+    scale = facts.stored.get("pxscale")
     if scale is not None:
         yield (
-            f"The training images show {size} pixels at {_scale_text(scale)}. A picture at another scale is another picture to "
-            "the network; how it answers was not measured."
+            f"The training images show {_width_text(facts.stored)} pixels at {_scale_text(scale)}. A picture at another scale is "
+            "another picture to the network; how it answers was not measured."
         )
     elif facts.stored:
         yield (

@@ -78,7 +78,7 @@ class ImageForm:
         if isinstance(image, EncodedImage):
             decoded = self._decode_stored(image, out)
             if decoded is not None:
-                self._check_scale(name, pxscale)
+                self._check_scale(name, self.stored.image_size, pxscale)
                 return decoded
             pixels = decode_image(image, f"{name}: ")
         else:
@@ -109,7 +109,7 @@ class ImageForm:
         side, size = min(height, width), self.stored.image_size
         if self.rescale:
             return resize_square(_centre(pixels, self._field(side, name, pxscale)), size)
-        self._check_scale(name, pxscale)
+        self._check_scale(name, side, pxscale)
         if height == width == size:
             return pixels
         low, high = self.stored.source_sides or (0, -1)
@@ -122,16 +122,17 @@ class ImageForm:
             )
         return resize_square(pixels, size)
 
-    def _check_scale(self, name: str, pxscale: float | None) -> None:
-        """Refuse a pixel scale that no training galaxy has; only images that are not resampled have a comparable one."""
-        known = self.stored.pxscale
+    def _check_scale(self, name: str, side: int, pxscale: float | None) -> None:
+        """Refuse a pixel scale, at the stored size, that no training galaxy has; ``side`` is the image's, in pixels."""
+        known, size = self.stored.stored_scales, self.stored.image_size
         if self.resize or known is None or pxscale is None or not np.isfinite(pxscale):
             return
-        if not known[0] * (1 - SCALE_TOLERANCE) <= pxscale <= known[2] * (1 + SCALE_TOLERANCE):
+        scale, (low, high) = pxscale * side / size, known
+        if not low * (1 - SCALE_TOLERANCE) <= scale <= high * (1 + SCALE_TOLERANCE):
             raise OtherImagesError(
-                f"{name} has {pxscale:.4g} arcsec/pixel (pxscale), and the training galaxies had {known[0]:.4g} to "
-                f"{known[2]:.4g} (median {known[1]:.4g}). Give --rescale (rescale=True) to cut and resample the images to "
-                "the scale of the training, or --resize (resize=True) to take them as they are"
+                f"{name} has {scale:.4g} arcsec/pixel (pxscale) at {size} x {size} pixels, and the training galaxies had "
+                f"{low:.4g} to {high:.4g}. Give --rescale (rescale=True) to cut and resample the images to the scale of the "
+                "training, or --resize (resize=True) to take them as they are"
             )
 
     def _field(self, side: int, name: str, pxscale: float | None) -> int:

@@ -23,7 +23,7 @@ from galaxydist.loading.decode import ImageError
 from galaxydist.loading.loader import Batch, BufferPool, Chunks, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.prediction.image_form import SCALE_TOLERANCE, ImageForm, OtherImagesError
 from galaxydist.recipe.schema import DataConfig
-from galaxydist.shards.catalogue import iterate_catalogue, open_catalogue, read_catalogue
+from galaxydist.shards.catalogue import iterate_catalogue, number_column, open_catalogue, read_catalogue
 from galaxydist.shards.manifest import Manifest, catalogue_name
 from galaxydist.shards.writer.damaged import read_rows, rows_left_out
 from galaxydist.shards.writer.encode import PIXEL_HASH
@@ -390,18 +390,19 @@ class ShardsToLabel:
                 f"{stored.image_size} pixels. Give --resize to resample them; the galaxies should then fill as much of the image "
                 "as those of the training"
             )
-        if stored.pxscale is None or not self.manifest.catalogues:
+        if stored.stored_scales is None or not self.manifest.catalogues:
             return
-        low, high = stored.pxscale[0] * (1 - SCALE_TOLERANCE), stored.pxscale[2] * (1 + SCALE_TOLERANCE)
+        low, high = stored.stored_scales
+        smallest, largest = (side / size for side in self.manifest.source_sides or (size, size))
         for split in self.splits:
-            table = read_catalogue(self.manifest, split, columns=["pxscale"])
-            scales = table.column(0).to_numpy().astype(np.float64) if table.num_columns else np.empty(0)
+            scales = number_column(read_catalogue(self.manifest, split, columns=["pxscale"]), "pxscale")
             scales = scales[np.isfinite(scales)]
-            if other := int(((scales < low) | (scales > high)).sum()):
+            is_other = (scales * largest < low * (1 - SCALE_TOLERANCE)) | (scales * smallest > high * (1 + SCALE_TOLERANCE))
+            if other := int(is_other.sum()):
                 raise OtherImagesError(
                     f"{other} of {len(scales)} galaxies in the {split} split of {self.location} have another pixel scale "
-                    f"({float(np.median(scales)):.4g} arcsec/pixel in the median) than the training galaxies "
-                    f"({stored.pxscale[0]:.4g} to {stored.pxscale[2]:.4g}). Give --resize to take them as they are"
+                    f"({float(np.median(scales)) * smallest:.4g} arcsec/pixel in the median) than the training galaxies "
+                    f"({low:.4g} to {high:.4g}), as they are stored. Give --resize to take them as they are"
                 )
 
     def open(self, part: str, reading: ReadSettings) -> ChunkReader:
@@ -454,7 +455,7 @@ class ShardsToLabel:
         import pyarrow.compute as pc
 
         if SOURCE_ID in table.column_names:
-            own = pc.coalesce(table.column(SOURCE_ID), table.column("id"))
+            own = pc.coalesce(table.column(SOURCE_ID).cast("string"), table.column("id"))
             table = table.set_column(0, "id", own).drop_columns([SOURCE_ID])
         table = table.drop_columns([name for name in (PIXEL_HASH, "split") if name in table.column_names])
         table = table.append_column("split", pa.array([part] * len(table), pa.string()))

@@ -323,6 +323,7 @@ def describe_onnx(app: AppConfig) -> dict[str, str]:
         "factor": form.factor,
         "crop": form.crop,
         "pixel_scale": None if form.pixel_scale is None else list(form.pixel_scale),
+        "source_sides": None if form.source_sides is None else list(form.source_sides),
         "temperature": app.temperature,
         "licence": app.licence,
         "galaxydist": __version__,

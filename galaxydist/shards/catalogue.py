@@ -20,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.atomic_files import whole_file
@@ -126,6 +128,17 @@ def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None
         names = file.schema_arrow.names
         wanted = names if columns is None else [name for name in columns if name in names]
         return file.read(wanted).select(wanted)
+
+
+def number_column(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Return a column of a catalogue as (N,) float64: nan where it is null, and throughout if there are no numbers of this name.
+
+    A user's table may have any values in a column such as ``redshift``.
+    """
+    kind = table.schema.field(name).type if name in table.column_names else None
+    if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        return np.full(len(table), np.nan)
+    return np.asarray(table.column(name).to_numpy(), np.float64)
 
 
 @contextlib.contextmanager

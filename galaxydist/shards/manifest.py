@@ -120,6 +120,12 @@ class Manifest:
         return self.dir / MANIFEST_NAME
 
     @property
+    def resampling(self) -> float | None:
+        """Pixels of the images as they came per stored pixel; None if this differs between images."""
+        low, high = self.source_sides or (self.image_size, self.image_size)
+        return low / self.image_size if low == high else None
+
+    @property
     def location(self) -> str:
         """Path or URL of manifest.json, for messages."""
         return str(self.path) if self.remote is None else self.remote.location

@@ -21,7 +21,9 @@ FORMAT = 1
 _FIXED = ("file", "id", "split", "label", "ra", "dec")
 # Accepted names of the file column in a user's own table; `file_name` is the one of Hugging Face's ImageFolder.
 _FILE_COLUMNS = ("file", "file_name", "filename", "path")
-_DECIMAL_COMMA = re.compile(r"-?\d+,\d+([eE][+-]?\d+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+# Numbers, also in forms that JSON lacks: +1.5, 1. and .5. Others with leading zeros are names.
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +187,18 @@ class _Columns:
         if self.delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell):
             return float(cell.replace(",", "."))
         value = _parse(cell)
+        if self.is_loose and isinstance(value, str) and _NUMBER.fullmatch(cell):
+            return float(cell)
         return None if self.is_loose and isinstance(value, float) and not math.isfinite(value) else value
 
     def _degrees(self, name: str, cell: str, location: str) -> float | None:
         value = self.value(cell)
+        if isinstance(value, str):  # "nan", and leading zeros
+            with contextlib.suppress(ValueError):
+                value = float(value)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{location}: {name}={cell!r} is not a number; give decimal degrees, or an empty cell")
-        return value
+        return None if value is None or math.isnan(value) else value
 
 
 def _read_header(path: Path, stream: TextIO) -> _Columns | None:

@@ -131,6 +131,8 @@ def _extras(rows: Sequence[FolderRow], files: Sequence[str], source_ids: Sequenc
         name: [row.extras.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row.extras)
     }
     if any(name is not None for name in source_ids):
+        if "source_id" in columns and None not in source_ids:  # a column of the user's own
+            columns["source_id_"] = columns.pop("source_id")
         shown = [None if name is None else _printable(file) for name, file in zip(source_ids, files, strict=True)]
         columns = {"source_id": source_ids, **columns, "file": shown}
     found = {}

@@ -47,6 +47,7 @@ from galaxydist.surveys.table_columns import (
     ColumnNames,
     decoded,
     find_columns,
+    has_rounded_integers,
     is_scalar,
     is_text,
     log_once,
@@ -380,7 +381,7 @@ def _ids(
     numbered = [f"{name}-{row:07d}" for row in range(len(table))]
     if columns.id is not None:
         own = text_values(table.column(columns.id)).to_pylist()
-        _check_ids(own, kept, columns.id, location)
+        _check_ids(own, kept, columns.id, location, is_rounded=has_rounded_integers(table.column(columns.id)))
         candidates: list[tuple[str, ...]] = [(own[row], f"{own[row]}-{files[row] if files else row}") for row in kept.tolist()]
         source_ids = [text or "" for text in own]
     elif files is not None:
@@ -394,8 +395,13 @@ def _ids(
     return numbered, source_ids
 
 
-def _check_ids(own: Sequence[str | None], kept: NDArray[np.int64], column: str, location: str) -> None:
+def _check_ids(own: Sequence[str | None], kept: NDArray[np.int64], column: str, location: str, *, is_rounded: bool) -> None:
     advice = "correct the table, or name another column with --id (--id none takes the names of the image files)"
+    if is_rounded:
+        raise UserError(
+            f"{location}, column {column!r}: its ids are floating-point numbers of so many digits that the last ones are lost; "
+            f"store them as integers or text; {advice}"
+        )
     rows = kept.tolist()
     if empty := [row for row in rows if own[row] is None]:
         raise UserError(f"{location}, column {column!r}: {len(empty)} rows have no id, the first is row {empty[0] + 1}; {advice}")

@@ -390,5 +390,6 @@ def _check_no_empty_split(galaxies: SplitCandidates, codes: Codes) -> None:
         if len(empty):
             raise UserError(
                 f"class {galaxies.class_names[empty[0]]!r} cannot be split: too many of its galaxies have neighbours on the sky "
-                f"or equal images, so that {split} gets none; add galaxies of this class"
+                f"or equal images, so that {split} gets none; add galaxies of this class, or leave out the positions if the "
+                f"images are much narrower than {CUTOUT_ARCSEC:.0f} arcsec"
             )

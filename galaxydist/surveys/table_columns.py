@@ -152,6 +152,18 @@ def text_values(column: "pa.ChunkedArray") -> "pa.Array":
     return pc.if_else(pc.is_in(pc.utf8_lower(text), value_set=pa.array(_EMPTY_TEXT)), None, text)
 
 
+def has_rounded_integers(column: "pa.ChunkedArray") -> bool:
+    """Return True for a column of floats with whole numbers that may have lost digits: from 2^53 on, in float32 from 2^24 on."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    array = decoded(column)
+    if not pa.types.is_floating(array.type):
+        return False
+    first = 2.0 ** (np.finfo(array.type.to_pandas_dtype()).nmant + 1)
+    return bool(pc.any(pc.greater_equal(pc.abs(pc.cast(array, pa.float64())), first)).as_py())
+
+
 def decoded(column: "pa.ChunkedArray") -> "pa.Array":
     """Return a column as one plain array: dictionaries (pandas' categories) as their values, views and large text as text."""
     import pyarrow as pa

@@ -88,14 +88,13 @@ def run_quick(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
     return text, {result["task"]: result for result in results}
 
 
-@pytest.mark.slow
+# Takes half a minute; that the loaders read alike is checked in CI.
+@pytest.mark.nightly
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("peers", [{"imagefolder"}, pytest.param({"imagefolder", "webdataset"}, marks=pytest.mark.nightly)])
 def test_bench_loader_measures_all_tasks_against_imagefolder_and_webdataset(
-    peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if peers == {"imagefolder"}:
-        monkeypatch.setattr("galaxydist.bench.loader_speed.Processes", Forked)
+    peers = {"imagefolder", "webdataset"}
     named = (*sorted(peers), "litdata")
     arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path), "--in-place")
     text, results = run_quick(tmp_path, capsys, *arguments)
@@ -176,7 +175,9 @@ def test_loader_check_refuses_peers_with_other_pixels_or_missing_images(source: 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("loader", [GALAXYDIST, IMAGEFOLDER], ids=lambda loader: loader.name)
+@pytest.mark.parametrize(
+    "loader", [GALAXYDIST, pytest.param(IMAGEFOLDER, marks=pytest.mark.nightly)], ids=lambda loader: loader.name
+)
 def test_every_loader_passes_the_check_in_its_own_process(loader: Loader, source: Manifest, tmp_path: Path) -> None:
     manifest = repeated(source, tmp_path)
     job, processes = job_on(manifest, loader), Processes(tmp_path, os.environ)

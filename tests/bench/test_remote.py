@@ -8,7 +8,8 @@ import pytest
 from galaxydist.cli.main import main
 
 
-@pytest.mark.slow
+# Six interpreters; that loaders read each shard once from a failing server is proved by tests/end_to_end/test_remote_runs.py.
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_bench_remote_reads_every_galaxy_once_and_each_shard_once_despite_failures(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

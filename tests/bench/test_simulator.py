@@ -35,7 +35,8 @@ def test_simulator_guard_refuses_too_few_galaxies() -> None:
         measure_guards(30)
 
 
-@pytest.mark.slow
+# Nightly, for it takes most of a minute: the simulator changes seldom, and its draws have golden values in CI.
+@pytest.mark.nightly
 def test_simulated_classes_cannot_be_separated_by_colour_or_thumbnail(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "simulator", "--num-galaxies", "400"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -101,9 +101,10 @@ def test_last_step_ignores_a_half_written_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_world")
 def test_bench_trainer_compares_runs_with_equal_losses(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--image-size", "32", "--batch-size", "8", "--width", "4", "--precision", "fp64"]
+    models = ["custom_cnn", "timm/test_resnet"]  # one of them has a width
+    small = ["--models", *models, "--image-size", "32", "--batch-size", "8", "--width", "4", "--precision", "fp64"]
     results = run(capsys, "trainer", "--rounds", "2", "--steps", "3", *small)
-    assert [result["model"] for result in results] == ["custom_cnn", "resnet18"]
+    assert [result["model"] for result in results] == models
     for result in results:
         assert result["task"] == "trainer" and result["ours"] > 0 and result["bare"] > 0 and result["augment_s"] > 0
         assert result["ratio_least"] <= result["ratio"] <= result["ratio_greatest"]
@@ -113,7 +114,8 @@ def test_bench_trainer_compares_runs_with_equal_losses(capsys: pytest.CaptureFix
         assert (result["image_size"], result["batch_size"], result["steps"], result["rounds"]) == (32, 8, 3, 2)
 
 
-@pytest.mark.slow
+# These two start eight interpreters, and what they do is proved by tests of the trainer.
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_bench_scaling_runs_1_and_2_processes(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "custom_cnn", "--image-size", "32", "--batch-size", "4"]
@@ -123,7 +125,7 @@ def test_bench_scaling_runs_1_and_2_processes(capsys: pytest.CaptureFixture[str]
     assert result["threads"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_startup_measures_fresh_and_continued_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = ["--num-galaxies", "100", "--rounds", "1", "--step", "2"]

@@ -34,6 +34,7 @@ from galaxydist.loading.augment import Normalise
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import read_manifest
+from galaxydist.shards.writer.encode import resize_square
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.photometry import measure_images
 from tests.helpers.blobs import BlobSurvey
@@ -90,11 +91,11 @@ def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: 
     with RankFile(rank_file_path(tmp_path / "a.parquet", 0), 3) as part:
         part.append(columns_of(np.arange(4)))
         part.finish()
-        for scale in ([0.2, 0.2, None, 0.2], [0.2, 0.0, 0.2, 0.2]):
+        info = PredictionsInfo(tuple("abc"), CONTEXT)
+        for scale, resampling in (([0.2, 0.2, None, 0.2], 1.0), ([0.2, 0.0, 0.2, 0.2], 1.0), ([0.2] * 4, None)):
             catalogue = pa.table({"id": ["a", "b", "c", "d"], "pxscale": scale})
-            merge_predictions(
-                tmp_path / "a.parquet", PredictionsInfo(tuple("abc"), CONTEXT), [part.path], catalogue, batch_size=4
-            )
+            target = tmp_path / "a.parquet"
+            merge_predictions(target, info, [part.path], catalogue, batch_size=4, resampling=resampling)
             found = read_predictions(tmp_path / "a.parquet")
             assert found.info.units["size"] == "pixel" and found.column("size")[1:].tolist() == [0.1, 0.2, 0.3]
 
@@ -205,6 +206,7 @@ def test_evaluation_of_a_batch_on_a_gpu_never_waits_for_it(tmp_path: Path) -> No
 class KnownBlobs(BlobSurvey):
     """Blobs with sky positions, redshifts (a third unknown) and a pixel scale."""
 
+    size: int = 64
     pxscale: float | None = 0.262
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
@@ -216,9 +218,10 @@ class KnownBlobs(BlobSurvey):
 
 @pytest.fixture(scope="module")
 def run_of_known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run of one epoch on 200 galaxies, and its manifest."""
+    """A run of some epochs on galaxies that were resampled to half their size, and its manifest."""
     folder = tmp_path_factory.mktemp("known")
-    path = write_shards(KnownBlobs(num_galaxies=240), folder / "shards", encoding="png", shard_size=16, workers=1).path
+    survey = KnownBlobs(num_galaxies=240)
+    path = write_shards(survey, folder / "shards", encoding="png", image_size=32, shard_size=16, workers=1).path
     assert run_here(quick_settings(path, folder / "run", train__epochs=3)) == 0
     return folder / "run", path
 
@@ -249,8 +252,8 @@ def test_run_writes_predictions_of_its_test_and_validation_galaxies(run_of_known
         assert np.allclose(found.column("ra"), 10 + rows / 10) and (found.column("dec") == -20).all()
         expected = np.where(rows % 3 == 0, np.nan, rows / 1000)
         assert np.allclose(found.column("redshift"), expected, equal_nan=True)
-        images = np.stack([survey._draw(row) for row in rows])
-        assert np.allclose(found.column("size"), measure_images(images).size_px * 0.262, equal_nan=True)
+        images = np.stack([resize_square(survey._draw(row), 32) for row in rows])
+        assert np.allclose(found.column("size"), measure_images(images).size_px * 2 * 0.262, equal_nan=True)
         assert found.info.units["size"] == "arcsec" and found.info.versions["torch"] == torch.__version__.split("+")[0]
         assert found.info.context["step"] == evaluation["step"] and found.info.class_names == manifest.class_names
     confusion_KK = np.zeros((3, 3), int)
@@ -302,9 +305,10 @@ def test_evaluation_on_other_data_uses_the_temperature_of_the_run(
     class Others(KnownBlobs):
         def read(self, start: int, stop: int) -> Iterator[Galaxy]:
             for galaxy in super().read(start, stop):
-                yield replace(galaxy, id=f"other{galaxy.id}", ra=200 + (galaxy.ra or 0), extras={})
+                texts = {"redshift": "0.1?", "pxscale": "unknown", "source_id": 7}
+                yield replace(galaxy, id=f"other{galaxy.id}", ra=200 + (galaxy.ra or 0), extras=texts)
 
-    survey = Others(num_galaxies=60, name="other", variant="balanced", pxscale=None)
+    survey = Others(num_galaxies=60, size=32, name="other", variant="balanced")
     other = write_shards(survey, tmp_path / "shards", encoding="png", workers=1).path
     with without_figures():
         assert evaluate(run_dir, f"data.manifest={other}") == 0
@@ -315,7 +319,8 @@ def test_evaluation_on_other_data_uses_the_temperature_of_the_run(
     fitted = found["calibration"]["temperature"]
     assert fitted["fitted_on"]["manifest_hash"] == read_manifest(manifest_path).hash and fitted["count"] == 48
     assert fitted["value"] == read_evaluation(run_dir)["calibration"]["temperature"]["value"]
-    assert read_predictions(folder / "test-predictions.parquet").info.units["size"] == "pixel"
+    predictions = read_predictions(folder / "test-predictions.parquet")
+    assert predictions.info.units["size"] == "pixel" and set(predictions.column("source_id")) == {"7"}
     # By its predictions alone: the validation split's lie in the folder above.
     assert main(["evaluate", "--predictions", str(folder / "test-predictions.parquet"), "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "test.json").read_text()) == found

@@ -20,7 +20,7 @@ from galaxydist.cli.main import main
 from galaxydist.explore.analysis import Findings, analyse, label_conflicts, split_leaks, summary
 from galaxydist.explore.checks import find_duplicates, find_neighbours, near_hashes, odd_kinds, perceptual_hash
 from galaxydist.explore.datasets import ExploredDataset, ExploredImage, Positions, choose_sample, open_population
-from galaxydist.explore.page import render_page
+from galaxydist.explore.page import draw_sky, render_page
 from galaxydist.explore.scan import THUMBNAIL, _fit
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.remote.cache import CacheConfig
@@ -219,6 +219,12 @@ def test_find_neighbours_counts_pairs_with_two_labels_and_across_splits() -> Non
     assert near.pairs_P2.tolist() == [[2, 3], [0, 1]] and near.num_galaxies == 4
     assert near.separation_P == pytest.approx([0, 36])
     assert near.two_labels_P.tolist() == [True, False] and near.across_P.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("ra", [[359.8, 0.1, 0.3], [-0.2, 0.1, 0.3], [179.8, 179.9, -179.9]])
+def test_field_across_the_end_of_right_ascensions_is_drawn_in_one_piece(ra: list[float]) -> None:
+    figure, _ = draw_sky(Positions(np.array(ra), np.zeros(3), np.full(3, np.nan)))
+    assert figure.axes[0].name == "rectilinear" and abs(np.subtract(*figure.axes[0].get_xlim())) < 1
 
 
 def test_official_positions_have_236_close_pairs_of_which_59_have_two_labels(real_data: Path) -> None:

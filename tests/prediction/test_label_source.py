@@ -124,6 +124,9 @@ def test_shards_with_another_pixel_scale_are_refused_unless_they_are_those_of_th
     with pytest.raises(OtherImagesError, match=r"1 of \d+ galaxies in the val split .* another pixel scale"):
         source.check(form, trained.trained_on.manifest_hash)
     source.check(form, manifest.hash)
+    resampled = ShardsToLabel(replace(manifest, source_sides=(256, 256)), ("train",))
+    with pytest.raises(OtherImagesError, match=r"72 of 72 .* \(0\.524 arcsec/pixel in the median\) .* \(0\.262 to 0\.262\)"):
+        resampled.check(form, trained.trained_on.manifest_hash)
 
 
 def test_tars_of_others_are_labelled_without_shards(blob_run: BlobRun, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_run_of_an_earlier_version_needs_its_shards(tmp_path: Path, monkeypatc
 
 
 def test_sizes_that_the_training_images_were_resampled_from_are_taken() -> None:
-    stored = StoredImages("blobs", image_size=32, encoding="png", source_sides=(48, 64))
+    stored = StoredImages("blobs", image_size=32, encoding="png", source_sides=(48, 64), pxscale=(0.2, 0.2, 0.2))
     form = ImageForm.of(stored, DataConfig(image_size=32))
     image = next(ScaledBlobs(size=60).read(0, 1)).image
     assert isinstance(image, np.ndarray)
@@ -193,3 +193,7 @@ def test_sizes_that_the_training_images_were_resampled_from_are_taken() -> None:
     with pytest.raises(UserError, match="the training images were 48 to 64 pixels"):
         form.prepare(image[:40, :40], "a")
     assert form.prepare(image[:32, :32], "a").shape == (32, 32, 3)
+    # 48 to 64 pixels of 0.2 arcsec are stored as 32 of 0.3 to 0.4.
+    assert form.prepare(image, "a", 0.2).shape == form.prepare(image[:32, :32], "a", 0.35).shape
+    with pytest.raises(UserError, match=r"a has 0\.2 arcsec/pixel \(pxscale\) at 32 x 32 pixels, .* had 0\.3 to 0\.4\. "):
+        form.prepare(image[:32, :32], "a", 0.2)

@@ -203,6 +203,10 @@ def test_a_card_states_licences_sources_and_limits_of_its_own_data(config: dict[
     weights = model_card(with_origin(config, "simulated", source="me/encoder@1", licence="cc-by-nc-4.0"), results)
     assert "by the licence of the weights that it started from (cc-by-nc-4.0)" in weights
     assert header(weights)["license"] == "cc-by-nc-4.0"
+    resampled = with_origin(config, "simulated")
+    resampled["galaxydist"]["data"]["stored"] |= {"pxscale": [0.262] * 3, "source_sides": [256, 256]}
+    text = model_card(resampled, results)
+    assert "0.262 arcsec/pixel before resampling" in text and "show 256 pixels at 0.262 arcsec/pixel." in text
 
 
 HOSTILE = ("<script>alert(1)</script>", "a|b", "[x](http://e.org)", "*bold*\n# head", "`code`", "$x$")

@@ -273,13 +273,15 @@ def test_metadata_csv_of_the_user_gives_ids_positions_and_splits_or_a_warning(
 ) -> None:
     class_folders(tmp_path)
     numbers = range(10)
-    lines = [f"class2_{n}.jpg,objid {n},{'Testing'[:4] if n < 2 else 'Valid' if n < 3 else 'train'},{n},0.5,7" for n in numbers]
-    lines += [f"./class10\\class10_{n}.jpg,SDSS {n},{'test' if n < 1 else 'train'},,,8" for n in numbers]
-    (tmp_path / "metadata.csv").write_text("\n".join(["File_Name,ID,split,RA,dec,label", *lines]))
+    splits = ["Test", "Test", "Valid", *["train"] * 7]
+    lines = [f"class2_{n}.jpg,objid {n},{splits[n]},0{n},+.5,7,-.25,9" for n in numbers]
+    lines += [f"./class10\\class10_{n}.jpg,SDSS {n},{'test' if n < 1 else 'train'},nan,,8,+1.,9" for n in numbers]
+    (tmp_path / "metadata.csv").write_text("\n".join(["File_Name,ID,split,RA,dec,label,z,source_id", *lines]))
     survey = open_survey(tmp_path)
     first = next(survey.read(0, 1))
     assert (first.id, first.ra, first.dec, first.label) == ("objid_0", 0.0, 0.5, 0)
-    assert first.extras == {"source_id": "objid 0", "file": "class2/class2_0.jpg", "label": 7}
+    assert first.extras == {"source_id": "objid 0", "file": "class2/class2_0.jpg", "label": 7, "z": -0.25, "source_id_": 9}
+    assert (survey.ra[9], survey.extras["z"][10].as_py()) == (9, 1) and np.isnan(survey.ra[10:]).all()
     assert {name: rows.tolist() for name, rows in survey.splits.items() if name != "train"} == {"val": [2], "test": [0, 1, 10]}
     assert "80/10/10" not in caplog.text
     (tmp_path / "metadata.csv").write_text((tmp_path / "metadata.csv").read_text().replace("Valid", "maybe"))

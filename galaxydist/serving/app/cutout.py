@@ -27,7 +27,7 @@ MAX_ANSWER, TIME_LIMIT = 8 << 20, 20.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _SEXAGESIMAL = re.compile(
-    rf"([+-]?)\s*(\d{{1,3}})\s*[hd°:\s]\s*(\d{{1,2}})\s*[m′':\s]\s*{_NUMBER}\s*(?:s|″|\"|'')?", re.IGNORECASE
+    rf"([+-]?)\s*(\d{{1,3}})\s*([hd°:\s])\s*(\d{{1,2}})\s*[m′':\s]\s*{_NUMBER}\s*(?:s|″|\"|'')?", re.IGNORECASE
 )
 
 
@@ -94,15 +94,18 @@ def parse_position(ra: str | float, dec: str | float) -> tuple[float, float]:
     """Return right ascension and declination in degrees.
 
     Args:
-        ra: degrees (``150.1163``), or hours, minutes and seconds (``10:00:27.9``, ``10h00m27.9s``, ``10 00 27.9``).
+        ra: degrees (``150.1163``, ``150d06m58.7s``), or hours, minutes and seconds (``10:00:27.9``, ``10h00m27.9s``,
+            ``10 00 27.9``).
         dec: degrees, or degrees, minutes and seconds (``+02:12:21``, ``2d12m21s``, ``-0 30 00``).
 
     Raises:
         CutoutError: they are no such values, or outside of 0 to 360 and -90 to 90 degrees.
     """
-    right, is_hours = _angle(ra, "Right ascension (ra)", "150.1163 degrees or 10:00:27.9 hours")
-    up, _ = _angle(dec, "Declination (dec)", "2.2058 or +02:12:21 degrees")
-    if is_hours:
+    right, unit = _angle(ra, "Right ascension (ra)", "150.1163 degrees or 10:00:27.9 hours")
+    up, unit_of_dec = _angle(dec, "Declination (dec)", "2.2058 or +02:12:21 degrees")
+    if unit_of_dec == "h":
+        raise CutoutError(f"Declination (dec) {_shown(dec)} is in hours: give it in degrees, like 2.2058 or +02:12:21.")
+    if unit not in ("", "d", "°"):
         if not 0 <= right < 24:
             raise CutoutError(f"Right ascension (ra) {_shown(ra)} is outside of 0 to 24 hours: give degrees as one number.")
         right *= 15
@@ -153,8 +156,8 @@ def fetch_cutout(
     return Cutout(picture, right, up, form, address, notes)
 
 
-def _angle(value: str | float, name: str, example: str) -> tuple[float, bool]:
-    """Return a number and False, or the value of a sexagesimal text and True."""
+def _angle(value: str | float, name: str, example: str) -> tuple[float, str]:
+    """Return a number and an empty text, or the value of a sexagesimal text and the sign after its first number, like ``h``."""
     text = _shown(value).replace("−", "-").strip()
     try:
         number = float(text)
@@ -163,14 +166,14 @@ def _angle(value: str | float, name: str, example: str) -> tuple[float, bool]:
         if found is None:
             given = f"{_shown(value)!r} is not a position" if text else "is missing"
             raise CutoutError(f"{name} {given}: give it as {example}.") from None
-        sign, whole, minutes, seconds = found.groups()
+        sign, whole, unit, minutes, seconds = found.groups()
         if not (int(minutes) < 60 and float(seconds) < 60):
             raise CutoutError(f"{name} {_shown(value)} has 60 or more minutes or seconds.") from None
         number = int(whole) + int(minutes) / 60 + float(seconds) / 3600
-        return (-number if sign == "-" else number), True
+        return (-number if sign == "-" else number), unit.lower()
     if not math.isfinite(number):
         raise CutoutError(f"{name} {_shown(value)!r} is not a position: give it as {example}.")
-    return number, False
+    return number, ""
 
 
 def _shown(value: str | float) -> str:

@@ -23,7 +23,7 @@ _HDU = re.compile(r"(?P<file>.+)\[(?P<hdu>[^\[\]]+)\]")
 _NO_VALUE = ["", "na", "n/a", "nan", "null", "none", "--", "#n/a"]
 _WHOLE = r"^[+-]?(0|[1-9][0-9]*)$"
 _LEADING_ZERO = r"^[+-]?0[0-9]"
-_DECIMAL_COMMA = r"^-?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?$"
+_DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+([eE][+-]?[0-9]+)?$"
 
 
 def split_hdu(path: str) -> tuple[str, str | None]:

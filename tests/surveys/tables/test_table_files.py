@@ -89,6 +89,9 @@ def test_json_lines_as_hugging_face_puts_them_beside_images_are_a_table(tmp_path
     ]
     with pytest.raises(UserError, match=r"one folder of images for each class.* If metadata.jsonl lists the images"):
         open_survey(tmp_path)
+    path.write_text("\n".join(json.dumps(line | {"objid": 1.2376e18 + 256 * number}) for number, line in enumerate(lines)))
+    with pytest.raises(UserError, match=r"column 'objid': its ids are floating-point numbers .* the last ones are lost; store"):
+        open_survey(path)
     path.write_text('{"file_name": "0.png", "label": "a"}\n{"file_name": 7, "label": "b"}')
     with pytest.raises(UserError, match=r"metadata.jsonl is not a table of JSON lines, one object for each row"):
         open_survey(path)
@@ -97,7 +100,7 @@ def test_json_lines_as_hugging_face_puts_them_beside_images_are_a_table(tmp_path
 @pytest.mark.parametrize(
     ("text", "columns"),
     [
-        ("a;b\n1,5;x\n-2,5e1;y,z\n", {"a": [1.5, -25.0], "b": ["x", "y,z"]}),
+        ("a;b\n+1,5;x\n+2,5e1;y,z\n", {"a": [1.5, 25.0], "b": ["x", "y,z"]}),
         ("#Table1\nobjID,ra\n1237,10.5\n", {"objID": [1237], "ra": [10.5]}),
         ("# ra,dec\n1,2\n", {"ra": [1], "dec": [2]}),
         ('a\tb\n"two\nlines"\t1\n', {"a": ["two\nlines"], "b": [1]}),
