@@ -37,6 +37,7 @@ STATUS_EPILOG = """examples:
 
 States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, PRUNED, STOPPED, FAILED, NEW.
 "time left" is the time until the job's time limit, "to do" the rest of the training at the last measured speed.
+"last event" is the kind and the age of the newest line of events.jsonl; --json has its text too.
 """
 
 
