@@ -141,7 +141,9 @@ class Page(Browser):
         return str(self.evaluate("document.querySelector('#gd-answer').innerText"))
 
     def open_tab(self, name: str) -> None:
-        self.evaluate(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)}).click()")
+        tab = f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)})"
+        self.wait_for(tab)  # a page that was narrow has it in a menu for a moment
+        self.evaluate(f"{tab}.click()")
 
     def check_quiet(self) -> None:
         """No error on the console, and no request to another host."""
@@ -215,7 +217,7 @@ def test_bad_uploads_get_a_sentence_and_many_pictures_a_table(served: Served, tm
             page.resize(1280)
             page.open_tab(tab)
             page.resize(390)
-            assert page.fits_window(), tab
+            page.wait_for("document.documentElement.scrollWidth <= 390")  # the row of tabs needs a moment
         page.check_quiet()
 
 
