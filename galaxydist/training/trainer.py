@@ -143,7 +143,8 @@ class Trainer:
                 logger.info("%s is finished.", self.run_folder)
                 self.stop.close()  # nothing is to be saved: a signal ends an evaluation that is missing
                 self.evaluate()
-                _log_result(self.world.run_on_main(self._complete_tracker))
+                tracked = partial(complete_tracker, self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
+                _log_result(self.world.run_on_main(tracked))
                 return 0
             self.build()
             self.restore()
@@ -161,11 +162,7 @@ class Trainer:
 
     def check_inputs(self) -> None:
         """Check the shards, the recipe and the model, before anything is written."""
-        recipe, world = self.recipe, self.world
-        processes = "1 process" if world.size == 1 else f"{world.size} processes"
-        threads = "1 thread each" if world.threads == 1 else f"{world.threads} threads each"
-        logger.info("galaxydist: %s, %s, %s, precision %s", processes, world.device.type, threads, world.precision)
-        inputs = check_inputs(world, recipe, data_root(recipe.data.dir, self.environ))
+        inputs = check_inputs(self.world, self.recipe, data_root(self.recipe.data.dir, self.environ))
         self.manifest, self.other_manifests = inputs.manifest, inputs.other_manifests
         self.model, self.model_record, self.trained_on = inputs.model, inputs.model_record, inputs.trained_on
 
@@ -281,7 +278,6 @@ class Trainer:
     def _build_step(self, micro_batch: int) -> TrainStep:
         recipe, world, config = self.recipe, self.world, self.recipe.train
         weights_K = class_weights(config.class_weights, self.manifest.splits["train"].class_counts).to(world.device)
-        has_layers = config.strategy == "ddp" and not config.compile
         return TrainStep(
             world,
             self.strategy,
@@ -298,7 +294,7 @@ class Trainer:
             gates=StepGates(
                 world.size,
                 self.stop,
-                layers=self.model if has_layers else None,
+                layers=self.model if config.strategy == "ddp" and not config.compile else None,
                 timeout=collective_timeout(config.hang_timeout),
             ),
         )
@@ -316,12 +312,9 @@ class Trainer:
 
         self._cut = self.world.run_on_main(prepare)
         if self.state.step == 0:
-            logger.info(
-                "%s",
-                describe_run(self.resolved, self.manifest, self.run_folder, self.model, self.length, record=self.model_record),
-            )
-            estimate = describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch)
-            if estimate is not None:
+            described = self.resolved, self.manifest, self.run_folder, self.model, self.length
+            logger.info("%s", describe_run(*described, record=self.model_record))
+            if estimate := describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch):
                 logger.info("%s", estimate)
 
     @contextlib.contextmanager
@@ -350,9 +343,6 @@ class Trainer:
             raise
         self.exit_tasks.tracker = None
         _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
-
-    def _complete_tracker(self) -> str | None:
-        return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:

@@ -66,6 +66,9 @@ def check_inputs(world: World, recipe: Recipe, root: Path) -> TrainingInputs:
     Raises:
         UserError: the recipe, its shards or its model cannot be used.
     """
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    threads = "1 thread each" if world.threads == 1 else f"{world.threads} threads each"
+    logger.info("galaxydist: %s, %s, %s, precision %s", processes, world.device.type, threads, world.precision)
     path, cache = find_manifest(recipe.data, root), find_cache(recipe.data, root)
     manifest = world.run_on_all(lambda: open_manifest(path, cache, recipe, world.size))
     variants = [variant for variant in recipe.eval.variants if variant != manifest.variant]
