@@ -29,12 +29,17 @@ def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
     It is ``explicit``, else GALAXYDIST_DATA, else a user cache folder.
 
     Raises:
-        UserError: the data root is a URL, or it or one of its parents is a file.
+        UserError: the data root is a URL, it or one of its parents is a file, or there is no home folder for a cache folder.
     """
     if explicit is None and not environ.get(DATA_VARIABLE):
         from platformdirs import user_cache_path
 
-        return user_cache_path("galaxydist")
+        try:
+            return user_cache_path("galaxydist")
+        except RuntimeError as error:
+            raise UserError(
+                f"there is no home folder for the data root ({error}); give a folder (--data-dir, data.dir or {DATA_VARIABLE})"
+            ) from error
     given = str(explicit or environ[DATA_VARIABLE])
     if "://" in given:
         raise UserError(

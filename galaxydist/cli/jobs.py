@@ -37,6 +37,7 @@ STATUS_EPILOG = """examples:
 
 States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, PRUNED, STOPPED, FAILED, NEW.
 "time left" is the time until the job's time limit, "to do" the rest of the training at the last measured speed.
+"last event" is the kind and the age of the newest line of events.jsonl; --json has its text too.
 """
 
 
@@ -127,7 +128,7 @@ def find_folder(text: str) -> Path:
     for path in (Path(text), RUNS / text):
         if path.is_dir():
             return path
-    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run folder, or a folder that contains some.")
+    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}; `galaxydist status FOLDER` lists the runs of a folder")
 
 
 def run_status(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -162,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
+        if arguments is None:  # a second Ctrl-C would break Python's own end, which would wait for worker processes forever
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("galaxydist: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -47,7 +47,7 @@ def add_predict(commands: Commands) -> None:
         description="Label galaxies with the model of a run: calibrated probabilities of the classes, in a CSV or Parquet file.",
         epilog=EPILOG,
     )
-    parser.add_argument("run_folder", metavar="RUN", help="run folder, or its name in ./runs")
+    parser.add_argument("run_folder", metavar="RUN", help="run folder, or its name in ./runs, or a published folder")
     parser.add_argument(
         "sources",
         nargs="+",

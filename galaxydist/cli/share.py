@@ -88,6 +88,8 @@ def run_publish(arguments: argparse.Namespace) -> None:
         )
     if arguments.space is not None and arguments.no_onnx:
         raise UserError("--no-onnx: a Space runs the ONNX file; leave the option out")
+    paths = arguments.paths if arguments.space is not None else arguments.paths[:1]
+    sources = list(dict.fromkeys(find_folder(str(path)) for path in paths))
     from galaxydist.prediction.trained_model import ModelChoice
     from galaxydist.serving.publish import PublishOptions, publish
 
@@ -103,11 +105,9 @@ def run_publish(arguments: argparse.Namespace) -> None:
     if arguments.space is not None:
         from galaxydist.serving.space import publish_space
 
-        sources = list(dict.fromkeys(find_folder(str(path)) for path in arguments.paths))
         print(render_space(publish_space(sources, arguments.space, os.environ, options), arguments.repo))
         return
-    run, out = arguments.paths
-    print(render_report(publish(find_folder(str(run)), out, os.environ, options), arguments.repo))
+    print(render_report(publish(sources[0], arguments.paths[1], os.environ, options), arguments.repo))
 
 
 def add_app(commands: Commands) -> None:

@@ -3,7 +3,6 @@
 import os
 import shlex
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import psutil
 
 from galaxydist.cluster.records import JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
-from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
+from galaxydist.runs.lock import LockOwner, live_owner
 
 # submitit's process of a local job: it starts the tasks, waits for them and forwards SIGTERM.
 _CONTROLLER = "submitit.local._local"
@@ -85,20 +84,7 @@ def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | N
         lock_path: the folder's lock.
         known: states from SLURM, by job id.
     """
-    owner = read_owner(lock_path)
-    if owner is None:
-        return None
-    state = known.get(owner.job_id) if owner.job_id is not None else None
-    if state is not None and state.state != UNKNOWN and not state.is_active:
-        return None
-    return owner if is_held(owner, lock_path) else None
-
-
-def is_held(owner: LockOwner, lock_path: Path) -> bool:
-    """Return True if a lock's owner is alive: by its process on this machine, else by its heartbeat."""
-    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
-        return is_alive(owner)
-    try:
-        return time.time() - lock_path.stat().st_mtime < STALE_SECONDS
-    except FileNotFoundError:
-        return False
+    owner = live_owner(lock_path)
+    state = known.get(owner.job_id) if owner is not None and owner.job_id is not None else None
+    has_ended = state is not None and state.state != UNKNOWN and not state.is_active
+    return None if has_ended else owner

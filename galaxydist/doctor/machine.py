@@ -64,7 +64,7 @@ def check_machine(target: CheckTarget, environ: Mapping[str, str]) -> list[Check
         *check_installation(),
         check_gpus(find_gpus(), target.gpus),
         check_cores(len(bound_cores()), cpu_quota(), os.cpu_count() or 1),
-        check_data_root(target.data_root, Path(environ.get("HOME") or Path.home())),
+        check_data_root(target.data_root, Path(environ.get("HOME") or "~")),
         check_shards(target.data_root),
         check_scratch(scratch, environ),
         *check_run_folders(target.runs),

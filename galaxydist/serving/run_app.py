@@ -13,15 +13,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import EXIT_BAD_INPUT, UserError
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.job_environment import tunnel_command
 from galaxydist.log import set_up_logging
 from galaxydist.runs.folder import BEST, RunFolder
@@ -241,28 +242,34 @@ def _publishing(
 
 
 def publish_runs(asked: str, environ: MutableMapping[str, str]) -> int:
-    """Publish runs, and return the exit code; a user's error is printed as JSON.
+    """Publish runs, and return the exit code; a user's error is printed as JSON. SIGTERM ends it and leaves nothing half-written.
 
     Args:
         asked: JSON of ``_publishing``.
         environ: the environment of this process.
     """
-    from galaxydist.prediction.trained_model import ModelChoice
-    from galaxydist.serving.publish import PublishOptions, publish
-
-    content = json.loads(asked)
-    options = PublishOptions(ModelChoice(trust_code=content["trust_code"]), program=False, overwrite=True, quick=True)
     try:
-        for run, out, made_from in content["runs"]:
-            report = publish(Path(run), Path(out), environ, replace(options, made_from=made_from))
-            logger.info("%s: published into %s", run, report.folder)
-            for note in report.notes:
-                logger.info("note: %s", note)
-            if not (report.folder / REFERENCE).is_file():
-                logger.info("to store training galaxies at the next start, remove %s", report.folder)
+        with _ended_by_sigterm():
+            return _publish_each(json.loads(asked), environ)
     except UserError as error:
         sys.stdout.write(json.dumps({"error": str(error)}))
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _publish_each(asked: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
+    from galaxydist.prediction.trained_model import ModelChoice
+    from galaxydist.serving.publish import PublishOptions, publish
+
+    options = PublishOptions(ModelChoice(trust_code=asked["trust_code"]), program=False, overwrite=True, quick=True)
+    for run, out, made_from in asked["runs"]:
+        report = publish(Path(run), Path(out), environ, replace(options, made_from=made_from))
+        logger.info("%s: published into %s", run, report.folder)
+        for note in report.notes:
+            logger.info("note: %s", note)
+        if not (report.folder / REFERENCE).is_file():
+            logger.info("to store training galaxies at the next start, remove %s", report.folder)
     return 0
 
 

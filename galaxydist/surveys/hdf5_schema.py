@@ -98,9 +98,11 @@ class SurveyFileWriter:
             self._offsets = _lay_out(self._temporary, num_galaxies, layout, attributes)
             self._file = self._temporary.open("rb+")
             _reserve(self._file.fileno(), self._temporary.stat().st_size)
-        except OSError as error:
+        except BaseException as error:
             self._temporary.unlink(missing_ok=True)
-            raise disk_error(path, error) from error
+            if isinstance(error, OSError):
+                raise disk_error(path, error) from error
+            raise
 
     def append(
         self,

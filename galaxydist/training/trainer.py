@@ -64,7 +64,7 @@ from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
 from galaxydist.training.health.rank_exit import ExitTasks, leaving_alone
-from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
+from galaxydist.training.health.run_events import alert_early, began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
@@ -156,11 +156,13 @@ class Trainer:
         self._saved_progress: dict[str, Any] = {}
         self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
+        self._webhook = Webhook(find_webhook(self.recipe.tracker.webhook, environ), run_path(self.recipe).name)
         self.exit_tasks = ExitTasks()
 
     def run(self, prune: Prune | None = None) -> int:
         """Train to the result, as ``train`` does, and return its result."""
-        self.check_inputs()
+        with self._noting_failure():
+            self.check_inputs()
         with self.open_run_folder():
             if self.is_finished:
                 logger.info("%s is finished.", self.run_folder)
@@ -246,11 +248,11 @@ class Trainer:
                 folder.clear_failure()
                 return folder.path, progress, is_finished, began()
 
-            path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
+            with self._noting_failure():
+                path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
             self.run_folder = RunFolder(path)
-            webhook = Webhook(find_webhook(self.recipe.tracker.webhook, self.environ), path.name)
-            stack.callback(webhook.close)
-            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, webhook.send)
+            stack.callback(self._webhook.close)
+            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, self._webhook.send)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
@@ -258,8 +260,8 @@ class Trainer:
                 self.world, self.recipe.train, self.run_folder, self.exit_tasks, self.events, note=self._note_failure
             )
             stack.enter_context(self.watchdog)
-            self.exit_tasks.stacks, self.exit_tasks.webhook = self.watchdog.close_stacks, webhook.close
-            with leaving_alone(self.world, self._leave, self.exit_tasks, self._note_failure):
+            self.exit_tasks.stacks, self.exit_tasks.webhook = self.watchdog.close_stacks, self._webhook.close
+            with self._noting_failure(), leaving_alone(self.world, self._leave, self.exit_tasks, self._note_failure):
                 yield
 
     def build(self) -> None:
@@ -428,10 +430,9 @@ class Trainer:
         self.world.run_on_main(start)
         self.exit_tasks.tracker = partial(self.tracker.finish, 1)
         try:
-            yield
-        except BaseException as error:
-            if isinstance(error, Exception):
-                self._note_failure(error)
+            with self._noting_failure():
+                yield
+        except BaseException:
             self.exit_tasks.end_tracker()
             raise
         self.exit_tasks.tracker = None
@@ -440,9 +441,20 @@ class Trainer:
     def _complete_tracker(self) -> str | None:
         return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
 
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._note_failure(error)
+            raise
+
     def _note_failure(self, error: Exception) -> None:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
-        if self.world.is_main or not is_known_to_all(error):
+        if not hasattr(self, "events"):  # the run folder is not open yet
+            if self.world.is_main:
+                alert_early(self._webhook, error)
+        elif self.world.is_main or not is_known_to_all(error):
             write_failure(self.run_folder, self.events, error, self._num_steps, self.environ)
 
     @property

@@ -193,7 +193,7 @@ def test_gallery_page_in_a_browser_fits_a_phone_and_loads_only_itself(run_dir: P
     with Browser() as browser:
         for width, dark in ((390, False), (1280, True)):
             browser.open(page, width=width, dark=dark)
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"scrolls sideways at {width}"
+            assert browser.fits_window(), f"scrolls sideways at {width}"
             broken = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).length"
             assert browser.evaluate(broken) == 0 and browser.evaluate("document.images.length") > 10
         assert browser.console == [] and set(browser.requests) == {page.resolve().as_uri()}

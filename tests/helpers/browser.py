@@ -54,7 +54,7 @@ class Browser:
         os.close(commands_in)
         os.close(answers_out)
         self._buffer, self._number, self._session = b"", 0, ""
-        self._loaded = False
+        self._loaded, self._width = False, 0
         self.console: list[str] = []
         self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -83,7 +83,7 @@ class Browser:
         """
         for width, dark in ((390, False), (1280, True)):
             self.open(page, width=width, dark=dark)
-            assert self.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"scrolls sideways at {width}"
+            assert self.fits_window(), f"scrolls sideways at {width}"
             found = self.evaluate("[...document.querySelectorAll('section')].filter(s => s.offsetHeight > 60).map(s => s.id)")
             assert found == list(sections)
             assert self.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).length") == 0
@@ -108,10 +108,7 @@ class Browser:
 
     def visit(self, address: str, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
         """Show the page of an address, and wait until it is loaded; what its scripts draw may come later."""
-        phone = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone
-        )
+        self.resize(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._loaded = False
@@ -120,6 +117,18 @@ class Browser:
         while not self._loaded:
             assert time.monotonic() < deadline, f"{address} did not load"
             self._next()
+
+    def resize(self, width: int, height: int = 900) -> None:
+        """Show the page in a window of another size (CSS pixels); a narrow one is a phone's."""
+        phone = width < 600
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone
+        )
+        self._width = width
+
+    def fits_window(self) -> bool:
+        """True if the page does not scroll sideways; ``innerWidth`` would not tell, since it grows with the page on a phone."""
+        return bool(self.evaluate(f"document.documentElement.scrollWidth <= {self._width}"))
 
     def wait_for(self, expression: str) -> None:
         """Wait until a JavaScript expression on the page is true."""

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from galaxydist.errors import UserError
 from galaxydist.paths import data_root, hdf5_path, manifest_path
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, from_dict, later_defaults, result_fields, result_hash, run_name, to_dict
@@ -91,6 +93,14 @@ def test_data_root_and_data_paths_follow_argument_and_environment(tmp_path: Path
     assert hdf5_path(tmp_path, "simulated") == tmp_path / "hdf5" / "simulated.h5"
     expected = tmp_path / "shards" / "simulated" / "balanced-no_conflicting" / "manifest.json"
     assert manifest_path(tmp_path, "simulated", "balanced", conflicting="drop") == expected
+
+
+def test_a_user_without_a_home_is_told_to_name_the_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # as in a container that runs as any user
+    with pytest.raises(UserError, match="no home folder for the data root"):
+        data_root(None, {})
 
 
 GOLDEN_RUN_NAMES = {

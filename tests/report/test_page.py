@@ -43,7 +43,7 @@ def test_report_page_in_a_browser_fits_a_phone_and_prints_folded_parts(page: Pat
 
         def open_all() -> None:
             browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "opened, it scrolls sideways"
+            assert browser.fits_window(), "opened, it scrolls sideways"
             # What is wider than the window scrolls in its own box, and only there.
             tables = "[...document.querySelectorAll('table')].filter(t => !t.closest('.scroll') && t.scrollWidth > innerWidth)"
             assert browser.evaluate(f"{tables}.length") == 0

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ import pytest
 from PIL import Image
 
 import galaxydist
+from galaxydist.errors import EXIT_INTERRUPTED
 from galaxydist.prediction.published_folder import is_published
 from galaxydist.serving.app.published_model import PUBLISHED
-from galaxydist.serving.run_app import find_publication
+from galaxydist.serving.run_app import find_publication, publish_runs
 from tests.helpers.blobs import CLASS_NAMES, BlobSurvey
 from tests.helpers.browser import Browser
 from tests.helpers.published import PublishedRun, train_blobs
@@ -139,7 +141,9 @@ class Page(Browser):
         return str(self.evaluate("document.querySelector('#gd-answer').innerText"))
 
     def open_tab(self, name: str) -> None:
-        self.evaluate(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)}).click()")
+        tab = f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)})"
+        self.wait_for(tab)  # a page that was narrow has it in a menu for a moment
+        self.evaluate(f"{tab}.click()")
 
     def check_quiet(self) -> None:
         """No error on the console, and no request to another host."""
@@ -165,11 +169,10 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             test = json.loads((known_run / PUBLISHED / "results.json").read_text())["test"]
             label = CLASS_NAMES.index(name)
             precision, called = test["per_class"]["precision"][label], test["per_class"]["predicted"][label]
-            assert (
-                f"Measured on {test['count']} test galaxies: {100 * test['accuracy']:.1f}\xa0% right (95\xa0% interval " in text
-            )
-            assert f"Of the {called} that it called {name}, {100 * precision:.1f}\xa0% are (95\xa0% interval " in text
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert f"Measured: right for {100 * test['accuracy']:.1f}\xa0% (95\xa0% interval " in text
+            assert f" of its {test['count']} test galaxies, and for {100 * precision:.1f}\xa0% (95\xa0% interval " in text
+            assert f" of the {called} that it called {name}." in text
+            assert page.fits_window()
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.
         first.evaluate("document.querySelector('#gd-model input').focus()")
@@ -210,6 +213,11 @@ def test_bad_uploads_get_a_sentence_and_many_pictures_a_table(served: Served, tm
         link = page.evaluate("document.querySelector('#gd-table a[download]').href")
         table = base64.b64decode(link.partition("base64,")[2]).decode().splitlines()
         assert table[0].startswith("name,predicted,confidence,p_round,p_flat,p_pair,") and table[1].startswith("'=flat.png,flat,")
+        for tab in ("Many pictures", "About the model"):
+            page.resize(1280)
+            page.open_tab(tab)
+            page.resize(390)
+            page.wait_for("document.documentElement.scrollWidth <= 390")  # the row of tabs needs a moment
         page.check_quiet()
 
 
@@ -311,3 +319,19 @@ def test_errors_of_the_command_are_one_message(served: Served, tmp_path: Path) -
     (damaged / "reference.npz").write_bytes(b"PK")
     assert "reference.npz is damaged" in run(damaged)
     assert "not an address of this machine" in run(served.folder / "second", "--host", "192.0.2.1")
+
+
+def test_ctrl_c_while_a_run_is_published_leaves_nothing_half_written(published_run: PublishedRun, tmp_path: Path) -> None:
+    out = tmp_path / "published"
+
+    def end_when_it_writes() -> None:
+        deadline = time.monotonic() + 120
+        while not (written := any(tmp_path.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if written:
+            os.kill(os.getpid(), signal.SIGTERM)  # as the app ends the process that publishes
+
+    Thread(target=end_when_it_writes).start()
+    asked = json.dumps({"runs": [[str(published_run.run_dir), str(out), ""]], "trust_code": False})
+    assert publish_runs(asked, os.environ) == EXIT_INTERRUPTED
+    assert list(tmp_path.iterdir()) == []

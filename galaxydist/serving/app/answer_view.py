@@ -127,12 +127,12 @@ class AnswerView:
         measured, label = self.measured, self.answer.label
         if measured is None or self.is_unlike:
             return ""
-        text = f"Measured on {measured.count:,} test galaxies: {share_text(measured.accuracy, ' right')}."
+        text = f"Measured: right for {share_text(measured.accuracy)} of its {measured.count:,} test galaxies"
         precision, name = measured.precision[label], self.answer.class_name
         if precision is None:
-            text += f" It called none of them {name}."
+            text += f", none of which it called {name}."
         else:
-            text += f" Of the {measured.called[label]:,} that it called {name}, {share_text(precision, ' are')}."
+            text += f", and for {share_text(precision)} of the {measured.called[label]:,} that it called {name}."
         return f'<p class="gd-note gd-measured">{escape(text)}</p>'
 
     def _bars(self) -> str:
@@ -152,8 +152,8 @@ class AnswerView:
         values = self.answer.views[:, self.answer.label]
         agree = "agrees" if self.answer.agreement == 1 else "agree"
         return (
-            f'<p class="gd-views">{self.answer.agreement} of {len(values)} views {agree}: flipped and turned by quarters, the '
-            f"picture gives {escape(self.answer.class_name)} {percent(values.min())} to {percent(values.max())}.</p>"
+            f'<p class="gd-views">{self.answer.agreement} of {len(values)} views {agree}: over the flips and quarter turns, the '
+            f"probability of {escape(self.answer.class_name)} is {percent(values.min())} to {percent(values.max())}.</p>"
         )
 
     def _pictures(self) -> str:
@@ -214,12 +214,12 @@ def percent(value: float) -> str:
     return f"{shown:.1f}\xa0%"
 
 
-def share_text(share: Share, verb: str) -> str:
-    """Return a share in per cent, a verb, and the interval."""
+def share_text(share: Share) -> str:
+    """Return a share and its interval in per cent."""
     if share.interval is None:
-        return f"{percent(share.value)}{verb}"
+        return percent(share.value)
     low, high = share.interval
-    return f"{percent(share.value)}{verb} (95\xa0% interval {100 * low:.1f} to {percent(high)})"
+    return f"{percent(share.value)} (95\xa0% interval {100 * low:.1f} to {percent(high)})"
 
 
 def blend(pixels: NDArray[np.uint8], saliency: NDArray[np.float32]) -> NDArray[np.uint8]:

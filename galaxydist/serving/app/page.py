@@ -314,7 +314,13 @@ def _add_many_pictures(desk: Desk, model: gr.Dropdown) -> None:
     answer = gr.HTML(elem_id="gd-table")
     # One table after the other: single pictures of others are answered in between.
     drop.upload(
-        _ManyPictures(desk).take_uploads, [drop, model], [answer, drop], api_name="label_many", concurrency_limit=1, **EVENT
+        _ManyPictures(desk).take_uploads,
+        [drop, model],
+        [answer, drop],
+        api_name="label_many",
+        concurrency_limit=1,
+        show_progress_on=drop,
+        **EVENT,
     )
 
 

@@ -172,8 +172,10 @@ def read_config(folder: Path) -> AppConfig:
     if not isinstance(ours, dict) or "app" not in content:
         raise PublishedFolderError(f"{path} was not written by `galaxydist publish`")
     if ours.get("format") != FORMAT:
-        found = ours.get("format")
-        raise PublishedFolderError(f"{path} has format {found}, and this version reads {FORMAT}: publish the run again")
+        raise PublishedFolderError(
+            f"{path} has format {ours.get('format')}, and galaxydist here reads {FORMAT}: install the version that wrote it "
+            f"({ours.get('version')}), or publish the run again"
+        )
     try:
         return AppConfig.from_dict(content["app"])
     except (TypeError, KeyError, AttributeError) as error:

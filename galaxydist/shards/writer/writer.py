@@ -267,8 +267,12 @@ def _is_complete(manifest: Manifest) -> bool:
 
 @contextmanager
 def writer_lock(work_dir: Path) -> Iterator[None]:
-    """Keep out a second writer of the same shards; the lock is released however the process ends."""
+    """Keep out a second writer of the same shards; the lock is released however the process ends.
+
+    Folders that were made for it and are empty at the end are removed.
+    """
     path = _lock_path(work_dir)
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()  # raises where no file can be created: filelock would call the lock held
     lock = FileLock(path, blocking=False)
@@ -284,6 +288,9 @@ def writer_lock(work_dir: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # the first that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager
