@@ -96,8 +96,7 @@ def write_shards(
         UserError: the source is missing or damaged, a wrong column, other shards exist, or the disk is full.
     """
     from galaxydist.shards.writer.writer import write_shards as write
-    from galaxydist.surveys.image_arrays import ArrayOptions
-    from galaxydist.surveys.pixel_scaling import PixelScaling
+    from galaxydist.surveys.image_arrays import ArrayOptions, PixelScaling
     from galaxydist.surveys.survey_sources import SourceOptions, open_survey
     from galaxydist.surveys.table_columns import column_names
 

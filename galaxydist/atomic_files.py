@@ -5,6 +5,7 @@ Each change of the disk raises a ``sys.audit`` event (``galaxydist.write``, ``ga
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -152,6 +153,12 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} is not readable as JSON ({error}). It was damaged or edited: restore it or remove it."
         ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Age in seconds from which a temporary file counts as a leftover of a killed process.

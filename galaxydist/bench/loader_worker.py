@@ -172,7 +172,7 @@ def _finish_on_device() -> None:
     """Wait for a GPU, if one is in use: its batches are handed over before they are complete."""
     import torch
 
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

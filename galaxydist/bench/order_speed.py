@@ -54,7 +54,7 @@ def default_choices(world_size: int) -> list[tuple[int, int]]:
     ]
 
 
-def measure_fetches(job: OpeningJob, choices: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
+def measure_fetches(job: OpeningJob, choices: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Count the shards that a node fetches in an epoch, if each node fetches once every shard that it needs.
 
     Returns:
@@ -65,7 +65,7 @@ def measure_fetches(job: OpeningJob, choices: Sequence[tuple[int, int]], seed: i
     """
     counted = []
     for num_streams, batch_size in choices:
-        order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=seed, epoch=0, num_streams=num_streams)
+        order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=0, epoch=0, num_streams=num_streams)
         uses = usage_of_nodes(order, batch_size, job.num_nodes, job.ranks_per_node)
         fetched = [np.unique(use["shard"]).size for use in uses]
         choice = {
@@ -318,13 +318,12 @@ def survey_store(num_shards: int, shard_samples: int = 1000) -> StoredSurvey:
     return StoredSurvey("survey-like", _even_shards(num_samples, num_shards), labels.astype(np.int64))
 
 
-def measure_quality(store: StoredSurvey, batch_size: int = 192, seed: int = 0) -> dict[str, Any]:
+def measure_quality(store: StoredSurvey, batch_size: int = 192) -> dict[str, Any]:
     """Measure the order's first epochs on a store, and as many random permutations.
 
     Args:
         store: at least ten batches.
         batch_size: G.
-        seed: of the order and of the permutations.
 
     Returns:
         ``{"task", "store", "num_samples", "num_shards", "batch_size", "num_streams", "order": {...}, "random": {...}}``. Both
@@ -335,9 +334,9 @@ def measure_quality(store: StoredSurvey, batch_size: int = 192, seed: int = 0) -
         alike.
     """
     num_samples = store.sorted_labels.size
-    stored_rows = np.argsort(hash64(seed, 0, np.arange(num_samples), Stream.STORAGE), kind="stable")  # what the writer does
+    stored_rows = np.argsort(hash64(0, 0, np.arange(num_samples), Stream.STORAGE), kind="stable")  # what the writer does
     labels = {"sorted": store.sorted_labels, "written": store.sorted_labels[stored_rows]}
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     drawn = [random.permutation(num_samples) for _ in range(EPOCHS)]
     return {
         "task": "order.quality",
@@ -346,7 +345,7 @@ def measure_quality(store: StoredSurvey, batch_size: int = 192, seed: int = 0) -
         "num_shards": store.shard_samples.size,
         "batch_size": batch_size,
         "num_streams": NUM_STREAMS,
-        "order": _describe([_read(store, seed, epoch) for epoch in range(EPOCHS)], labels, batch_size),
+        "order": _describe([_read(store, epoch) for epoch in range(EPOCHS)], labels, batch_size),
         "random": _describe(drawn, labels, batch_size),
     }
 
@@ -410,9 +409,9 @@ def _spread(classes_RB: NDArray[np.int64], shares_K: NDArray[np.float64]) -> flo
     return float(((counts - expected) ** 2 / expected).sum(axis=1).mean() / (shares_K.size - 1))
 
 
-def _read(store: StoredSurvey, seed: int, epoch: int) -> NDArray[np.int64]:
+def _read(store: StoredSurvey, epoch: int) -> NDArray[np.int64]:
     """Return all samples of an epoch, in reading order."""
-    order = EpochOrder(store.shard_samples, seed=seed, epoch=epoch, num_streams=NUM_STREAMS)
+    order = EpochOrder(store.shard_samples, seed=0, epoch=epoch, num_streams=NUM_STREAMS)
     starts = range(0, order.num_positions, _CHUNK)
     return np.concatenate([order.samples(np.arange(s, min(s + _CHUNK, order.num_positions))) for s in starts])
 

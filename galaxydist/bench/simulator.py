@@ -23,8 +23,7 @@ from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_rows
+from galaxydist.surveys.simulate.survey import draw_rows, plan_survey
 from galaxydist.surveys.tables.listed_images import ListedImages
 from galaxydist.training.trainer import train
 

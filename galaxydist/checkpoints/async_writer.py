@@ -6,11 +6,10 @@ a view, and hashing, fsync and rename after its write would still need a thread.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +28,7 @@ class CheckpointWriter:
     """Saves checkpoints one at a time, on the one rank that holds the run's lock.
 
     Leaving the context waits for the last write. If the process is killed during a write, the earlier checkpoints stay complete.
-    An interpreter that exits finishes the write first. The files are identical to those of ``store.save``.
+    An interpreter that exits finishes the write first. The files are those of ``store.save``.
 
     Args:
         checkpoints_dir: folder of the run's checkpoints; created if missing.
@@ -37,18 +36,12 @@ class CheckpointWriter:
         check: raises if this process may no longer write to the run folder (``RunLock.check``). Called in the writing thread
             before a write begins and before it becomes the newest checkpoint.
         keep: number of newest checkpoints to keep.
-        clock: returns the time in seconds, for ``seconds_waited``.
-
-    Attributes:
-        seconds_waited: total time spent in calls: copying, waiting for a write, and writing if ``background`` is False.
     """
 
     checkpoints_dir: Path
     background: bool
     check: Callable[[], None]
     keep: int = 2
-    clock: Callable[[], float] = time.monotonic
-    seconds_waited: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self._copies = TensorCopies()
@@ -86,21 +79,21 @@ class CheckpointWriter:
         Once this returns, work on the current stream of the tensors' device may change them again.
 
         Args:
-            step, tensors, state, best: as for ``store.save``.
+            step, tensors, best: as for ``store.save``.
+            state: plain JSON values (see ``flatten_state``), without nan and inf.
 
         Raises:
             ValueError, TypeError: ``state`` is not plain JSON; nothing is written.
             UserError: the last write failed (and this checkpoint is not written), or this one did and ``background`` is False.
         """
-        with self._timed():
-            state_text = encode_state(step, state, best=best)
-            self._join()
-            if not self.background:
-                self._write(step, tensors, state_text, best)
-                return
-            import_writer()
-            copies = self._copies.take(tensors)
-            self._write_in_progress = self._executor.submit(self._write_copies, step, copies, state_text, best)
+        state_text = encode_state(step, state, best=best)
+        self.wait()
+        if not self.background:
+            self._write(step, tensors, state_text, best)
+            return
+        import_writer()
+        copies = self._copies.take(tensors)
+        self._write_in_progress = self._executor.submit(self._write_copies, step, copies, state_text, best)
 
     def wait(self) -> None:
         """Wait until the write in progress, if any, is complete.
@@ -108,18 +101,6 @@ class CheckpointWriter:
         Raises:
             UserError: the write failed (disk full, lock lost). Raised once. The earlier checkpoints are untouched.
         """
-        with self._timed():
-            self._join()
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = self.clock()
-        try:
-            yield
-        finally:
-            self.seconds_waited += self.clock() - began
-
-    def _join(self) -> None:
         if (write := self._write_in_progress) is not None:
             try:
                 write.result()
@@ -131,7 +112,7 @@ class CheckpointWriter:
             self._write(step, copies, state_text, best)
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
-        store.save_encoded(self.checkpoints_dir, step, tensors, state_text, keep=self.keep, best=best, check=self.check)
+        store.save(self.checkpoints_dir, step, tensors, state_text, keep=self.keep, best=best, check=self.check)
 
 
 class TensorCopies:
@@ -160,7 +141,7 @@ class TensorCopies:
             self._buffers[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         self._copied = {}
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-            self._copied[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied[device] = torch.cuda.Event(blocking=True)
             self._copied[device].record(torch.cuda.current_stream(device))
         return dict(self._buffers)
 
@@ -175,7 +156,7 @@ class TensorCopies:
             for device, event in self._copied.items():
                 event.synchronize()
                 if device not in self._streams:
-                    self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                    self._streams[device] = torch.cuda.Stream(device)
                 stack.enter_context(torch.cuda.stream(self._streams[device]))
             yield
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from galaxydist.atomic_files import fsync_file
+from galaxydist.atomic_files import file_sha256, fsync_file
 from galaxydist.checkpoints import store, tensor_files
 from galaxydist.checkpoints.async_writer import CheckpointWriter
-from galaxydist.checkpoints.store import Checkpoint, DamagedCheckpointError, read_checkpoint, sha256_of, write_state
+from galaxydist.checkpoints.store import Checkpoint, DamagedCheckpointError, read_checkpoint, write_state
 from galaxydist.distributed import all_gather, run_on_all, run_on_main
 from galaxydist.errors import RunFailedError, UserError
 from galaxydist.rank_store import LONG_TIMEOUT
@@ -54,7 +54,7 @@ def save_sharded(
         state_text: from ``encode_state``; that of rank 0 is written.
         group: from ``open_saving_group``.
         keep, best: as for ``store.save``.
-        check: called on rank 0, as for ``store.save_encoded``.
+        check: called on rank 0, as for ``store.save``.
 
     Returns:
         The checkpoint's folder.
@@ -157,7 +157,7 @@ class ShardedWriter(CheckpointWriter):
     rank than on another, so the ranks must agree on it before they act.
 
     Args:
-        checkpoints_dir, background, check, keep, clock: as for ``CheckpointWriter``; ``check`` is called on rank 0.
+        checkpoints_dir, background, check, keep: as for ``CheckpointWriter``; ``check`` is called on rank 0.
         group: from ``open_saving_group``; nothing else may use it.
     """
 
@@ -200,7 +200,7 @@ def _sync_and_hash(files: list[Path]) -> dict[str, str]:
     """Flush files to the disk and return their SHA-256 by name."""
     for file in files:
         fsync_file(file)
-    return {file.name: sha256_of(file) for file in files}
+    return {file.name: file_sha256(file) for file in files}
 
 
 def _check_visible(folder: Path, names: Iterable[str]) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from galaxydist.atomic_files import explain_full_disk, fsync_file, rename, replace_bytes, unlink, write_bytes
+from galaxydist.atomic_files import explain_full_disk, file_sha256, fsync_file, rename, replace_bytes, unlink, write_bytes
 from galaxydist.checkpoints import tensor_files
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import BEST, FOLDER_NAME, LATEST, STATE_FILE
@@ -58,7 +58,7 @@ def encode_state(step: int, state: Mapping[str, Any], *, best: bool) -> str:
     """Return the JSON text of everything in a checkpoint except its tensors.
 
     Raises:
-        ValueError, TypeError: ``state`` holds nan, inf or a type that JSON lacks.
+        ValueError, TypeError: ``state`` holds nan, inf or a type that JSON lacks (see ``flatten_state``).
     """
     return _dump({"format": FORMAT_VERSION, "step": step, "best": best, "state": state})
 
@@ -76,7 +76,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state_te
     file_names = tensor_files.write_tensors(folder, tensors)
     for file in sorted(folder.iterdir()):
         fsync_file(file)
-    write_state(folder, state_text, file_names, {name: sha256_of(folder / name) for name in sorted(set(file_names.values()))})
+    write_state(folder, state_text, file_names, {name: file_sha256(folder / name) for name in sorted(set(file_names.values()))})
 
 
 def write_state(
@@ -157,7 +157,7 @@ def _verify(path: Path, content: Mapping[str, Any], file_names: Iterable[str]) -
     needed = set(file_names)
     for file_name in sorted(name for name in hashes if needed & {name, tensor_files.without_shard(name)}):
         try:
-            digest = sha256_of(path / file_name)
+            digest = file_sha256(path / file_name)
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{file_name} is missing") from None
         except OSError as error:
@@ -188,58 +188,35 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save(
     checkpoints_dir: Path,
     step: int,
     tensors: Mapping[str, torch.Tensor],
-    state: Mapping[str, Any],
+    state_text: str,
     *,
     keep: int = 2,
     best: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Save a checkpoint, then delete old ones. Call it on one rank that holds the run folder's lock; needs no process group.
+    """Save a checkpoint, then delete old ones; it may run in a thread, and needs no process group.
+
+    Call it on one rank that holds the run folder's lock.
 
     Args:
         checkpoints_dir: folder of the run's checkpoints; created if missing.
         step: number of optimizer steps done.
         tensors: by name; the part before the first ``/`` (``model``, ``optimizer``, ``ema``) chooses the file, so that each part
             can be read alone.
-        state: plain JSON values (see ``flatten_state``), without nan and inf.
+        state_text: from ``encode_state`` with the same ``step`` and ``best``.
         keep: number of newest checkpoints to keep, including this one; the best one is kept too.
         best: True if this is the best checkpoint so far.
+        check: raises if this process may no longer write here; called before the first change and before the rename.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         UserError: the disk is full. The earlier checkpoints are untouched.
-        ValueError, TypeError: ``state`` is not plain JSON.
-    """
-    return save_encoded(checkpoints_dir, step, tensors, encode_state(step, state, best=best), keep=keep, best=best)
-
-
-def save_encoded(
-    checkpoints_dir: Path,
-    step: int,
-    tensors: Mapping[str, torch.Tensor],
-    state_text: str,
-    *,
-    keep: int,
-    best: bool,
-    check: Callable[[], None] = lambda: None,
-) -> Path:
-    """Save a checkpoint as ``save`` does, with a state that was encoded before, so that this may run in a thread.
-
-    Args:
-        checkpoints_dir, step, tensors, keep, best: as for ``save``.
-        state_text: from ``encode_state`` with the same ``step`` and ``best``.
-        check: raises if this process may no longer write here; called before the first change and before the rename.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the new checkpoint is kept")
@@ -296,25 +273,16 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: _parse(path)[1], reverse=True)
 
 
-def load(
-    checkpoints_dir: Path, which: Literal["latest", "best"] = "latest", *, groups: Sequence[str] | None = None
-) -> Checkpoint | None:
-    """Load a checkpoint and verify it; nothing is unpickled.
+def load(checkpoints_dir: Path, *, groups: Sequence[str] | None = None) -> Checkpoint | None:
+    """Load the newest undamaged checkpoint, with a warning for each damaged one before it; None if there is none.
 
     Args:
         checkpoints_dir: folder of the run's checkpoints.
-        which: ``latest``: the newest undamaged one, with a warning for each damaged one before it; ``best``: the best one only.
         groups: first parts of the names of the tensors to read (``("model",)``); None: all tensors.
 
-    Returns:
-        The checkpoint, or None if there is none.
-
     Raises:
-        UserError: all checkpoints are damaged, or the best one is.
+        UserError: all checkpoints are damaged.
     """
-    if which == "best":
-        best = best_path(checkpoints_dir)
-        return None if best is None else read_sound(best, groups=groups)
     return _first_sound(checkpoints_dir, lambda path: read_checkpoint(path, groups=groups))
 
 

@@ -466,8 +466,7 @@ def _add_folds(commands: Commands) -> None:
 
 
 def run_folds(arguments: argparse.Namespace) -> None:
-    from galaxydist.bench.real_galaxies import measure_folds
-    from galaxydist.bench.recipe_folds import measure_recipe
+    from galaxydist.bench.real_galaxies import measure_folds, measure_recipe
 
     if arguments.recipe is not None:
         if arguments.minutes is not None:

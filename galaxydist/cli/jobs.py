@@ -37,6 +37,7 @@ STATUS_EPILOG = """examples:
 
 States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, PRUNED, STOPPED, FAILED, NEW.
 "time left" is the time until the job's time limit, "to do" the rest of the training at the last measured speed.
+"last event" is the kind and the age of the newest line of events.jsonl; --json has its text too.
 """
 
 
@@ -240,7 +241,7 @@ def _no_logs(files: "JobFiles", rank: int) -> str:
 
 def run_cancel(arguments: argparse.Namespace) -> None:
     """Cancel jobs, after a confirmation if there are several."""
-    from galaxydist.cluster.cancel import cancel, find_targets
+    from galaxydist.cluster.running_jobs import cancel, find_targets
 
     jobs, notes = find_targets(arguments.targets, find_folder)
     for text in notes:

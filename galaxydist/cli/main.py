@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
-from galaxydist.cli import bench, cluster, dashboard, data, encoders, evaluate, jobs, predict, recipes, share, track, train
+from galaxydist.cli import bench, cluster, data, encoders, evaluate, jobs, predict, recipes, share, track, train
 from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_command
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         jobs.add_status,
         jobs.add_cost,
         track.add_parser,
-        dashboard.add_dashboard,
+        track.add_dashboard,
         cluster.add_cluster,
         cluster.add_doctor,
         bench.add_parser,

@@ -235,8 +235,7 @@ def add_arrays(parser: argparse.ArgumentParser) -> None:
 
 def _array_options(arguments: argparse.Namespace) -> "ArrayOptions":
     """Return the choices for data that hold their images."""
-    from galaxydist.surveys.image_arrays import ArrayOptions
-    from galaxydist.surveys.pixel_scaling import PixelScaling
+    from galaxydist.surveys.image_arrays import ArrayOptions, PixelScaling
 
     if arguments.stretch is not None and arguments.scale is None:
         raise UserError(f"--stretch {arguments.stretch} needs the range of pixel values: give --scale LOW HIGH too")

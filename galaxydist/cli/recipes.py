@@ -89,7 +89,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 def run_save(arguments: argparse.Namespace) -> None:
     """Write the weights of the run."""
-    from galaxydist.evaluation.evaluator import save_weights
+    from galaxydist.evaluation.run_model import save_weights
 
     target: Path = arguments.target
     if target.suffix != ".safetensors":

@@ -151,13 +151,12 @@ def sizes(logs: Iterable[Path]) -> dict[Path, int]:
     return {path: path.stat().st_size if path.exists() else 0 for path in logs}
 
 
-def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s: float = 0.5) -> Iterator[bytes]:
+def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int]) -> Iterator[bytes]:
     """Yield new output of logs without end; wait for missing logs, and read truncated ones from their start.
 
     Args:
         find: returns the logs to follow; called at every poll, since a restarted run may write to others.
         shown: bytes of each log that are already shown.
-        poll_s: seconds between two polls.
     """
     positions = dict(shown)
     while True:
@@ -169,7 +168,7 @@ def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s:
                     file.seek(start)
                     yield file.read(size - start)
             positions[path] = size
-        time.sleep(poll_s)
+        time.sleep(0.5)
 
 
 def _is_filled(path: Path) -> bool:

@@ -397,9 +397,9 @@ def load_cluster(arguments: Sequence[str], *, folders: Sequence[Path] | None = N
     return ResolvedCluster(resolved.config, resolved.origins, resolved.path, arguments=tuple(arguments))
 
 
-def list_clusters(folders: Sequence[Path] | None = None) -> dict[str, Path]:
+def list_clusters() -> dict[str, Path]:
     """Return profile name -> file for every profile that ``cluster=NAME`` would find."""
-    return list_files(_folders() if folders is None else folders)
+    return list_files(_folders())
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -26,7 +26,7 @@ from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.log import set_up_logging
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.runs.events import EventKind, EventLog
-from galaxydist.runs.folder import FOLDER_NAME, RunFolder
+from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import read_owner
 from galaxydist.tracking.webhook import Webhook, find_webhook
 
@@ -312,7 +312,7 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
 
 def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
     folder = start.folder
-    saved = _newest_checkpoint(folder)
+    saved = folder.saved_step()
     stderr = read_own_stderr()
     logged = [int(line["step"]) for line in folder.metrics.read()[-1:]]
     step = max([*logged, *([] if saved is None else [saved])], default=None)
@@ -326,12 +326,6 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
         ended_by_slurm,
         folder.is_pruned,
     )
-
-
-def _newest_checkpoint(folder: RunFolder) -> int | None:
-    """Return the step of the newest checkpoint."""
-    names = [FOLDER_NAME.fullmatch(path.name) for path in folder.checkpoints_dir.glob("step-*")]
-    return max((int(name[1]) for name in names if name is not None), default=None)
 
 
 def _unlock(folder: RunFolder, job_id: str) -> None:
@@ -383,18 +377,17 @@ def _is_leaving(state: Mapping[str, str]) -> bool:
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
 
-def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends_anyway: bool = False) -> str:
+def requeue_patiently(job_id: str, *, ends_anyway: bool) -> str:
     """Requeue a job; retry if slurmctld does not answer for some minutes.
 
     Args:
         job_id: the job.
-        pauses_s: pauses between the attempts.
         ends_anyway: SLURM is already ending the job, which must start again afterwards.
 
     Returns:
         An empty string on success, ``LEAVING`` if SLURM is already ending the job, else SLURM's message.
     """
-    for number, pause_s in enumerate((*pauses_s, 0.0)):
+    for number, pause_s in enumerate((*PAUSES_S, 0.0)):
         if number and not ends_anyway and _is_leaving(_read_job(job_id)):
             return ""  # an earlier request had arrived, but not its answer
         refusal = _requeue(job_id)

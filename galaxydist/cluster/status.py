@@ -20,6 +20,7 @@ from galaxydist.cluster.slurm import (
     read_states,
 )
 from galaxydist.errors import UserError
+from galaxydist.runs.events import Event, read_last_event
 from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.listing import find_runs, label_runs, read_settings
 from galaxydist.runs.lock import LockOwner, read_owner
@@ -147,6 +148,7 @@ class RunStatus:
         restarts: number of restarts, by SLURM or by us.
         time_left_s: seconds until the job's time limit; None if the job does not run or has no limit.
         last_error: the last error, if known, of a run that neither runs nor is finished.
+        last_event: the newest event of the run.
         label: settings that differ from the other runs in the same folder, such as ``vit balanced seed=1``; may be empty.
     """
 
@@ -160,6 +162,7 @@ class RunStatus:
     restarts: int = 0
     time_left_s: float | None = None
     last_error: str | None = None
+    last_event: Event | None = None
     label: str = ""
 
     @property
@@ -173,7 +176,7 @@ class RunStatus:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the status as JSON-compatible values."""
-        job = self.job
+        job, event = self.job, self.last_event
         return {
             "run": str(self.run),
             "name": self.name,
@@ -190,6 +193,7 @@ class RunStatus:
             "time_left_s": self.time_left_s,
             "to_do_s": self.to_do_s,
             "last_error": self.last_error,
+            "last_event": {key: getattr(event, key) for key in ("time", "kind", "text", "step")} if event is not None else None,
         }
 
 
@@ -228,13 +232,13 @@ def read_overview(folders: Sequence[Path]) -> Overview:
     for run, name in names.items():
         try:
             jobs[run] = JobFiles(run).jobs()
-        except (UserError, PermissionError) as error:
+        except (UserError, OSError) as error:
             runs.append(RunStatus(run, name, DAMAGED, last_error=str(error)))
     known, slurm_error = _read_job_states([job for run_jobs in jobs.values() for job in run_jobs])
     for run, run_jobs in jobs.items():
         try:
             runs.append(read_status(run, names[run], run_jobs, known))
-        except (UserError, PermissionError) as error:
+        except (UserError, OSError) as error:
             runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
     labels = label_runs({run: read_settings(run) for run in jobs})
     runs = [dataclasses.replace(status, label=labels.get(status.run, "")) for status in runs]
@@ -269,6 +273,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
         count_restarts(restarts, {job.job_id: known[job.job_id] for job in jobs if job.job_id in known}),
         state.time_left_s,
         None if group in ("running", "finished") else explain_end(files, job, job_state, group=group),
+        read_last_event(folder.events_path),
     )
 
 

@@ -1,9 +1,11 @@
 """The status table of runs for a terminal, without the columns that do not fit."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
+from typing import Literal
 
 from rich.console import Group as Lines
 from rich.console import RenderableType
@@ -63,6 +65,11 @@ def _best(status: RunStatus) -> str:
     return _number(progress.best, ".4f") + (_METRIC_NAMES.get(progress.metric or "", "") if progress.best is not None else "")
 
 
+def _last_event(status: RunStatus) -> str:
+    event = status.last_event
+    return f"{event.kind} {duration_text(max(0, time.time() - event.time))} ago" if event is not None else NOTHING
+
+
 def _number(value: float | None, form: str) -> str:
     return NOTHING if value is None else format(value, form)
 
@@ -74,13 +81,14 @@ COLUMNS = (
     Column("state", lambda status: status.state, 1),
     Column("why", lambda status: shorten(status.reason, _REASON_WIDTH, placeholder="...") or NOTHING, 9),
     Column("step", lambda status: _of(status.progress.step, status.progress.total_steps), 3, True),
-    Column("epoch", _epoch, 10, True),
+    Column("epoch", _epoch, 11, True),
     Column("img/s", lambda status: _number(status.progress.img_s, ",.0f"), 5, True),
     Column("best val", _best, 4, True),
     Column("restarts", lambda status: str(status.restarts), 8, True),
     Column("time left", lambda status: duration_text(status.time_left_s), 7, True),
-    Column("to do", lambda status: duration_text(status.to_do_s), 11, True),
-    Column("nodes", lambda status: status.nodes or NOTHING, 12),
+    Column("to do", lambda status: duration_text(status.to_do_s), 12, True),
+    Column("last event", _last_event, 10),
+    Column("nodes", lambda status: status.nodes or NOTHING, 13),
 )
 
 
@@ -97,8 +105,8 @@ def render_overview(overview: Overview, width: int) -> RenderableType:
     has_room = bool(failing) and width - used >= _ERROR_WIDTH
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in columns:
-        justify = "right" if column.is_number else "left"
-        table.add_column(column.title, justify=justify, no_wrap=column.rank > 0, overflow="fold")  # type: ignore[arg-type]
+        justify: Literal["left", "right"] = "right" if column.is_number else "left"
+        table.add_column(column.title, justify=justify, no_wrap=column.rank > 0, overflow="fold")
     if has_room:
         table.add_column("last error", overflow="fold", min_width=_ERROR_WIDTH)
     for status in overview.runs:

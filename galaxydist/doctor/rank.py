@@ -106,29 +106,26 @@ class RankChannel:
 
 NUM_BYTES = 64_000_000
 REPEATS = 5
+GROUP_S = 60.0  # of the process group, and of each all-reduce
 FILE_S = 90.0  # network file systems cache folder contents for up to a minute
 SIGNAL_S = 20.0
 POLL_S = 0.02
 
 
-def time_all_reduce(
-    channel: RankChannel, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES
-) -> Timing:
+def time_all_reduce(channel: RankChannel, backend: str, device: torch.device) -> Timing:
     """Create a process group and time all-reduces of a float32 tensor; all ranks must call it.
 
     Args:
         channel: between the ranks.
         backend: ``gloo`` or ``nccl``.
         device: device of the tensor.
-        timeout_s: timeout of the process group and of each all-reduce, in seconds.
-        num_bytes: size of the tensor.
     """
     try:
         store = PrefixStore(backend, channel.store)
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=GROUP_S)
         dist.init_process_group(backend, store=store, rank=channel.rank, world_size=channel.size, timeout=timeout)
         try:
-            timing = _time_group(channel, device, num_bytes)
+            timing = _time_group(channel, device)
         except RuntimeError:
             if backend == "gloo":  # NCCL's destroy would wait for the other ranks
                 dist.destroy_process_group()
@@ -139,8 +136,8 @@ def time_all_reduce(
         return Timing(error=first_line(error))
 
 
-def _time_group(channel: RankChannel, device: torch.device, num_bytes: int) -> Timing:
-    tensor = torch.ones(num_bytes // 4, device=device)
+def _time_group(channel: RankChannel, device: torch.device) -> Timing:
+    tensor = torch.ones(NUM_BYTES // 4, device=device)
     seconds = []
     for number in range(REPEATS + 1):
         tensor.fill_(1.0)
@@ -155,7 +152,7 @@ def _time_group(channel: RankChannel, device: torch.device, num_bytes: int) -> T
             seconds.append(float(slowest))
     if not bool((tensor == channel.size).all()):
         return Timing(error="the sum over the ranks is wrong")
-    return Timing(num_bytes, statistics.median(seconds))
+    return Timing(NUM_BYTES, statistics.median(seconds))
 
 
 def time_shared_files(channel: RankChannel, folder: Path, *, limit_s: float = FILE_S) -> tuple[float | None, float | None]:
@@ -256,7 +253,6 @@ def _send_signal(step: str) -> str | None:
 MEETING_S = 150.0
 # Limit of one part; longer than the longest limit inside a part.
 PART_S = 180.0
-GROUP_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -365,7 +361,7 @@ def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> R
 def _time_backends(report: RankReport, channel: RankChannel, folder: Path, device: torch.device) -> None:
     """Time all-reduces with gloo, and with NCCL if every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
-    report.timings["gloo"] = time_all_reduce(channel, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
+    report.timings["gloo"] = time_all_reduce(channel, "gloo", torch.device("cpu"))
     if all(channel.gather("has a GPU", report.gpu is not None and dist.is_nccl_available())):
         report.write(folder, "all-reduce, nccl")
-        report.timings["nccl"] = time_all_reduce(channel, "nccl", device, timeout_s=GROUP_S)
+        report.timings["nccl"] = time_all_reduce(channel, "nccl", device)

@@ -172,7 +172,7 @@ def library_versions() -> dict[str, str]:
     found["torch"] = str(torch.__version__)
     found["CUDA"] = torch.version.cuda or "none"
     if torch.version.cuda is not None and dist.is_nccl_available():
-        nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        nccl: tuple[int, ...] = torch.cuda.nccl.version()
         found["NCCL"] = ".".join(map(str, nccl))
     return found
 

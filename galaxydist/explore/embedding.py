@@ -26,6 +26,7 @@ _NEIGHBOURS = 10
 _DOUBTFUL_SHARE = 0.8
 # Cells along each side of the map of images.
 CELLS = 22
+_CELL = 48  # pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +167,13 @@ def find_doubtful(near_mK: NDArray[np.int64], labels_m: NDArray[np.int64], indic
     return [DoubtfulLabel(int(indices[row]), int(found.mode[row]), int(found.count[row])) for row in rows.tolist()]
 
 
-def image_map(found: Map, scan: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
+def image_map(found: Map, scan: ImageScan, colours: dict[int, str]) -> Image.Image:
     """Draw the map as a grid of images: each cell shows the galaxy nearest to its centre, framed in the colour of its class.
 
     Args:
         colours: label -> ``#rrggbb``.
-        cell: width of a cell in pixels.
     """
-    sheet = Image.new("RGB", (CELLS * cell, CELLS * cell), "#101216")
+    sheet = Image.new("RGB", (CELLS * _CELL, CELLS * _CELL), "#101216")
     scaled_m2 = np.minimum(found.xy_m2 * CELLS, CELLS - 1e-6)
     cells_m2 = scaled_m2.astype(np.int64)
     distance_m = np.abs(scaled_m2 - cells_m2 - 0.5).max(axis=1)
@@ -181,19 +181,19 @@ def image_map(found: Map, scan: ImageScan, colours: dict[int, str], cell: int = 
     number_m = (cells_m2[:, 0] * CELLS + cells_m2[:, 1])[order]
     for nearest in order[np.concatenate([[True], number_m[1:] != number_m[:-1]])].tolist():
         index = int(found.indices[nearest])
-        frame = Image.new("RGB", (cell - 1, cell - 1), colours[int(scan.labels[index])])
+        frame = Image.new("RGB", (_CELL - 1, _CELL - 1), colours[int(scan.labels[index])])
         middle = Image.fromarray(_middle(scan.thumbnails_nHWC[index]))
-        frame.paste(middle.resize((cell - 5, cell - 5), Image.Resampling.LANCZOS), (2, 2))
+        frame.paste(middle.resize((_CELL - 5, _CELL - 5), Image.Resampling.LANCZOS), (2, 2))
         column, row = cells_m2[nearest].tolist()
-        sheet.paste(frame, (column * cell, (CELLS - 1 - row) * cell))
+        sheet.paste(frame, (column * _CELL, (CELLS - 1 - row) * _CELL))
     return sheet
 
 
-def sprite(found: Map, scan: ImageScan, cell: int = 48) -> tuple[Image.Image, int]:
+def sprite(found: Map, scan: ImageScan) -> tuple[Image.Image, int]:
     """Return one image with all thumbnails of the map, in its order, and its number of columns."""
     columns = int(np.ceil(np.sqrt(len(found.indices))))
-    sheet = Image.new("RGB", (columns * cell, -(-len(found.indices) // columns) * cell))
+    sheet = Image.new("RGB", (columns * _CELL, -(-len(found.indices) // columns) * _CELL))
     for number, index in enumerate(found.indices.tolist()):
-        image = Image.fromarray(scan.thumbnails_nHWC[index]).resize((cell, cell), Image.Resampling.LANCZOS)
-        sheet.paste(image, (number % columns * cell, number // columns * cell))
+        image = Image.fromarray(scan.thumbnails_nHWC[index]).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
+        sheet.paste(image, (number % columns * _CELL, number // columns * _CELL))
     return sheet, columns

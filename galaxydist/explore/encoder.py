@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from galaxydist.checkpoints import store
 from galaxydist.devices import autocast
 from galaxydist.distributed import World
-from galaxydist.evaluation.evaluator import MODEL_GROUPS, find_checkpoint, load_model
 from galaxydist.evaluation.inference import TTA, tta_images
 from galaxydist.evaluation.leakage import TEST_SPLIT, validation_mask
+from galaxydist.evaluation.run_model import MODEL_GROUPS, find_checkpoint, load_model
 from galaxydist.explore.embedding import COMPONENTS
 from galaxydist.explore.features_file import EncoderInfo, FeatureRows
 from galaxydist.loading.augment import Normalise

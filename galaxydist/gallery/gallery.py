@@ -18,17 +18,11 @@ from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import (
-    MODEL_GROUPS,
-    EvaluatedRun,
-    EvaluationData,
-    find_checkpoint,
-    find_evaluation_dir,
-    load_model,
-)
+from galaxydist.evaluation.evaluator import EvaluatedRun, EvaluationData, find_evaluation_dir
 from galaxydist.evaluation.inference import TTA
 from galaxydist.evaluation.predictions import PREDICTIONS, PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.results_files import stem_of
+from galaxydist.evaluation.run_model import MODEL_GROUPS, find_checkpoint, load_model
 from galaxydist.evaluation.text_table import readable, title_of
 from galaxydist.gallery.choose import ByClass, SelectedGalaxy, Selection, choose_mistakes
 from galaxydist.loading.decode import read_samples, reduction

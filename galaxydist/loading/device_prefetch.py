@@ -17,7 +17,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(device)
 
     def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
         """Start copying; the sources must not change until the event."""
@@ -25,7 +25,7 @@ class CopyStream:
         pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in tensors]
         with torch.cuda.stream(self._stream):
             copies = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record(self._stream)
         return copies, event
 
@@ -83,7 +83,7 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
             assert self._error is not None
             raise self._error
         self._side_stream.hand_over(copying.copies, copying.event)
-        while self._in_flight and self._in_flight[0].event.query():  # type: ignore[no-untyped-call]
+        while self._in_flight and self._in_flight[0].event.query():
             self._in_flight.popleft()
         self._in_flight.append(copying)
         if self._is_ready():
@@ -132,7 +132,7 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
             # A thread that waits for this event sleeps, where it would otherwise occupy a core.
-            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied = torch.cuda.Event(blocking=True)
             self._copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:

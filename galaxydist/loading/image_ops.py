@@ -348,7 +348,8 @@ def _soften(cv2: Any, image_HWC: Pixels, halvings: int, taps: Floats) -> Pixels:
     if middle == 1:
         return image_HWC
     kernel = np.array([far, near, middle, near, far] if far else [near, middle, near], np.float32)
-    return cv2.sepFilter2D(image_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)  # type: ignore[no-any-return]
+    softened: Pixels = cv2.sepFilter2D(image_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)
+    return softened
 
 
 def _turn_one(cv2: Any, image_HWC: Pixels, turn: QuarterTurn | None, row: int) -> Pixels:

@@ -458,5 +458,5 @@ class EvalLoader(_Loader):
     def _plan_batches(self) -> Iterator[BatchPlan]:
         for chunk, number in self._numbers():
             positions = number * self._batch_size + np.arange(self._batch_size)
-            ends_chunk = (number + 1) % self._chunks.length == 0 or positions[-1] >= self.num_samples - 1
+            ends_chunk = (number + 1) % self._chunks.length == 0 or (number + 1) * self._batch_size >= self.num_samples
             yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, chunk, ends_chunk)

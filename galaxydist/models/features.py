@@ -13,7 +13,8 @@ from galaxydist.models.build import evaluation_mode
 def extract_features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """Return the pooled features before the head of a model, in evaluation mode; the model and its mode do not change.
 
-    Models of timm have functions for it. In other models the features are the input of the last linear layer.
+    Models of timm have functions for it. In other models the features are the input of the last linear layer. Those of a map
+    or of tokens are averaged.
 
     Args:
         model: from ``build_model``.
@@ -62,8 +63,6 @@ def forward_with_features(model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor
 
 
 def _as_vectors(model: nn.Module, features: Tensor, images_BCHW: Tensor) -> Tensor:
-    if features.ndim > 2:
-        features = features.flatten(2).mean(dim=2)
     if features.ndim != 2 or features.shape[0] != images_BCHW.shape[0]:  # a length is a number, and a traced batch has none
         raise UserError(
             f"{type(model).__name__} has no features to extract: the input of its last linear layer has the shape "
@@ -84,7 +83,9 @@ def _before_head(model: nn.Module, last: Any) -> Tensor | None:
     found = network.forward_head(last, pre_logits=True)
     if isinstance(found, tuple):  # a model with a second head for distillation
         found = torch.stack(found).mean(dim=0)
-    return found if isinstance(found, Tensor) else None
+    if not isinstance(found, Tensor):
+        return None
+    return found.flatten(2).mean(dim=2) if found.ndim > 2 else found  # of a map B x C x h x w
 
 
 def _with_head_input(model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,4 +100,5 @@ def _with_head_input(model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Ten
         handle.remove()
     if not kept:
         raise UserError(f"{type(model).__name__} has no features to extract: its last linear layer is not used")
-    return logits_BK, kept[-1]
+    features = kept[-1]
+    return logits_BK, features.flatten(1, -2).mean(dim=1) if features.ndim > 2 else features  # of tokens, or B x h x w x C

@@ -4,7 +4,6 @@ The folder of weights holds ``NAME.TAG.safetensors`` for timm's names, with a JS
 and ``OWNER--NAME/`` for a repository, with the same files as a folder for ``local-dir:``.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galaxydist.atomic_files import disk_error, read_json, remove_stale, write_json
+from galaxydist.atomic_files import disk_error, file_sha256, read_json, remove_stale, write_json
 from galaxydist.errors import UserError, first_line, name_some
 from galaxydist.models.own_function import check_source
 from galaxydist.models.registry import ARCHITECTURES, ModelRecord, recipe_of, timm_name
@@ -291,14 +290,10 @@ class Download:
             raise UserError(f"{self.repo} has no {name}: it is not in timm's format. It has {name_some(sorted(self._files))}")
         path = Path(hf_hub_download(self.repo, name, local_dir=self.folder, revision=self._info.sha, endpoint=self._endpoint))
         lfs: Any = self._files[name].lfs
-        if lfs is not None:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != lfs.sha256:
-                raise UserError(
-                    f"weights {self.repo}: {name} was damaged on the way (SHA-256 {found}, the hub states {lfs.sha256}); try "
-                    "again"
-                )
+        if lfs is not None and (found := file_sha256(path)) != lfs.sha256:
+            raise UserError(
+                f"weights {self.repo}: {name} was damaged on the way (SHA-256 {found}, the hub states {lfs.sha256}); try again"
+            )
         return path
 
     def weights(self) -> Path:

@@ -137,9 +137,9 @@ def _no_module(name: str) -> UserError:
 
 def _accepted_rates(function: Any, config: "ModelConfig") -> dict[str, float]:
     try:
-        parameters = inspect.signature(function).parameters
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
     except (TypeError, ValueError):  # some callables have none
-        parameters = {}  # type: ignore[assignment]
+        parameters = {}
     refused = [rate for rate in RATES if getattr(config, rate) and rate not in parameters]
     if refused:
         raise UserError(

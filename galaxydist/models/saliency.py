@@ -128,9 +128,13 @@ class FeatureLayout:
         """
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             raise NoMapError("its last layer has no map as output")
-        if output.ndim == 4:
-            return cls("channels_last" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "channels_first")
         height, width = images_BCHW.shape[2:]
+        if output.ndim == 4:
+            first, second, third = output.shape[1:]
+            # Of timm's models, those of SAM and VOLO do not state their format.
+            has_image_shape = first * width == second * height and second * width != third * height
+            is_stated = getattr(model, "output_fmt", "NCHW") == "NHWC"
+            return cls("channels_last" if is_stated or has_image_shape else "channels_first")
         for num_prefix in (int(getattr(model, "num_prefix_tokens", 0)), 0):  # some models add theirs after the last block
             num_patches = output.shape[1] - num_prefix
             rows = round((num_patches * height / width) ** 0.5)
@@ -164,7 +168,7 @@ def has_plain_attention(model: nn.Module) -> bool:
         return False
     layers = [getattr(block, "attn", None) for block in blocks]
     has_dropout = all(isinstance(getattr(layer, "attn_drop", None), nn.Module) for layer in layers)
-    return bool(layers) and has_dropout and all(hasattr(layer, "fused_attn") for layer in layers)
+    return bool(layers) and has_dropout and all(hasattr(layer, "fused_attn") and hasattr(layer, "num_heads") for layer in layers)
 
 
 @torch.no_grad()
@@ -205,8 +209,10 @@ def roll_out(model: nn.Module, weights: Sequence[Tensor], images_BCHW: Tensor) -
     vit: Any = model
     height, width = (-(-side // size) for side, size in zip(images_BCHW.shape[2:], patch_size(model), strict=True))
     num_tokens = int(vit.num_prefix_tokens) + height * width
-    if len(weights) != len(vit.blocks) or any(one.ndim != 4 or one.shape[2:] != (num_tokens, num_tokens) for one in weights):
-        raise NoMapError("its attention is not between all patches")
+    # A block of differential attention has two matrices for each head, of which it takes the difference.
+    shapes = [(block.attn.num_heads, num_tokens, num_tokens) for block in vit.blocks]
+    if [tuple(one.shape[1:]) for one in weights] != shapes:
+        raise NoMapError("its attention is not one matrix between all patches for each head")
     rolled_BNN: Tensor | None = None
     for attention_BHNN in weights:
         mean_BNN = attention_BHNN.float().mean(dim=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.features import forward_with_features
@@ -67,7 +68,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
 
     Raises:
         UserError: the model has no embedding.
-        Exception: of any kind, from ``torch.export``: the model cannot be traced.
+        Exception: of any kind, from ``torch.export``: the model or its saliency map cannot be traced.
     """
     images_BCHW = torch.zeros(2, 3, image_size, image_size)
     with evaluation_mode(model), torch.no_grad(), _plain_attention(model):
@@ -76,10 +77,7 @@ def trace_outputs(model: nn.Module, architecture: Architecture, image_size: int,
         program = trace(wrapped.eval(), images_BCHW)
         covered = image_size, image_size
         if method == GRAD_CAM:
-            try:
-                _append_grad_cam(program, model, images_BCHW)
-            except Exception:  # a head may raise anything; its map then needs automatic differentiation
-                return trace_outputs(model, architecture, image_size, saliency=False)
+            _append_grad_cam(program, model, images_BCHW)
         elif method == ROLLOUT:
             patches = _outputs(program)[2].meta["val"].shape[2:]
             height, width = (int(count) * size for count, size in zip(patches, patch_size(model), strict=True))
@@ -152,7 +150,8 @@ def _append_grad_cam(program: ExportedProgram, model: nn.Module, images_BCHW: Te
     """Replace the last feature map, the third output of a program, by the Grad-CAM map of every class.
 
     Raises:
-        NoMapError: the layer's output is no map of the image, or the logits do not depend on it.
+        NoMapError: the layer's output is no map of the image, the logits do not depend on it, or the traced gradient is of one
+            number of images only.
         Exception: of any kind: an operation of the head has no gradient that could be traced.
     """
     graph = program.graph
@@ -193,6 +192,8 @@ def _append_grad_cam(program: ExportedProgram, model: nn.Module, images_BCHW: Te
         traced = _trace_gradient(evidence, values)
     if any(node.op == "get_attr" for node in traced.graph.nodes):
         raise NoMapError("its head has constants")
+    if is_concrete_int(values[0].shape[0]):  # seen for a linear layer on tokens
+        raise NoMapError("the gradient of its head fixes the number of images")
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), (last_map, *given), strict=True))
     output = graph.output_node()
     with graph.inserting_before(output):

@@ -26,8 +26,8 @@ from galaxydist.shards.shard_usage import extend, peak_bytes, usage_of_nodes, us
 from galaxydist.shards.writer.layout import default_shard_size
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import NONE
+from galaxydist.training.micro_batch import count_micro_batches
 from galaxydist.training.mixup import count_pair_parts
-from galaxydist.training.step import count_micro_batches
 
 # Bytes of a galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on
 # average; the tar file adds three headers, padding, the class and the metadata.

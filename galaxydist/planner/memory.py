@@ -86,7 +86,7 @@ def trace_step(model: nn.Module, image_size: int, precision: str) -> Timeline:
     return Timeline(few - per_image * FEW, per_image, np.cumsum(new), new)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Records the allocated bytes after each operation; the storages of ``known`` tensors are not counted."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
@@ -141,7 +141,7 @@ def _trace(model: nn.Module, image_size: int, num_images: int, precision: str) -
         # As in the trainer: a summed loss in float32, or float64 if the logits have that.
         logits_BK = logits_BK if logits_BK.dtype == torch.float64 else logits_BK.float()
         loss = functional.cross_entropy(logits_BK, labels_B, reduction="none").sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     new = recorder.gradients(model)
     return np.asarray(recorder.bytes, np.int64) - np.cumsum(new), new
 

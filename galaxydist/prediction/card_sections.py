@@ -10,8 +10,7 @@ from typing import Any
 
 from galaxydist.evaluation.text_table import escape_markdown, hours_text, interval_text, link, readable, taken_for, three_decimals
 from galaxydist.prediction.citations import works_to_cite
-from galaxydist.surveys.data_origin import is_galaxy10, is_simulated
-from galaxydist.surveys.licences import is_non_commercial, model_licence
+from galaxydist.surveys.data_origin import is_galaxy10, is_non_commercial, is_simulated, model_licence
 
 # Metrics of the table of results: label, name of the interval, keys of the value.
 _METRICS = (

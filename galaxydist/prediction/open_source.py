@@ -9,11 +9,12 @@ from pathlib import Path
 
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import Survey
-from galaxydist.object_store import MissingError, is_url
+from galaxydist.object_store import is_url
 from galaxydist.prediction.sources import SOURCE_ID, PredictionSource, ShardsToLabel, SurveyToLabel
 from galaxydist.shards.manifest import MANIFEST_NAME
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
+from galaxydist.store_errors import MissingError
 from galaxydist.surveys.file_kinds import folder_kind
 from galaxydist.surveys.folder_scan import CLUTTER, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS

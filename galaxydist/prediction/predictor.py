@@ -22,8 +22,8 @@ from galaxydist.loading.device_prefetch import HostCopy
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.published_folder import open_model
 from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, resolved_precision
+from galaxydist.surveys.image_arrays import PixelScaling, to_eight_bits
 from galaxydist.surveys.image_files import decode_opened, read_image
-from galaxydist.surveys.pixel_scaling import PixelScaling, to_eight_bits
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -3,7 +3,6 @@
 ``galaxydist publish`` writes such folders (``serving/publish.py``); ``serving/app/published_model.py`` describes all their files.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,9 +12,9 @@ from typing import Any, Self
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from galaxydist.atomic_files import read_json
+from galaxydist.atomic_files import file_sha256, read_json
 from galaxydist.errors import UserError, first_line
-from galaxydist.evaluation.evaluator import read_run_recipe, rebuild_model
+from galaxydist.evaluation.run_model import read_run_recipe, rebuild_model
 from galaxydist.loading.training_data import TrainingData
 from galaxydist.models.hub_weights import CONFIG_FILE, HUB_FILE
 from galaxydist.models.own_function import trusts_code
@@ -191,17 +190,11 @@ def check_file(folder: Path, name: str, record: PublishedRecord) -> None:
     path = folder / name
     if not path.is_file():
         raise UserError(f"{folder} has no {name}: a file of the published model is missing; copy or download the whole folder")
-    if (found := file_hash(path)) != record.files.get(name):
+    if (found := file_sha256(path)) != record.files.get(name):
         raise UserError(
             f"{path} is damaged: its SHA-256 is {found}, and {CONFIG_FILE} states {record.files.get(name)}. Copy or download it "
             "again, or publish the run again"
         )
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(path: Path, reason: object) -> UserError:

@@ -14,10 +14,11 @@ from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.devices import Precision, autocast, resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.evaluation.calibration import fit_temperature
-from galaxydist.evaluation.evaluator import MODEL_GROUPS, find_checkpoint, load_model, read_run_recipe, stored_validation
+from galaxydist.evaluation.evaluator import stored_validation
 from galaxydist.evaluation.inference import TTA, ForwardPass
 from galaxydist.evaluation.leakage import open_training_shards
 from galaxydist.evaluation.predictions import read_predictions
+from galaxydist.evaluation.run_model import MODEL_GROUPS, find_checkpoint, load_model, read_run_recipe
 from galaxydist.loading.training_data import StoredImages, TrainingData, build_augment, find_cache, find_manifest
 from galaxydist.models.own_function import trusts_code
 from galaxydist.models.performance import choose_memory_format, set_memory_format, set_tf32

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeGuard, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -130,7 +130,7 @@ RECIPE = Schema(Recipe)
 def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, SchemaField]]:
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
-            yield from _walk(info.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+            yield from _walk(info.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, SchemaField(prefix + name, info)
 
@@ -138,12 +138,11 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, SchemaFiel
 def _walk_sections(section: type[Section], prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
-            inner: type[Section] = info.annotation  # type: ignore[assignment]
-            yield prefix + name, tuple(f"{prefix}{name}.{key}" for key in inner.model_fields)
-            yield from _walk_sections(inner, f"{prefix}{name}.")
+            yield prefix + name, tuple(f"{prefix}{name}.{key}" for key in info.annotation.model_fields)
+            yield from _walk_sections(info.annotation, f"{prefix}{name}.")
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 

@@ -9,7 +9,7 @@ from galaxydist.paths import shipped_dir
 from galaxydist.recipe.fields import RECIPE, SchemaField
 from galaxydist.recipe.resolve import list_recipes, load_recipe
 from galaxydist.recipe.scalars import describe_type, to_text
-from galaxydist.recipe.schema import Recipe, Section
+from galaxydist.recipe.schema import Recipe
 
 HEAD = """# Recipe keys
 
@@ -48,9 +48,9 @@ def render_reference() -> str:
 
 
 def _section_summary(name: str) -> str:
-    section: type[Section] = Recipe
+    section: Any = Recipe
     for part in name.split(".") if name else ():
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
+        section = section.model_fields[part].annotation
     return f"{(section.__doc__ or '').splitlines()[0]}\n\n" if name else ""
 
 

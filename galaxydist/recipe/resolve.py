@@ -156,7 +156,7 @@ class ConfigBuilder(Generic[S]):
                 self._apply(rule)
         if self.problems:
             raise self.spec.error(self.problems)
-        return self.spec.schema.root.model_validate(_nest(self.values))
+        return self.spec.schema.root.model_validate(nest(self.values))
 
     def _apply(self, rule: CrossFieldRule) -> None:
         problem = rule.problem(*(self.values[key] for key in rule.keys))
@@ -168,8 +168,8 @@ class ConfigBuilder(Generic[S]):
         self.refuse(" and ".join(origins), f"{values}: {problem}")
 
 
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert values by dotted key to nested sections."""
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by dotted key as nested sections."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.running_jobs import is_held
 from galaxydist.cluster.slurm import Allocation, read_allocations
 from galaxydist.errors import UserError
 from galaxydist.evaluation.text_table import NOTHING, hours_text
 from galaxydist.runs.events import ENDS, Event, read_events
-from galaxydist.runs.folder import FOLDER_NAME, RunFolder
-from galaxydist.runs.lock import read_owner
+from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock import live_owner
 from galaxydist.runs.metrics_file import TIME_KEY
 
 # Parts of a start: training steps that count, waiting for data, waiting for checkpoints, validations and the evaluation, the time
@@ -304,9 +303,8 @@ class _Later:
 
 
 def _later_facts(folder: RunFolder, starts: Sequence[_Start]) -> list[_Later]:
-    names = [FOLDER_NAME.fullmatch(path.name) for path in folder.checkpoints_dir.glob("step-*")]
-    saved = max((int(name[1]) for name in names if name is not None), default=0)
-    facts = _Later(math.inf if folder.is_finished or _is_running(folder) else saved, math.inf)
+    is_going = folder.is_finished or live_owner(folder.lock_path) is not None
+    facts = _Later(math.inf if is_going else folder.saved_step() or 0, math.inf)
     found = []
     for start in reversed(starts):
         found.append(facts)
@@ -315,11 +313,6 @@ def _later_facts(folder: RunFolder, starts: Sequence[_Start]) -> list[_Later]:
             points = tuple((float(one), float(at)) for one, at in start.first.details.get("cut_points", ()))
             facts = _Later(min(facts.kept, step), min(facts.step, step), points)
     return found[::-1]
-
-
-def _is_running(folder: RunFolder) -> bool:
-    owner = read_owner(folder.lock_path)
-    return owner is not None and is_held(owner, folder.lock_path)
 
 
 def _hours_of(start: _Start, log: _Log, later: _Later, end: float | None) -> StartHours | None:
@@ -364,7 +357,7 @@ def _end_of(start: _Start, times: Sequence[float], folder: RunFolder, now: float
     """Return the end of a start: as it was recorded, else this moment if it still runs, else its last record."""
     if start.ended is not None:
         return max(start.ended, *times) if times else start.ended  # accounting leaves out fractions of a second
-    if now is not None and (_is_running(folder) or start.allocation is not None):
+    if now is not None and (live_owner(folder.lock_path) is not None or start.allocation is not None):
         return now
     signs = [*times, *(event.time for event in start.events)]
     if now is not None:  # nothing has changed the logs and the lock since

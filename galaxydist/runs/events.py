@@ -4,6 +4,7 @@ Any process of a run, and the batch script that restarts it, may append events. 
 from a checkpoint keeps what happened after it.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from galaxydist.errors import UserError, first_line
-from galaxydist.runs.record_file import append_record, read_records
+from galaxydist.runs.metrics_file import read_tail_records
+from galaxydist.runs.record_file import append_record, from_plain, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,14 @@ def read_events(path: Path) -> list[Event]:
         UserError: a line is damaged.
     """
     return list(read_records(path, Event))
+
+
+def read_last_event(path: Path) -> Event | None:
+    """Return the newest event of a file, of which only the end is read; None if there is none."""
+    for line in reversed(read_tail_records(path)):
+        with contextlib.suppress(ValueError):  # of a later version
+            return from_plain(Event, line)
+    return None
 
 
 @dataclass(eq=False)

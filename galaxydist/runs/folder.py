@@ -181,6 +181,11 @@ class RunFolder:
         self.write_recipe(StoredRecipe(recipe, origins, [*stored.forced, *record]))
         return forced
 
+    def saved_step(self) -> int | None:
+        """Return the highest step of a complete checkpoint; None if there is none."""
+        names = [FOLDER_NAME.fullmatch(path.name) for path in self.checkpoints_dir.glob("step-*")]
+        return max((int(name[1]) for name in names if name is not None), default=None)
+
     def tracker_file(self, name: TrackerName) -> Path:
         """Return the path of a tracker's state."""
         return self.path / ("tracker.json" if name == "wandb" else f"tracker-{name}.json")
@@ -209,10 +214,6 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
         write_json(self.result_path, plain(result))
-
-    def read_pruned(self) -> dict[str, Any] | None:
-        """Return when a search ended the run (``step``, ``epoch``, ``metric``, ``value``); None if none did."""
-        return _read_object(self.pruned_path)
 
     def write_pruned(self, *, step: int, epoch: int, metric: str, value: float | None) -> None:
         """Write that a search has ended the run, whose state is saved.

@@ -29,7 +29,7 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
         if depth == 0:
             return []
         inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    except PermissionError:
+    except OSError:  # it may not be read, or was just removed
         return []
     return [run for path in inner if not path.name.startswith(".") for run in find_runs(path, depth - 1)]
 

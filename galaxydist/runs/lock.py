@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,6 +87,19 @@ def is_alive(owner: LockOwner) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def live_owner(path: Path) -> LockOwner | None:
+    """Return the owner named in a lock file if it is alive: by its process on this machine, else by its heartbeat."""
+    owner = read_owner(path)
+    if owner is None:
+        return None
+    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
+        return owner if is_alive(owner) else None
+    with suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime < STALE_SECONDS:
+            return owner
+    return None
 
 
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from galaxydist.runs.events import read_events
 from galaxydist.runs.folder import RunFolder
 from galaxydist.serving.card_usage import describe_usage
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.surveys.licences import hub_fields
+from galaxydist.surveys.data_origin import hub_fields
 from galaxydist.tracking.run_info import read_facts
 from galaxydist.version import __version__
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from safetensors.torch import save
 
-from galaxydist.atomic_files import to_json, write_bytes
+from galaxydist.atomic_files import file_sha256, to_json, write_bytes
 from galaxydist.errors import UserError
 from galaxydist.evaluation.text_table import readable
 from galaxydist.models.weights import describe_weights
 from galaxydist.prediction.image_form import ImageForm
-from galaxydist.prediction.published_folder import PART, PublishedRecord, file_hash, is_published
+from galaxydist.prediction.published_folder import PART, PublishedRecord, is_published
 from galaxydist.prediction.trained_model import ModelChoice, TrainedModel, open_trained_model
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten
@@ -53,8 +53,7 @@ from galaxydist.serving.timm_config import (
     prepares_alike,
 )
 from galaxydist.serving.whole_folder import check_target, whole_folder
-from galaxydist.surveys.data_origin import DataOrigin, legacy_layer
-from galaxydist.surveys.licences import is_non_commercial, model_licence
+from galaxydist.surveys.data_origin import DataOrigin, is_non_commercial, legacy_layer, model_licence
 from galaxydist.tracking.run_info import nested, without_secrets
 from galaxydist.version import __version__
 
@@ -369,7 +368,7 @@ def _without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of all files of a folder but its model card, by their paths."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {name: file_hash(path) for path in files if (name := path.relative_to(folder).as_posix()) not in (CARD, CONFIG)}
+    return {name: file_sha256(path) for path in files if (name := path.relative_to(folder).as_posix()) not in (CARD, CONFIG)}
 
 
 def sizes_of(folder: Path) -> dict[str, int]:

@@ -45,7 +45,7 @@ from galaxydist.serving.app.reference_set import (
 from galaxydist.serving.unlike_pictures import KINDS
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
-from galaxydist.surveys.licences import may_redistribute_images
+from galaxydist.surveys.data_origin import may_redistribute_images
 
 logger = logging.getLogger(__name__)
 

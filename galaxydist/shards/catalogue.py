@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from galaxydist.atomic_files import whole_file
+from galaxydist.atomic_files import file_sha256, whole_file
 from galaxydist.cpus import bounded_map
 from galaxydist.errors import UserError
-from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, index_name
+from galaxydist.shards.manifest import Manifest, catalogue_name, index_name
 from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.open import file_reader
 from galaxydist.shards.remote.prefetcher import LocalShards, fetch_shard

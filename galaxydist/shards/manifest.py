@@ -264,12 +264,6 @@ class Manifest:
         return _map_column(self.dir / column_name(split, column), COLUMNS[column], self.split(split).num_samples)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shard_name(split: str, number: int) -> str:
     """Return the file name of a shard."""
     return f"{split}-{number:06d}.tar"

@@ -229,11 +229,11 @@ def _scans(folder: Path, locations: Sequence[TarLocation], options: IndexOptions
     done = [_load_scan(path, location) for path, location in zip(paths, locations, strict=True)]
     missing = [location for location, scan in zip(locations, done, strict=True) if scan is None]
     fresh = scan_tars(missing, ScanOptions(options.image, is_hashed, inspect)) if missing else iter(())
-    for path, scan in zip(paths, done, strict=True):
-        if scan is not None:
-            yield scan
+    for path, known in zip(paths, done, strict=True):
+        if known is not None:
+            yield known
             continue
-        scan = next(fresh)  # noqa: PLW2901
+        scan = next(fresh)
         facts = {"path": scan.path, "num_bytes": scan.num_bytes, "version": scan.version, "sha256": scan.sha256}
         with whole_file(path, path.with_suffix(".tmp")) as file:
             table = scan.samples.replace_schema_metadata({"tar": json.dumps(facts)})
@@ -269,7 +269,7 @@ def _inspect(data: bytes, name: str, *, image_size: int | None) -> dict[str, Any
     return {**facts, "sums": pixel_sums(pixels).tolist()}
 
 
-def _inspect_header(data: bytes, name: str) -> dict[str, Any]:  # noqa: ARG001
+def _inspect_header(data: bytes, _name: str) -> dict[str, Any]:
     header = read_header(data)
     return {} if header is None else dict(zip(("width", "height", "format"), header, strict=True))
 

@@ -23,21 +23,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from galaxydist.atomic_files import file_sha256
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import MARGIN
 from galaxydist.object_store import Store, check_version, download
 from galaxydist.shards.catalogue import ID, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
-from galaxydist.shards.manifest import (
-    COLUMNS,
-    TARS,
-    Manifest,
-    catalogue_name,
-    column_name,
-    file_sha256,
-    index_name,
-    read_manifest,
-)
+from galaxydist.shards.manifest import COLUMNS, TARS, Manifest, catalogue_name, column_name, index_name, read_manifest
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.remote.prefetcher import LocalShards

@@ -1,16 +1,20 @@
-"""Completion of the split that a folder or a table gives, and the user's options for it."""
+"""Split of a folder or a table: the given one, completed, or a new one; the user's options for it."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import SPLITS, STORED_SPLITS
 from galaxydist.surveys.folder_scan import known_split
+from galaxydist.surveys.official_split import SPLIT_SEED
+from galaxydist.surveys.sky_cells import is_spread, split_by_cell, split_by_id
 from galaxydist.surveys.split import (
+    IN_MARGIN,
     MIN_PER_CLASS,
     NONE,
     TEST,
@@ -18,7 +22,10 @@ from galaxydist.surveys.split import (
     VAL,
     Codes,
     SplitCandidates,
+    build_candidates,
     cut,
+    id_keys,
+    join_groups,
     split_balanced,
     split_fold,
     split_original,
@@ -81,6 +88,78 @@ def choose_split(
     if options.conflicting == "drop":
         codes = np.where(galaxies.sky.conflicting, NONE, codes).astype(np.int8)
     return codes
+
+
+@dataclass(frozen=True)
+class RowsToSplit:
+    """The rows of a table that are to be split.
+
+    Args:
+        location: the table, for messages.
+        class_names: of the numbers in ``labels``.
+        ids: N ids.
+        labels: (N,) class numbers.
+        ra, dec: (N,) degrees, nan where unknown.
+    """
+
+    location: str
+    class_names: tuple[str, ...]
+    ids: Sequence[str]
+    labels: NDArray[np.int64]
+    ra: NDArray[np.float64]
+    dec: NDArray[np.float64]
+
+    def split(self, given: Codes | None, equal: NDArray[np.int64], marked: NDArray[np.bool_], options: SplitOptions) -> Codes:
+        """Return the split codes.
+
+        Args:
+            given: codes that the table gives, or None.
+            equal: group numbers of equal images, -1 for an image without a copy.
+            marked: True for galaxies that the table calls conflicting.
+            options: the user's options.
+        """
+        seed = SPLIT_SEED
+        galaxies = build_candidates(
+            self.labels, self.ra, self.dec, class_names=self.class_names, seed=seed, keys=id_keys(self.ids)
+        )
+        sky = join_groups(galaxies.sky, equal, self.labels)
+        galaxies = replace(galaxies, sky=replace(sky, conflicting=sky.conflicting | marked))
+        return choose_split(
+            self.location, galaxies, given, options, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
+        )
+
+    def _new_split(self, galaxies: SplitCandidates, equal: NDArray[np.int64], *, has_val: bool) -> Codes:
+        """Return the codes of a table that gives none; equal images have one code, those with two labels are not evaluated on."""
+        has_positions = bool(np.isfinite(self.ra).any())
+        if has_positions and not is_spread(self.ra, self.dec):
+            report_new_split(self.location, "by class, neighbours on the sky together", has_val=has_val)
+            return split_common_classes(galaxies)
+        if has_positions:
+            report_new_split(self.location, "by cells of the sky", has_val=has_val)
+            codes, apart = split_by_cell(self.ra, self.dec, self.ids), IN_MARGIN
+        else:
+            report_new_split(self.location, "by a hash of the ids", has_val=has_val)
+            codes, apart = split_by_id(self.ids), TRAIN
+        # Equal images follow the one with the smallest key; where that would put a galaxy among its neighbours of another split,
+        # it goes to the margin. So do galaxies with two labels, which are not evaluated on.
+        grouped = np.flatnonzero(equal >= 0)
+        grouped = grouped[np.lexsort((galaxies.keys[grouped], equal[grouped]))]
+        _, first, group = np.unique(equal[grouped], return_index=True, return_inverse=True)
+        leading = codes[grouped[first]][group]
+        codes[grouped] = np.where(codes[grouped] == leading, leading, IN_MARGIN) if has_positions else leading
+        codes[galaxies.sky.conflicting & (codes != TRAIN)] = apart
+        return self._fill_train(galaxies, codes)
+
+    def _fill_train(self, galaxies: SplitCandidates, codes: Codes) -> Codes:
+        """Return the codes with classes that would have no training galaxy in train, but for those with neighbours on the sky."""
+        absent = np.flatnonzero(
+            (galaxies.counts(codes == TRAIN) == 0) & (np.bincount(self.labels, minlength=len(self.class_names)) > 0)
+        )
+        is_moved = np.isin(self.labels, absent) & ((galaxies.sky.groups < 0) | ~np.isfinite(self.ra))
+        if is_moved.any():
+            text = "%s: %d galaxies are in train, since their %d classes would have no training galaxy"
+            logger.warning(text, self.location, int(is_moved.sum()), len(np.unique(self.labels[is_moved])))
+        return np.where(is_moved, TRAIN, codes).astype(np.int8)
 
 
 def is_complete(location: object, given: Codes | None, *, has_val: bool) -> bool:

@@ -18,6 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from galaxydist.atomic_files import file_sha256
 from galaxydist.cpus import available_cores
 from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
@@ -192,8 +193,7 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
     def one(file: str) -> str:
         path = root / file
         try:
-            with path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+            return file_sha256(path)
         except (FileNotFoundError, PermissionError) as error:
             return f"{UNREADABLE} ({error.strerror})"
         except OSError as error:

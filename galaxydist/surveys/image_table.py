@@ -18,31 +18,10 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import EncodedImage, Galaxy
-from galaxydist.surveys import official_split
 from galaxydist.surveys.data_origin import DataOrigin
 from galaxydist.surveys.folder_scan import check_name, file_ids, unique_ids
-from galaxydist.surveys.given_split import (
-    SplitOptions,
-    choose_split,
-    is_complete,
-    report_new_split,
-    split_code,
-    split_common_classes,
-)
-from galaxydist.surveys.sky_cells import is_spread, split_by_cell, split_by_id
-from galaxydist.surveys.split import (
-    IN_MARGIN,
-    NONE,
-    TEST,
-    TRAIN,
-    Codes,
-    SplitCandidates,
-    build_candidates,
-    check_positions,
-    id_keys,
-    join_groups,
-    rows_by_split,
-)
+from galaxydist.surveys.given_split import RowsToSplit, SplitOptions, is_complete, split_code
+from galaxydist.surveys.split import NONE, TEST, Codes, check_positions, rows_by_split
 from galaxydist.surveys.table_columns import (
     ColumnNames,
     decoded,
@@ -277,7 +256,7 @@ def open_table(
         is_cut = options.variant == "balanced" or not is_complete(location, given, has_val=options.has_val)
         if is_cut and isinstance(images, HashedImages):
             equal = images.group_equal(labels)
-        rows = _RowsToSplit(location, class_names, [ids[row] for row in kept.tolist()], labels[kept], ra[kept], dec[kept])
+        rows = RowsToSplit(location, class_names, [ids[row] for row in kept.tolist()], labels[kept], ra[kept], dec[kept])
         marked = _marked_conflicting(table)[kept]
         codes[kept] = rows.split(None if given is None else given[kept], equal[kept], marked, options)
     else:
@@ -411,70 +390,6 @@ def _check_ids(own: Sequence[str | None], kept: NDArray[np.int64], column: str, 
             f"{location}, column {column!r}: {len(repeated)} ids occur more than once, the first is {repeated[0]!r} in rows "
             f"{name_some([*map(str, first)])}; {advice}"
         )
-
-
-@dataclass(frozen=True)
-class _RowsToSplit:
-    """The rows of a table that are kept: ids, class numbers, positions in degrees."""
-
-    location: str
-    class_names: tuple[str, ...]
-    ids: Sequence[str]
-    labels: NDArray[np.int64]
-    ra: NDArray[np.float64]
-    dec: NDArray[np.float64]
-
-    def split(self, given: Codes | None, equal: NDArray[np.int64], marked: NDArray[np.bool_], options: TableOptions) -> Codes:
-        """Return the split codes.
-
-        Args:
-            given: codes that the table gives, or None.
-            equal: group numbers of equal images, -1 for an image without a copy.
-            marked: True for galaxies that the table calls conflicting.
-            options: the user's options.
-        """
-        seed = official_split.SPLIT_SEED
-        galaxies = build_candidates(
-            self.labels, self.ra, self.dec, class_names=self.class_names, seed=seed, keys=id_keys(self.ids)
-        )
-        sky = join_groups(galaxies.sky, equal, self.labels)
-        galaxies = replace(galaxies, sky=replace(sky, conflicting=sky.conflicting | marked))
-        return choose_split(
-            self.location, galaxies, given, options, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
-        )
-
-    def _new_split(self, galaxies: SplitCandidates, equal: NDArray[np.int64], *, has_val: bool) -> Codes:
-        """Return the codes of a table that gives none; equal images have one code, those with two labels are not evaluated on."""
-        has_positions = bool(np.isfinite(self.ra).any())
-        if has_positions and not is_spread(self.ra, self.dec):
-            report_new_split(self.location, "by class, neighbours on the sky together", has_val=has_val)
-            return split_common_classes(galaxies)
-        if has_positions:
-            report_new_split(self.location, "by cells of the sky", has_val=has_val)
-            codes, apart = split_by_cell(self.ra, self.dec, self.ids), IN_MARGIN
-        else:
-            report_new_split(self.location, "by a hash of the ids", has_val=has_val)
-            codes, apart = split_by_id(self.ids), TRAIN
-        # Equal images follow the one with the smallest key; where that would put a galaxy among its neighbours of another split,
-        # it goes to the margin. So do galaxies with two labels, which are not evaluated on.
-        grouped = np.flatnonzero(equal >= 0)
-        grouped = grouped[np.lexsort((galaxies.keys[grouped], equal[grouped]))]
-        _, first, group = np.unique(equal[grouped], return_index=True, return_inverse=True)
-        leading = codes[grouped[first]][group]
-        codes[grouped] = np.where(codes[grouped] == leading, leading, IN_MARGIN) if has_positions else leading
-        codes[galaxies.sky.conflicting & (codes != TRAIN)] = apart
-        return self._fill_train(galaxies, codes)
-
-    def _fill_train(self, galaxies: SplitCandidates, codes: Codes) -> Codes:
-        """Return the codes with classes that would have no training galaxy in train, but for those with neighbours on the sky."""
-        absent = np.flatnonzero(
-            (galaxies.counts(codes == TRAIN) == 0) & (np.bincount(self.labels, minlength=len(self.class_names)) > 0)
-        )
-        is_moved = np.isin(self.labels, absent) & ((galaxies.sky.groups < 0) | ~np.isfinite(self.ra))
-        if is_moved.any():
-            text = "%s: %d galaxies are in train, since their %d classes would have no training galaxy"
-            logger.warning(text, self.location, int(is_moved.sum()), len(np.unique(self.labels[is_moved])))
-        return np.where(is_moved, TRAIN, codes).astype(np.int8)
 
 
 def _marked_conflicting(table: "pa.Table") -> NDArray[np.bool_]:

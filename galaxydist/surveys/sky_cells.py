@@ -62,19 +62,18 @@ def split_by_id(ids: Sequence[str], *, seed: int = SPLIT_SEED) -> Codes:
     return _draw(id_keys(ids), seed, Stream.SPLIT_ID)
 
 
-def is_spread(ra: NDArray[np.float64], dec: NDArray[np.float64], *, seed: int = SPLIT_SEED) -> bool:
+def is_spread(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> bool:
     """Return True if a split by cells comes out near 80/10/10: 100 cells are occupied, and each split has half its share.
 
     Args:
         ra, dec: (N,) degrees, nan where unknown.
-        seed: as for :func:`split_by_cell`.
     """
     is_known = np.isfinite(ra) & np.isfinite(dec)
     cells, _ = _locate(ra[is_known], dec[is_known])
     counts = np.bincount(cells, minlength=NUM_CELLS)
     if np.count_nonzero(counts) < MIN_CELLS:
         return False
-    codes = _draw(np.arange(NUM_CELLS), seed, Stream.SPLIT_CELL)
+    codes = _draw(np.arange(NUM_CELLS), SPLIT_SEED, Stream.SPLIT_CELL)
     return all(counts[codes == code].sum() >= share / 2 * len(cells) for code, share in SHARES.items())
 
 

@@ -328,8 +328,8 @@ def _balanced_pools(galaxies: SplitCandidates, original: Codes, label: int) -> t
     return np.concatenate([test, val]), np.concatenate([train, val[::-1]])
 
 
-def cut(galaxies: SplitCandidates, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
-    """Return new codes with ``fraction`` of each class of train (at least one galaxy) moved to ``target``, VAL or TEST.
+def cut(galaxies: SplitCandidates, codes: Codes, target: int) -> Codes:
+    """Return new codes with a tenth of each class of train (at least one galaxy) moved to ``target``, VAL or TEST.
 
     Only galaxies without neighbours in train and without a second label are moved, so that groups stay together. If a class has
     no such galaxies, whole groups are moved.
@@ -340,7 +340,7 @@ def cut(galaxies: SplitCandidates, codes: Codes, target: int, fraction: float = 
     new_codes = codes.copy()
     for label, count in enumerate(galaxies.counts(train)):
         rows = galaxies.hash_sorted(movable & (galaxies.labels == label), _CUT_VAL if target == VAL else _CUT_TEST)
-        wanted = max(1, round(fraction * int(count)))
+        wanted = max(1, round(0.1 * int(count)))
         new_codes[rows[:wanted]] = target
         if not len(rows) and count:  # all are copies or neighbours of one another
             for group in _movable_groups(galaxies, new_codes, label):

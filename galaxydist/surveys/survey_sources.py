@@ -19,8 +19,7 @@ from galaxydist.surveys.table_columns import ColumnNames, find_columns, text_val
 from galaxydist.surveys.tables.file_tree import open_tree
 from galaxydist.surveys.tables.hdf5_images import has_galaxy10_schema
 from galaxydist.surveys.tables.image_data import ImageData, read_hdf5_data, read_parquet_data, tree_origin
-from galaxydist.surveys.tables.image_urls import split_url
-from galaxydist.surveys.tables.listed_images import open_listed_images
+from galaxydist.surveys.tables.listed_images import open_listed_images, split_url
 from galaxydist.surveys.tables.parquet_folders import read_card
 from galaxydist.surveys.tables.table_files import read_table, split_hdu
 from galaxydist.surveys.tables.tar_images import read_tar_table

@@ -1,11 +1,13 @@
 """Sends a tracker what a run folder holds and gains, each step once: from the run itself, or later and from elsewhere."""
 
+import hashlib
+import os
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import TrackerConfig
@@ -14,8 +16,8 @@ from galaxydist.runs.folder import RunFolder, TrackerName
 from galaxydist.tracking.run_info import build_end, build_info
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.sink import RunInfo, Sink
+from galaxydist.tracking.wandb_sink import WandbMode, choose_wandb_mode
 
-WandbMode = Literal["online", "offline"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 
 
@@ -38,8 +40,6 @@ class Destination:
     @property
     def wandb_mode(self) -> WandbMode:
         """Mode in which wandb would be opened now."""
-        from galaxydist.tracking.wandb_sink import choose_wandb_mode
-
         return self.config.mode if self.config.mode != "auto" else choose_wandb_mode(self.environ)
 
     def open(self, info: RunInfo) -> Sink:
@@ -66,8 +66,18 @@ class Destination:
             raise UserError(f"{self.name} needs {error.name}, which is not installed: pip install 'galaxydist[track]'") from error
 
 
+def is_writable(folder: RunFolder) -> bool:
+    """Return True if what a tracker has can be noted in a run folder; those of other users often may only be read."""
+    return os.access(folder.path, os.W_OK)
+
+
 def tracker_run_id(folder: RunFolder, name: TrackerName, run_id: str | None = None) -> str:
-    """Return a tracker's id of a run: the given one, that of the tracker or of another one in the run folder, or a new one."""
+    """Return a tracker's id of a run: the given one, that of the tracker or of another one in the run folder, or a new one.
+
+    A run folder that cannot be written keeps no id: it is made of the path.
+    """
+    if not is_writable(folder):
+        return hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:8]
     for known in (name, *TRACKERS):
         run_id = run_id or folder.read_tracker(known).get("run_id")
     return run_id or uuid.uuid4().hex[:8]
@@ -142,7 +152,8 @@ class Follower:
         return location
 
     def _write_state(self, *, is_complete: bool) -> None:
-        self.folder.write_tracker(self.name, run_id=self.info.run_id, stored_step=self._step, is_complete=is_complete)
+        if is_writable(self.folder):
+            self.folder.write_tracker(self.name, run_id=self.info.run_id, stored_step=self._step, is_complete=is_complete)
 
 
 def last_contact(folder: RunFolder, name: TrackerName) -> float:

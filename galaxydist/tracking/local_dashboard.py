@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def show_runs(
         log: is called with lines for the user.
 
     Raises:
-        UserError: trackio is not installed, its folder cannot be made, or the port is not free.
+        UserError: trackio is not installed, its folder cannot be made or written, or the port is not free.
     """
     push = Push(PushOptions("trackio", options.environ, trackio_dir=options.folder), log=lambda _: None)
     told: set[Path] = set()
@@ -66,6 +67,8 @@ def show_runs(
         options.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"trackio's folder {options.folder} cannot be made ({error.strerror}): give another --dir") from error
+    if not os.access(options.folder, os.W_OK):
+        raise UserError(f"trackio's folder {options.folder} cannot be written: give another --dir")
     runs = find_runs()
     log(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} for trackio in {options.folder}")
     try:

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +11,8 @@ from typing import Literal
 from galaxydist.errors import UserError, first_line
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder, TrackerName
-from galaxydist.runs.lock import STALE_SECONDS, is_alive, pid_space, read_owner
-from galaxydist.tracking.follower import Destination, Follower, last_contact, tracker_run_id
+from galaxydist.runs.lock import live_owner
+from galaxydist.tracking.follower import Destination, Follower, is_writable, last_contact, tracker_run_id
 from galaxydist.tracking.run_reader import RunReader
 from galaxydist.tracking.run_tracker import exclusive
 from galaxydist.tracking.wandb_files import has_ended, offline_files, read_project, stored_step
@@ -89,15 +87,8 @@ def has_end(folder: RunFolder) -> bool:
 
 
 def is_running(folder: RunFolder) -> bool:
-    """Return True if a process holds the run folder: by its process on this machine, else by its heartbeat."""
-    owner = read_owner(folder.lock_path)
-    if owner is None:
-        return False
-    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
-        return is_alive(owner)
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - folder.lock_path.stat().st_mtime < STALE_SECONDS
-    return False
+    """Return True if a process holds the run folder."""
+    return live_owner(folder.lock_path) is not None
 
 
 def sends_itself(folder: RunFolder, name: TrackerName) -> bool:
@@ -140,14 +131,18 @@ class Pusher:
         from filelock import Timeout
 
         destination = options.destination(folder)
-        if not os.access(folder.path, os.W_OK):
-            raise UserError(f"{folder} cannot be written, and what a tracker has is noted there: send a copy of the run folder")
+        if not is_writable(folder) and options.name != "trackio":  # which knows itself what it has
+            raise UserError(
+                f"{folder} cannot be written, and what {options.name} has is noted there: send a copy of the run folder, or show "
+                "it with `galaxydist dashboard local`"
+            )
         self.folder = folder
         self.name = options.name
         self._follower: Follower | None = None
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(exclusive(folder, options.name, waits=False))
+            if is_writable(folder):
+                self._stack.enter_context(exclusive(folder, options.name, waits=False))
         except Timeout:
             raise UserError(f"{folder} is being sent to {options.name} by another process: try again when it is done") from None
         try:

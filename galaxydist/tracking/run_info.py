@@ -8,6 +8,7 @@ from typing import Any
 from galaxydist.atomic_files import read_json
 from galaxydist.errors import UserError
 from galaxydist.prediction.card_sections import card_text
+from galaxydist.recipe.resolve import nest
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.events import Event
 from galaxydist.runs.folder import BEST, FOLDER_NAME, LATEST, ORIGIN_KEY, RunFolder, read_newest_state, read_state
@@ -55,15 +56,7 @@ def build_info(folder: RunFolder, config: TrackerConfig, run_id: str, dataset: M
 
 def nested(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of dotted keys as nested ones, without the secrets that a URL may hold."""
-    values: dict[str, Any] = {}
-    for key, value in recipe.items():
-        *sections, name = key.split(".")
-        section = values
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = without_secrets(value)
-    values.get("tracker", {}).pop("webhook", None)
-    return values
+    return nest({key: without_secrets(value) for key, value in recipe.items() if key != "tracker.webhook"})
 
 
 def without_secrets(value: Any) -> Any:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from galaxydist.runs.events import Event
+from galaxydist.runs.events import Event, EventKind
 from galaxydist.runs.folder import RunFolder
 
 
@@ -81,15 +81,6 @@ class Validation:
     calibration: Sequence[Mapping[str, Any]] = ()
 
 
-def read_validations(folder: RunFolder) -> list[Validation]:
-    """Return the validations of a run, oldest first; none if the run folder is of an earlier version.
-
-    Raises:
-        UserError: a line of validation.jsonl is damaged.
-    """
-    return [validation_of(line, folder) for line in folder.validations.read()]
-
-
 def validation_of(line: Mapping[str, Any], folder: RunFolder) -> Validation:
     """Return the validation that a line of validation.jsonl holds."""
     galaxies = [
@@ -104,6 +95,13 @@ def validation_of(line: Mapping[str, Any], folder: RunFolder) -> Validation:
         for galaxy in line["galaxies"]
     ]
     return Validation(line["step"], line["classes"], line["confusion"], line["recall"], galaxies, line["calibration"])
+
+
+def alert_level(kind: EventKind) -> Literal["info", "warn", "error"]:
+    """Return how serious an alert is."""
+    if kind == "finish":
+        return "info"
+    return "error" if kind in ("failure", "hang", "nonfinite") else "warn"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.listing import is_run
 from galaxydist.tracking.run_reader import GrowingFile
-from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation
+from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation, alert_level
 
 # Name of trackio's folder in a folder of runs.
 FOLDER_NAME = "trackio"
@@ -34,7 +34,6 @@ PLOT_ORDER = "val/accuracy,val/loss,train/loss,train/accuracy,test/accuracy,time
 MOST_ROWS = 500
 # trackio may hold its file locked for this time, in seconds.
 LOCKED_S = 30.0
-LEVELS = {"failure": "error", "nonfinite": "error", "hang": "error", "loss_spike": "warn", "data_wait": "warn", "requeue": "warn"}
 
 
 def trackio_folder(runs: Path) -> Path:
@@ -189,7 +188,7 @@ class TrackioSink:
             run_id=self._info.run_id,
             titles=[event.kind for event in events],
             texts=[event.text for event in events],
-            levels=[LEVELS.get(event.kind, "info") for event in events],
+            levels=[alert_level(event.kind) for event in events],
             steps=[event.step for event in events],
             timestamps=[_iso(event.time) for event in events],
             alert_ids=[f"{self._info.run_id}-{event.kind}-{event.time}" for event in events],

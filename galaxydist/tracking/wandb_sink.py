@@ -19,7 +19,7 @@ from galaxydist.runs.code_version import DIFF_FILE
 from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_info import FACTS_KEY
-from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation, validation_of
+from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation, alert_level, validation_of
 from galaxydist.tracking.wandb_files import has_ended, mend_files, offline_files, read_project, stored_step
 
 WandbMode = Literal["online", "offline"]
@@ -38,8 +38,6 @@ TABLE_BYTES = 500_000
 PAGE_BYTES = 20_000_000
 GALAXIES = "val/galaxies"
 DATA_DIR = "WANDB_DATA_DIR"
-# Kinds of events that wandb shows as errors; the others are warnings or, at the end, information.
-_LEVELS = {"finish": "INFO", "failure": "ERROR", "hang": "ERROR", "nonfinite": "ERROR"}
 
 
 class WandbSink:
@@ -130,7 +128,7 @@ class WandbSink:
         """Send an alert, which wandb passes on by mail or Slack."""
         assert event.kind in ALERTS
         title = f"{self.info.name}: {event.kind.replace('_', ' ')}"
-        self._run.alert(title[:63], event.text, level=_LEVELS.get(event.kind, "WARN"))
+        self._run.alert(title[:63], event.text, level=alert_level(event.kind).upper())
 
     def close(self, end: RunEnd) -> str:
         """Store everything; offline, wandb's process may still be writing when its ``finish`` returns."""
@@ -219,7 +217,7 @@ class WandbSink:
     def _send_model(self, end: RunEnd) -> None:
         import wandb
 
-        from galaxydist.evaluation.evaluator import save_weights
+        from galaxydist.evaluation.run_model import save_weights
 
         folder = self._data_dir.parent / "model"
         weights, card = folder / "model.safetensors", folder / "README.md"

@@ -41,7 +41,6 @@ class TrainLoop:
         pruning: asks after each validation whether to end the run.
         events: of the run.
         step_done: called after each step with the number of steps done.
-        clock: returns monotonic seconds.
     """
 
     world: World
@@ -56,7 +55,6 @@ class TrainLoop:
     pruning: Pruning
     events: EventLog
     step_done: Callable[[int], None]
-    clock: Callable[[], float] = time.monotonic
     sync: StepSync = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +79,7 @@ class TrainLoop:
             RunFailedError, EveryRankError: on all ranks at the same step; nothing is saved.
         """
         while not self.is_done:
-            started = self.clock()
+            started = time.monotonic()
             try:
                 self._step(batches, stop)
             except StepAbandoned as abandoned:
@@ -89,7 +87,7 @@ class TrainLoop:
                 self._save_changes()
                 return abandoned.signal_number
             flags = self._sync(leave=1)
-            self._last_step_s = self.clock() - started
+            self._last_step_s = time.monotonic() - started
             is_end = self.length.ends_epoch(self.state.step)
             is_save_due = self.checkpointer.schedule.is_due(self.state.step, time_is_up=flags.is_save_due)
             if is_end or is_save_due or flags.stop_signal:

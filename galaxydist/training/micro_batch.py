@@ -1,4 +1,4 @@
-"""Largest micro-batch that fits on every rank (``train.micro_batch=auto``); out-of-memory errors."""
+"""Micro-batches: size and number of the passes of a step, the largest size that fits (``auto``), and out-of-memory errors."""
 
 import gc
 import math
@@ -15,8 +15,9 @@ from torch import nn
 from galaxydist.cpus import total_memory
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, OneRankFailedError, RunFailedError
-from galaxydist.models.build import set_train_mode
+from galaxydist.models.build import needs_two_images, set_train_mode
 from galaxydist.models.performance import choose_memory_format, explained_workspace
+from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.throughput import activation_bytes, training_flops
 
@@ -29,6 +30,8 @@ MARGIN = 0.05
 # share of the memory, rounded down to a power of two, so that similar machines choose the same micro-batch.
 PASS_FLOPS = 1e12
 MEMORY_SHARE = 0.25
+# Largest number of tensors of a parameter's size that an optimizer keeps, reserved while the micro-batch is searched.
+OPTIMIZER_TENSORS = 2
 # Keys of ``train`` that the micro-batch depends on.
 _SETTINGS = ("strategy", "gradient_checkpointing", "channels_last", "compile", "sync_batchnorm")
 
@@ -122,6 +125,18 @@ def share_of(recipe: Recipe, world_size: int) -> int:
     return math.ceil(recipe.train.batch_size / world_size)
 
 
+def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:
+    """Return the number of forward passes in a step, equal on all ranks since the last pass synchronises the gradients.
+
+    Ranks hold floor or ceil of ``batch_size / world_size`` samples, and no part of any rank is empty, so that with uneven ranks a
+    part may hold one sample more than ``micro_batch``.
+    """
+    if micro_batch == 0:
+        return 1
+    largest = -(-batch_size // world_size)
+    return min(-(-largest // micro_batch), batch_size // world_size)
+
+
 def describe_device(device: torch.device) -> tuple[str, int]:
     """Return the name and memory in bytes of a GPU, or of this machine for a CPU."""
     if device.type == "cuda":
@@ -142,34 +157,36 @@ def free_memory(device: torch.device) -> None:
 
 
 def choose_micro_batch(
-    world: World,
-    recipe: Recipe,
-    model: nn.Module,
-    *,
-    stored: Mapping[str, Any] | None = None,
-    ballast_bytes: int = 0,
-    unit: int = 1,
+    world: World, recipe: Recipe, model: nn.Module, *, stored: Mapping[str, Any] | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Return the recipe's micro-batch; for ``auto`` the stored one if it is still valid, else the largest that fits.
 
-    All ranks must call it.
+    For FSDP ``auto`` is the whole share: the model cannot be tried, since whole it needs more memory than sharded. All ranks must
+    call it.
 
     Args:
-        world, recipe, model, ballast_bytes, unit: as for ``find_micro_batch``.
+        world, recipe, model: as for ``find_micro_batch``.
         stored: values to store from an earlier start of this run, the same on all ranks; None: there was none.
 
     Returns:
-        Galaxies in one forward pass (0: the whole share), and the values to store (empty if the recipe gives the number).
+        Galaxies in one forward pass (0: the whole share), and the values to store (empty if nothing was tried).
 
     Raises:
         EveryRankError: as ``find_micro_batch``.
     """
-    if recipe.train.micro_batch != "auto":
-        return recipe.train.micro_batch, {}
+    config = recipe.train
+    if config.micro_batch != "auto":
+        return config.micro_batch, {}
+    if config.strategy == "fsdp":
+        return 0, {}
     now = conditions(world, recipe)
     found = reusable_micro_batch(stored, now)
     if found is None:
+        trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        ballast_bytes, unit = OPTIMIZER_TENSORS * trained_bytes, 2 if is_mixing(config) else 1
         found = find_micro_batch(world, recipe, model, ballast_bytes=ballast_bytes, unit=unit)
+    if has_single_pass(recipe, world, model, found):
+        found = least_micro_batch(recipe, world) or 0
     return found, {**now, "micro_batch": found}
 
 
@@ -316,6 +333,48 @@ class Probe:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         del ballast
+
+
+def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
+    """Refuse forward passes of a single galaxy if the model's batch normalisation needs two.
+
+    Args:
+        model: the model, on the CPU.
+
+    Raises:
+        EveryRankError: equally on all ranks.
+    """
+    config = recipe.train
+    micro_batch = 0 if config.micro_batch == "auto" else config.micro_batch
+    if not has_single_pass(recipe, world, model, micro_batch):
+        return
+    text = (
+        f"{recipe.model.name} at data.image_size={recipe.data.image_size} normalises over the batch what is one pixel by then, "
+        f"which takes two galaxies in each forward pass; train.batch_size={config.batch_size} on {world.size} processes with "
+        f"train.micro_batch={config.micro_batch} has passes of one."
+    )
+    if (enough := least_micro_batch(recipe, world)) is not None:
+        raise EveryRankError(f"{text} Use train.micro_batch={enough} or more.")
+    remedy = ", or train.sync_batchnorm=true" if world.size > 1 else ""
+    raise EveryRankError(f"{text} Use train.batch_size={2 * world.size} or more{remedy}.")
+
+
+def has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
+    """Return True if a pass has a single galaxy although the model needs two."""
+    config = recipe.train
+    if is_mixing(config) or (config.sync_batchnorm and world.size > 1):
+        return False  # any pass has two galaxies, or normalises over the passes of all processes
+    return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
+
+
+def least_micro_batch(recipe: Recipe, world: World) -> int | None:
+    """Return the smallest micro-batch without passes of a single galaxy; None if there is none."""
+    return next((size for size in (2, 3, 4) if _smallest_pass(recipe, world, size) > 1), None)
+
+
+def _smallest_pass(recipe: Recipe, world: World, micro_batch: int) -> int:
+    batch_size = recipe.train.batch_size
+    return batch_size // world.size // count_micro_batches(batch_size, world.size, micro_batch)
 
 
 def check_deterministic(world: World, recipe: Recipe, model: nn.Module) -> None:

@@ -14,18 +14,18 @@ from torch.distributed.tensor import DTensor, Shard
 from galaxydist.checkpoints.sharded import own_part
 from galaxydist.counter_rng import Stream, hash64
 from galaxydist.distributed import World
-from galaxydist.errors import EveryRankError
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
-from galaxydist.models.build import needs_two_images, set_train_mode
+from galaxydist.models.build import set_train_mode
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe, TrainConfig
 from galaxydist.training.batch_norm import BatchNormBackup
-from galaxydist.training.ddp import Strategy
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
+from galaxydist.training.micro_batch import count_micro_batches
 from galaxydist.training.mixup import NUM_MIXUP_DRAWS, MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, set_learning_rate, step_if_finite
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
+from galaxydist.training.strategy import Strategy
 from galaxydist.training.throughput import StepTimer
 
 
@@ -235,18 +235,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], *, norm: float, value: fl
 # Micro-batches: the parts of a rank's batch that go through the model one after the other.
 
 
-def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:
-    """Return the number of forward passes in a step, equal on all ranks since the last pass synchronises the gradients.
-
-    Ranks hold floor or ceil of ``batch_size / world_size`` samples, and no part of any rank is empty, so that with uneven ranks a
-    part may hold one sample more than ``micro_batch``.
-    """
-    if micro_batch == 0:
-        return 1
-    largest = -(-batch_size // world_size)
-    return min(-(-largest // micro_batch), batch_size // world_size)
-
-
 def split_batch(config: TrainConfig, world_size: int, micro_batch: int, length: int, *, in_pairs: bool) -> Sequence[Part]:
     """Split a rank's batch into micro-batches.
 
@@ -277,45 +265,3 @@ def example_images(
     pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
     draws_BN = torch.from_numpy(augment.draw(0, np.arange(len(pixels_BHWC)), size)).to(world.device)
     return augment(pixels_BHWC, draws_BN, memory_format=memory_format).to(world.dtype)
-
-
-def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
-    """Refuse forward passes of a single galaxy if the model's batch normalisation needs two.
-
-    Args:
-        model: the model, on the CPU.
-
-    Raises:
-        EveryRankError: equally on all ranks.
-    """
-    config = recipe.train
-    micro_batch = 0 if config.micro_batch == "auto" else config.micro_batch
-    if not has_single_pass(recipe, world, model, micro_batch):
-        return
-    text = (
-        f"{recipe.model.name} at data.image_size={recipe.data.image_size} normalises over the batch what is one pixel by then, "
-        f"which takes two galaxies in each forward pass; train.batch_size={config.batch_size} on {world.size} processes with "
-        f"train.micro_batch={config.micro_batch} has passes of one."
-    )
-    if (enough := least_micro_batch(recipe, world)) is not None:
-        raise EveryRankError(f"{text} Use train.micro_batch={enough} or more.")
-    remedy = ", or train.sync_batchnorm=true" if world.size > 1 else ""
-    raise EveryRankError(f"{text} Use train.batch_size={2 * world.size} or more{remedy}.")
-
-
-def has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
-    """Return True if a pass has a single galaxy although the model needs two."""
-    config = recipe.train
-    if is_mixing(config) or (config.sync_batchnorm and world.size > 1):
-        return False  # any pass has two galaxies, or normalises over the passes of all processes
-    return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
-
-
-def least_micro_batch(recipe: Recipe, world: World) -> int | None:
-    """Return the smallest micro-batch without passes of a single galaxy; None if there is none."""
-    return next((size for size in (2, 3, 4) if _smallest_pass(recipe, world, size) > 1), None)
-
-
-def _smallest_pass(recipe: Recipe, world: World, micro_batch: int) -> int:
-    batch_size = recipe.train.batch_size
-    return batch_size // world.size // count_micro_batches(batch_size, world.size, micro_batch)

@@ -195,4 +195,4 @@ class StepGates:
     def _after_layer(self, _layer: nn.Module, _inputs: Any, output: Any) -> None:
         self._pass()
         if isinstance(output, torch.Tensor) and output.requires_grad:
-            output.register_hook(lambda _gradient: self._pass())  # type: ignore[no-untyped-call]
+            output.register_hook(lambda _gradient: self._pass())

@@ -34,7 +34,7 @@ class HostClock:
         """Return the point in time after all work given so far, which may be in the future."""
         return time.perf_counter()
 
-    def is_past(self, stamp: Any) -> bool:  # noqa: ARG002
+    def is_past(self, _stamp: Any) -> bool:
         """Return True once the work before this point in time is done."""
         return True
 
@@ -56,12 +56,12 @@ class CudaClock(HostClock):
         self._device = device
 
     def stamp(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def is_past(self, stamp: torch.cuda.Event) -> bool:
-        return bool(stamp.query())  # type: ignore[no-untyped-call]
+        return bool(stamp.query())
 
     def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
         return float(start.elapsed_time(stop)) / 1000

@@ -8,33 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from galaxydist.checkpoints import store
 from galaxydist.distributed import World, keep_threads, open_world, set_flight_recorder
 from galaxydist.errors import is_known_to_all
-from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
+from galaxydist.evaluation.evaluator import Evaluator
 from galaxydist.evaluation.galaxy_table import GalaxyTable, logged_metrics
 from galaxydist.evaluation.inference import evaluate_split
-from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
 from galaxydist.loading.decode import sample_key
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
-from galaxydist.loading.training_data import (
-    StoredImages,
-    TrainingData,
-    build_augment,
-    find_cache,
-    find_manifest,
-    find_variant,
-    has_split,
-    mirror_warning,
-    open_manifest,
-)
+from galaxydist.loading.training_data import build_augment, has_split
 from galaxydist.log import results
-from galaxydist.models.build import build_model, describe_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
     checkpoint_activations,
@@ -46,50 +32,40 @@ from galaxydist.models.performance import (
     set_memory_format,
     set_tf32,
 )
-from galaxydist.paths import data_root, weights_dir
+from galaxydist.paths import data_root
 from galaxydist.rank_store import Leave
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
+from galaxydist.recipe.rules import is_mixing
 from galaxydist.runs.events import EventLog
 from galaxydist.runs.folder import ORIGIN_KEY, RunFolder
 from galaxydist.runs.lock import RunLock
-from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.verify import check_columns
 from galaxydist.tracking.run_tracker import Tracker, complete_tracker, start_tracker
 from galaxydist.tracking.webhook import Webhook, find_webhook
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
-from galaxydist.training.ddp import DDPStrategy
-from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import DataWaits, LossSpikes, NonFiniteSteps, UnreadableImages
 from galaxydist.training.health.rank_exit import ExitTasks, leaving_alone
-from galaxydist.training.health.run_events import began, cut_back, write_failure, write_start
+from galaxydist.training.health.run_events import alert_early, began, cut_back, write_failure, write_start
 from galaxydist.training.health.watchdog import EVALUATION, VALIDATION, build_watchdog, collective_timeout
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
-from galaxydist.training.micro_batch import (
-    check_deterministic,
-    choose_micro_batch,
-    explained_out_of_memory,
-    explained_validation_memory,
-)
+from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, explained_validation_memory
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import EarlyStopping, Prune, Pruning, check_same_recipe, lock_run_folder
+from galaxydist.training.resume import EarlyStopping, Prune, Pruning, lock_run_folder
 from galaxydist.training.run_summary import describe_end, describe_result, describe_run, describe_time, write_facts
 from galaxydist.training.state import TrainState
-from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
+from galaxydist.training.step import TrainStep, example_images
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
+from galaxydist.training.strategy import DDPStrategy, FSDPStrategy
 from galaxydist.training.system_metrics import open_system_metrics
 from galaxydist.training.throughput import StepTimer, build_utilisation
+from galaxydist.training.training_inputs import check_inputs
 
 logger = logging.getLogger(__name__)
-
-# Largest number of tensors of a parameter's size that an optimizer keeps, reserved while the micro-batch is searched.
-OPTIMIZER_TENSORS = 2
 
 
 def train(
@@ -151,22 +127,24 @@ class Trainer:
     ) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.world, self.environ, self._leave = world, environ, leave
-        self.root = data_root(self.recipe.data.dir, environ)
         self._lock: RunLock | None = None  # on rank 0
         self._saved_progress: dict[str, Any] = {}
         self._has_result = False
         self._galaxies: GalaxyTable | None = None  # from the first validation on
+        self._webhook = Webhook(find_webhook(self.recipe.tracker.webhook, environ), run_path(self.recipe).name)
         self.exit_tasks = ExitTasks()
 
     def run(self, prune: Prune | None = None) -> int:
         """Train to the result, as ``train`` does, and return its result."""
-        self.check_inputs()
+        with self._noting_failure():
+            self.check_inputs()
         with self.open_run_folder():
             if self.is_finished:
                 logger.info("%s is finished.", self.run_folder)
                 self.stop.close()  # nothing is to be saved: a signal ends an evaluation that is missing
                 self.evaluate()
-                _log_result(self.world.run_on_main(self._complete_tracker))
+                tracked = partial(complete_tracker, self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
+                _log_result(self.world.run_on_main(tracked))
                 return 0
             self.build()
             self.restore()
@@ -184,53 +162,9 @@ class Trainer:
 
     def check_inputs(self) -> None:
         """Check the shards, the recipe and the model, before anything is written."""
-        recipe, world = self.recipe, self.world
-        processes = "1 process" if world.size == 1 else f"{world.size} processes"
-        threads = "1 thread each" if world.threads == 1 else f"{world.threads} threads each"
-        logger.info("galaxydist: %s, %s, %s, precision %s", processes, world.device.type, threads, world.precision)
-        path, cache = find_manifest(recipe.data, self.root), find_cache(recipe.data, self.root)
-        self.manifest = world.run_on_all(lambda: open_manifest(path, cache, recipe, world.size))
-        variants = [variant for variant in recipe.eval.variants if variant != self.manifest.variant]
-        self.other_manifests = world.run_on_all(
-            lambda: [open_shards(find_variant(recipe.data, self.root, variant), cache) for variant in variants]
-        )
-        check_same_recipe(world, recipe, self.manifest)
-        world.run_on_main(self._check_data)
-        if warning := mirror_warning(self.manifest, recipe):
-            logger.warning("%s", warning)
-        check_optimizer(recipe.optim.name)
-        check_strategy(recipe.train, world.precision)
-        if is_mixing(recipe.train):
-            check_world(recipe.train.batch_size, world.size)
-        torch.manual_seed(recipe.seed)
-        self.model_record = world.run_on_all(lambda: describe_model(recipe.model, weights_dir(self.root)))
-        self.model = world.run_on_all(
-            lambda: build_model(
-                recipe.model,
-                self.manifest.num_classes,
-                recipe.data.image_size,
-                weights_dir=weights_dir(self.root),
-                record=self.model_record,
-                trust_code=True,  # the user's own command names it
-            )
-        )
-        stored = world.run_on_main(lambda: StoredImages.of(self.manifest))
-        self.trained_on = world.run_on_all(lambda: TrainingData.of(self.manifest, recipe, self.model, stored))
-        check_passes(recipe, world, self.model)
-        if recipe.train.deterministic:
-            check_deterministic(world, recipe, self.model.to(device=world.device, dtype=world.dtype))
-
-    def _check_data(self) -> None:
-        """Rank 0: find errors that would otherwise end the run after the training."""
-        folder = RunFolder(run_path(self.recipe))
-        is_known = folder.is_started and bool(store.list_checkpoints(folder.checkpoints_dir))
-        known = folder.read_recipe().recipe.get("eval.variants", ()) if is_known else ()
-        for evaluated in (self.manifest, *self.other_manifests):
-            check_columns(evaluated)
-            if not is_known or (evaluated is not self.manifest and evaluated.variant not in known):
-                check_before_training(self.manifest, evaluated)
-        if not is_known and has_split(self.manifest, "test"):
-            rehearse_evaluation(self.manifest, self.recipe)
+        inputs = check_inputs(self.world, self.recipe, data_root(self.recipe.data.dir, self.environ))
+        self.manifest, self.other_manifests = inputs.manifest, inputs.other_manifests
+        self.model, self.model_record, self.trained_on = inputs.model, inputs.model_record, inputs.trained_on
 
     @contextlib.contextmanager
     def open_run_folder(self) -> Iterator[None]:
@@ -246,11 +180,11 @@ class Trainer:
                 folder.clear_failure()
                 return folder.path, progress, is_finished, began()
 
-            path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
+            with self._noting_failure():
+                path, self._saved_progress, self.is_finished, began_at = self.world.run_on_main(lock)
             self.run_folder = RunFolder(path)
-            webhook = Webhook(find_webhook(self.recipe.tracker.webhook, self.environ), path.name)
-            stack.callback(webhook.close)
-            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, webhook.send)
+            stack.callback(self._webhook.close)
+            self.events = EventLog(self.run_folder.events_path, start_of(self.environ), {"began": began_at}, self._webhook.send)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, self._saved_progress.get("threads"))
             set_flight_recorder(self.environ, self.run_folder.stacks_dir)
@@ -258,8 +192,8 @@ class Trainer:
                 self.world, self.recipe.train, self.run_folder, self.exit_tasks, self.events, note=self._note_failure
             )
             stack.enter_context(self.watchdog)
-            self.exit_tasks.stacks, self.exit_tasks.webhook = self.watchdog.close_stacks, webhook.close
-            with leaving_alone(self.world, self._leave, self.exit_tasks, self._note_failure):
+            self.exit_tasks.stacks, self.exit_tasks.webhook = self.watchdog.close_stacks, self._webhook.close
+            with self._noting_failure(), leaving_alone(self.world, self._leave, self.exit_tasks, self._note_failure):
                 yield
 
     def build(self) -> None:
@@ -311,7 +245,7 @@ class Trainer:
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.utilisation = build_utilisation(world, recipe, model)
-        micro_batch, found = self._choose_micro_batch(model)
+        micro_batch, found = choose_micro_batch(world, recipe, model, stored=self._saved_progress.get("micro_batch"))
         if config.sync_batchnorm and world.size > 1:
             model = synchronise_batch_norm(model)
         if config.compile:
@@ -322,28 +256,6 @@ class Trainer:
             if num_removed := sum(world.all_gather(len(remove_broken_libraries(cache_dir)))):
                 logger.info("removed %d incomplete libraries from torch.compile's cache %s", num_removed, cache_dir)
         return model, micro_batch, found
-
-    def _choose_micro_batch(self, model: nn.Module) -> tuple[int, dict[str, Any]]:
-        """Return the recipe's micro-batch, or the largest that fits beside the optimizer's state, and the values to store.
-
-        For FSDP the whole share is taken: the model cannot be tried, since whole it needs more memory than sharded.
-        """
-        recipe, world = self.recipe, self.world
-        if recipe.train.strategy == "fsdp" and recipe.train.micro_batch == "auto":
-            return 0, {}
-        trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        micro_batch, found = choose_micro_batch(
-            world,
-            recipe,
-            model,
-            stored=self._saved_progress.get("micro_batch"),
-            ballast_bytes=OPTIMIZER_TENSORS * trained_bytes,
-            unit=2 if is_mixing(recipe.train) else 1,
-        )
-        if recipe.train.micro_batch == "auto" and has_single_pass(recipe, world, model, micro_batch):
-            micro_batch = least_micro_batch(recipe, world) or 0
-            found = {**found, "micro_batch": micro_batch}
-        return micro_batch, found
 
     def _build_state(self, micro_batch: dict[str, Any]) -> TrainState:
         recipe, world, config = self.recipe, self.world, self.recipe.train
@@ -366,7 +278,6 @@ class Trainer:
     def _build_step(self, micro_batch: int) -> TrainStep:
         recipe, world, config = self.recipe, self.world, self.recipe.train
         weights_K = class_weights(config.class_weights, self.manifest.splits["train"].class_counts).to(world.device)
-        has_layers = config.strategy == "ddp" and not config.compile
         return TrainStep(
             world,
             self.strategy,
@@ -383,7 +294,7 @@ class Trainer:
             gates=StepGates(
                 world.size,
                 self.stop,
-                layers=self.model if has_layers else None,
+                layers=self.model if config.strategy == "ddp" and not config.compile else None,
                 timeout=collective_timeout(config.hang_timeout),
             ),
         )
@@ -401,12 +312,9 @@ class Trainer:
 
         self._cut = self.world.run_on_main(prepare)
         if self.state.step == 0:
-            logger.info(
-                "%s",
-                describe_run(self.resolved, self.manifest, self.run_folder, self.model, self.length, record=self.model_record),
-            )
-            estimate = describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch)
-            if estimate is not None:
+            described = self.resolved, self.manifest, self.run_folder, self.model, self.length
+            logger.info("%s", describe_run(*described, record=self.model_record))
+            if estimate := describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch):
                 logger.info("%s", estimate)
 
     @contextlib.contextmanager
@@ -428,21 +336,28 @@ class Trainer:
         self.world.run_on_main(start)
         self.exit_tasks.tracker = partial(self.tracker.finish, 1)
         try:
-            yield
-        except BaseException as error:
-            if isinstance(error, Exception):
-                self._note_failure(error)
+            with self._noting_failure():
+                yield
+        except BaseException:
             self.exit_tasks.end_tracker()
             raise
         self.exit_tasks.tracker = None
         _log_result(self.world.run_on_main(lambda: self.tracker.finish(int(not self._has_result))))
 
-    def _complete_tracker(self) -> str | None:
-        return complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ)
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._note_failure(error)
+            raise
 
     def _note_failure(self, error: Exception) -> None:
         """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
-        if self.world.is_main or not is_known_to_all(error):
+        if not hasattr(self, "events"):  # the run folder is not open yet
+            if self.world.is_main:
+                alert_early(self._webhook, error)
+        elif self.world.is_main or not is_known_to_all(error):
             write_failure(self.run_folder, self.events, error, self._num_steps, self.environ)
 
     @property

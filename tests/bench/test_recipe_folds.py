@@ -9,15 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from galaxydist.bench import recipe_folds
-from galaxydist.bench.recipe_folds import measure_recipe
+from galaxydist.bench import real_galaxies
+from galaxydist.bench.real_galaxies import measure_recipe
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_rows
+from galaxydist.surveys.simulate.survey import draw_rows, plan_survey
 
 MODEL = ("model.width=8", "data.image_size=32")
 
@@ -41,7 +40,7 @@ def test_a_recipe_is_measured_on_every_fold_with_its_start_and_on_the_held_out_r
     with torch.no_grad():
         model.get_parameter("head.bias")[3] += 1e6
     write_weights(tmp_path / "all-in-between.safetensors", model.state_dict())
-    monkeypatch.setattr(recipe_folds, "TUNING_ROWS", 2)
+    monkeypatch.setattr(real_galaxies, "TUNING_ROWS", 2)
     command = ["bench", "folds", "--real", str(images), "--data-dir", str(tmp_path), "--folds", "2", "--recipe", "custom_cnn"]
     command += [*MODEL, f"model.weights={tmp_path / 'all-in-between.safetensors'}", "train.epochs=1", "train.batch_size=12"]
     assert main(command) == 0

@@ -27,6 +27,7 @@ from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_sav
 from galaxydist.checkpoints.store import DamagedCheckpointError, encode_state, read_checkpoint
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from tests.helpers.checkpoints import Bomb, bits, flip_bit, truncate
+from tests.helpers.checkpoints import save as save_whole
 
 pytestmark = pytest.mark.multiprocess
 SHARDS = [f"shard-0000{rank}-model-0000{number}-of-00002.safetensors" for rank in (1, 2) for number in (1, 2)]
@@ -140,7 +141,7 @@ def test_sharded_checkpoint_is_read_by_any_number_of_processes(world_size: int, 
 
 
 def test_unsharded_checkpoint_is_read_in_parts_by_2_processes(tmp_path: Path) -> None:
-    store.save(tmp_path / "c", 4, draw(4), {"epoch": 4})
+    save_whole(tmp_path / "c", 4, draw(4), {"epoch": 4})
     run(tmp_path, 2, check_parts, tmp_path / "c", 4)
 
 
@@ -280,16 +281,16 @@ def lose_files(group: dist.ProcessGroup) -> Any:
 
 
 def break_writer(group: dist.ProcessGroup) -> Any:
-    original = sharded.sha256_of
+    original = sharded.file_sha256
 
     def fail(_path: Path) -> str:
         raise RuntimeError("no")
 
     if dist.get_rank(group) == 1:
-        sharded.sha256_of = fail
+        sharded.file_sha256 = fail
 
     def undo() -> None:
-        sharded.sha256_of = original
+        sharded.file_sha256 = original
 
     return undo
 

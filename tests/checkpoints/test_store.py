@@ -26,7 +26,7 @@ from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.store import DamagedCheckpointError, read_checkpoint
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import UserError
-from tests.helpers.checkpoints import Bomb, Trainee, bits, every_kind_of_tensor, flip_bit, truncate
+from tests.helpers.checkpoints import Bomb, Trainee, bits, every_kind_of_tensor, flip_bit, load_best, save, truncate
 
 
 def simple(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -34,7 +34,7 @@ def simple(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def save_simple(folder: Path, step: int, **options: Any) -> Path:
-    return store.save(folder, step, *simple(step), **options)
+    return save(folder, step, *simple(step), **options)
 
 
 def save_behind(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], **options: Any) -> None:
@@ -54,7 +54,7 @@ def loaded_step(folder: Path) -> int | None:
 
 def test_store_restores_every_kind_of_tensor_and_state_bit_for_bit(tmp_path: Path) -> None:
     tensors = every_kind_of_tensor()
-    path = store.save(tmp_path, 12, tensors, {"a": [1, 0.1 + 0.2, None, "é", {"b": True}]})
+    path = save(tmp_path, 12, tensors, {"a": [1, 0.1 + 0.2, None, "é", {"b": True}]})
     checkpoint = store.load(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 12
@@ -69,7 +69,7 @@ def test_store_restores_every_kind_of_tensor_and_state_bit_for_bit(tmp_path: Pat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_tensors_are_restored_bit_for_bit_on_the_cpu(tmp_path: Path) -> None:
     tensors = {"model/w": torch.randn(50, 20, device="cuda"), "model/t": torch.randn(4, 6, device="cuda").t()}
-    store.save(tmp_path, 1, tensors, {})
+    save(tmp_path, 1, tensors, {})
     checkpoint = store.load(tmp_path)
     assert checkpoint is not None
     assert {name: bits(tensor) for name, tensor in checkpoint.tensors.items()} == {
@@ -79,8 +79,8 @@ def test_gpu_tensors_are_restored_bit_for_bit_on_the_cpu(tmp_path: Path) -> None
 
 def test_load_without_checkpoint_is_none_and_a_checkpoint_may_have_no_tensors(tmp_path: Path) -> None:
     assert store.load(tmp_path / "nowhere") is None
-    assert store.load(tmp_path, "best") is None
-    store.save(tmp_path / "new" / "folder", 0, {}, {})
+    assert load_best(tmp_path) is None
+    save(tmp_path / "new" / "folder", 0, {}, {})
     assert store.load(tmp_path / "new" / "folder") is not None
 
 
@@ -99,7 +99,7 @@ def test_save_removes_old_checkpoints_and_keeps_the_best(tmp_path: Path) -> None
     steps = [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)]
     assert steps == [6, 5, 3]
     assert (tmp_path / "latest").read_text().strip() == store.list_checkpoints(tmp_path)[0].name
-    best = store.load(tmp_path, "best")
+    best = load_best(tmp_path)
     assert best is not None
     assert best.step == 3
     store.mark_best(store.list_checkpoints(tmp_path)[0])
@@ -160,7 +160,7 @@ def test_a_damaged_best_is_not_replaced_by_another(tmp_path: Path) -> None:
     save_simple(tmp_path, 2)
     flip_bit(best / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"eval\.checkpoint=last"):
-        store.load(tmp_path, "best")
+        load_best(tmp_path)
 
 
 def test_best_checkpoint_is_found_without_its_pointer(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_best_checkpoint_is_found_without_its_pointer(tmp_path: Path) -> None:
     save_simple(tmp_path, 2, best=True)
     save_simple(tmp_path, 3)
     (tmp_path / "best").write_bytes(pointer)  # as after a kill between the rename and the pointer
-    best = store.load(tmp_path, "best")
+    best = load_best(tmp_path)
     assert best is not None
     assert best.step == 2
 
@@ -177,7 +177,7 @@ def test_best_checkpoint_is_found_without_its_pointer(tmp_path: Path) -> None:
 def test_store_refuses_state_that_json_cannot_hold_before_writing(tmp_path: Path) -> None:
     for state in ({"best": float("nan")}, {"path": tmp_path}):
         with pytest.raises((ValueError, TypeError)):
-            store.save(tmp_path / "checkpoints", 1, {}, state)
+            save(tmp_path / "checkpoints", 1, {}, state)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -256,7 +256,7 @@ def check_order(events: list[tuple[str, ...]]) -> int:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("save", [store.save, save_behind])
+@pytest.mark.parametrize("save", [save, save_behind])
 def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_there(
     save: Callable[..., object], tmp_path: Path
 ) -> None:
@@ -271,7 +271,7 @@ def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_the
         folder = tmp_path / str(stop_at)
         shutil.copytree(start, folder)
         assert in_child(save_watched, save, folder, stop_at, events_path) == -signal.SIGKILL
-        best = store.load(folder, "best")
+        best = load_best(folder)
         assert best is not None
         assert (loaded_step(folder), best.step) == ((4, 4) if stop_at > renamed else (3, 2)), events[stop_at]
         save_simple(folder, 5)
@@ -300,7 +300,7 @@ def check_full_disk(save: Callable[..., object], folder: Path, limit: int | None
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("save", [store.save, save_behind])
+@pytest.mark.parametrize("save", [save, save_behind])
 def test_file_size_limit_while_saving_keeps_the_earlier_checkpoint(save: Callable[..., object], tmp_path: Path) -> None:
     check_full_disk(save, tmp_path / "checkpoints", 100_000, tmp_path / "answer", "the file size limit is reached")
 
@@ -317,7 +317,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("save", [store.save, save_behind])
+@pytest.mark.parametrize("save", [save, save_behind])
 def test_full_disk_while_saving_keeps_the_earlier_checkpoint(
     save: Callable[..., object], tiny_disk: Path, tmp_path: Path
 ) -> None:
@@ -386,7 +386,7 @@ def test_training_continued_from_a_checkpoint_is_bit_equal(tmp_path: Path, optim
     for name, state in first.states().items():
         parts, descriptions[name] = flatten_state(name, state)
         tensors |= parts
-    store.save(tmp_path, 5, tensors, descriptions)
+    save(tmp_path, 5, tensors, descriptions)
 
     checkpoint = store.load(tmp_path)
     assert checkpoint is not None

@@ -11,7 +11,7 @@ from galaxydist.cli.main import main
 from galaxydist.planner.memory import estimate, model_memory
 from galaxydist.planner.table import WIDTH, show_size
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.training.step import count_micro_batches
+from galaxydist.training.micro_batch import count_micro_batches
 from tests.helpers.forked_runs import run_forked
 from tests.helpers.runs import quick_settings, run_here
 from tests.helpers.scripts.measured_step import measure

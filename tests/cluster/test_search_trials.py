@@ -60,8 +60,8 @@ def test_ranks_of_a_trial_train_with_the_same_values_and_a_poor_one_is_pruned(bl
     assert best is not None and best[0] == 0 and study.running() == []
     lines = [json.loads(line) for line in folders[0].metrics_path.read_text().splitlines()]
     assert best[1] == min(line["val/loss"] for line in lines if "val/loss" in line)
-    pruned = folders[1].read_pruned()
-    assert pruned is not None and pruned["value"] > best[1]
+    pruned = json.loads(folders[1].pruned_path.read_text())
+    assert pruned["value"] > best[1]
 
     done = run_forked(train, arguments_of(blobs, folders[1].path), folders[1].path)  # as after a kill at the very end
     assert done.returncode == 0 and folders[1].is_pruned, done.stderr

@@ -28,6 +28,7 @@ from galaxydist.cluster.status import (
     read_status,
 )
 from galaxydist.cluster.status_table import duration_text, render_overview, summary_text
+from galaxydist.runs.events import Event, append_event, read_last_event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.listing import find_runs
 from galaxydist.runs.lock import RunLock
@@ -64,6 +65,17 @@ def test_status_of_a_finished_run_without_job_is_finished_with_progress(finished
     )
     assert status.progress.img_s is not None
     assert status.progress.img_s > 0
+    assert status.to_dict()["last_event"]["kind"] == "finish"
+
+
+def test_last_event_is_the_newest_one_that_this_version_knows(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert read_last_event(path) is None
+    for event in (Event(1.0, "start", "begins"), Event(2.0, "data_wait", "waits", 7)):
+        append_event(path, event)
+    with path.open("a") as file:
+        file.write('{"time": 3.0, "kind": "of a later version", "text": ""}\n{"time": 4.0, "kind": "st')
+    assert read_last_event(path) == event
 
 
 def test_run_without_job_is_running_while_its_lock_is_held_and_stopped_after(finished: Path, tmp_path: Path) -> None:
@@ -328,16 +340,18 @@ def test_overview_sorts_running_first_keeps_damaged_runs_and_counts_groups(finis
         copy_run(finished, tmp_path / name, is_finished=True)
     copy_run(finished, tmp_path / "away", job_id="77")
     (copy_run(finished, tmp_path / "torn").run_dir / "failure.json").write_text("{")
+    (copy_run(finished, tmp_path / "unreadable").run_dir / "failure.json").mkdir()  # as a file system that fails
     copy_run(finished, tmp_path / "damaged").jobs_path.write_text("{}\n")
     copy_run(finished, tmp_path / "zzz")
     with RunLock(tmp_path / "zzz" / "lock.json", host=socket.gethostname(), pid=os.getpid(), clock=time.time):
         overview = read_overview([tmp_path, tmp_path / "zzz"])
-    assert [status.name for status in overview.runs] == ["zzz", "away", "damaged", "torn", "seed2", "seed10"]
-    assert [status.state for status in overview.runs] == ["RUNNING", "UNKNOWN", "DAMAGED", "DAMAGED", "FINISHED", "FINISHED"]
+    assert [status.name for status in overview.runs] == ["zzz", "away", "damaged", "torn", "unreadable", "seed2", "seed10"]
+    states = ["RUNNING", "UNKNOWN", "DAMAGED", "DAMAGED", "DAMAGED", "FINISHED", "FINISHED"]
+    assert [status.state for status in overview.runs] == states
     assert "no SLURM on this machine" in overview.slurm_error
     assert "jobs.jsonl, line 1" in (overview.runs[2].last_error or "")
     assert "failure.json" in (overview.runs[3].last_error or "")
-    assert summary_text(overview.runs) == "6 runs: 1 running, 1 unknown, 2 failed, 2 finished"
+    assert summary_text(overview.runs) == "7 runs: 1 running, 1 unknown, 3 failed, 2 finished"
     json.dumps([status.to_dict() for status in overview.runs], allow_nan=False)
 
 
@@ -352,8 +366,9 @@ def show(overview: Overview, width: int) -> list[str]:
 def test_status_table_fits_any_terminal_width_without_truncation(width: int) -> None:
     progress = Progress(120, 4800, 1.5, 60, 1234.5, "balanced_accuracy", 0.8123, 192, 1.0)
     name, error = "sweep/" + "vit_scratch-balanced-seed" * 2, "a long error " * 12 + "[red]with its end"
+    event = Event(time.time() - 60, "data_wait", "waits", 7)
     runs = (
-        RunStatus(Path("a"), name, "RUNNING", "", JOB, "n[1-2]", progress, 3, 3600.0),
+        RunStatus(Path("a"), name, "RUNNING", "", JOB, "n[1-2]", progress, 3, 3600.0, None, event),
         RunStatus(Path("b"), "b", "OUT_OF_MEMORY", "x" * 100, JOB, "n1", progress, 0, None, error),
     )
     lines = show(Overview(runs, "SLURM did not answer"), width)
@@ -364,7 +379,7 @@ def test_status_table_fits_any_terminal_width_without_truncation(width: int) -> 
     if width >= 60:
         assert "120/4800" in text
     if width >= 200:
-        for word in ("1,234", "0.8123balanced", "1h00m", "1.5/60", "n[1-2]", JOB.job_id):
+        for word in ("1,234", "0.8123balanced", "1h00m", "1.5/60", "n[1-2]", "data_wait1mago", JOB.job_id):
             assert word in text
     assert "".join(error.split())[-12:] in text or width >= 140  # wrapped in a column of its own there
     assert sum("…" in line for line in lines) == 0

@@ -18,11 +18,10 @@ from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_table import TableOptions
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.tar_scan import find_tars
-from galaxydist.tracking.sink import read_validations
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.foreign_tars import evo_tars
 from tests.helpers.forked_runs import run_forked, train
-from tests.helpers.runs import count_errors, quick_settings, read_losses, read_metrics
+from tests.helpers.runs import count_errors, quick_settings, read_losses, read_metrics, read_validations
 from tests.helpers.scripts.traced_launch import train_traced
 from tests.helpers.traces import read_steps
 

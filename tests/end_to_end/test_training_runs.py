@@ -20,8 +20,8 @@ from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.tracking.sink import read_validations
 from tests.helpers.blobs import BlobSurvey
+from tests.helpers.checkpoints import load_best
 from tests.helpers.forked_runs import run_forked, train
 from tests.helpers.runs import (
     ACCELERATE_2,
@@ -31,6 +31,7 @@ from tests.helpers.runs import (
     read_evaluation,
     read_losses,
     read_metrics,
+    read_validations,
     run_here,
 )
 
@@ -103,7 +104,7 @@ def test_early_stopping_ends_the_run_with_its_best_checkpoint(blobs: Path, tmp_p
     run_dir = tmp_path / "run"
     assert run_here(quick_settings(blobs, run_dir, optim__lr=1e-9, train__patience=2, train__metric="balanced_accuracy")) == 0
     newest = store.load(run_dir / "checkpoints")
-    best = store.load(run_dir / "checkpoints", "best")
+    best = load_best(run_dir / "checkpoints")
     assert newest is not None and best is not None
     # A rate of nothing: the first validation stays the best, two more are waited for.
     assert (best.step, newest.step) == (3, 9)

@@ -88,7 +88,9 @@ class AppPage(Browser):
         return str(self.evaluate("document.querySelector('#gd-answer').innerText"))
 
     def open_tab(self, name: str) -> None:
-        self.evaluate(f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)}).click()")
+        tab = f"[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText == {json.dumps(name)})"
+        self.wait_for(tab)  # a page that was narrow has it in a menu for a moment
+        self.evaluate(f"{tab}.click()")
 
     def check_quiet(self) -> None:
         """No error on the console, and no request to another host."""

@@ -2,11 +2,24 @@
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.store import Checkpoint, encode_state
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], **options: Any) -> Path:
+    return store.save(folder, step, tensors, encode_state(step, state, best=options.get("best", False)), **options)
+
+
+def load_best(folder: Path) -> Checkpoint | None:
+    path = store.best_path(folder)
+    return None if path is None else store.read_sound(path)
 
 
 def bits(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from galaxydist.checkpoints import store
 from tests.helpers.blobs import BlobSurvey
+from tests.helpers.checkpoints import load_best
 
 # Everything that draws at random or keeps a memory: dropout, drop path, mixup, moving average, early stopping, class draws.
 LIVELY: Mapping[str, object] = {
@@ -44,8 +45,8 @@ def result(run_dir: Path) -> dict[str, Any]:
     """
     left: dict[str, Any] = {name: (run_dir / f"{name}.jsonl").read_text() for name in ("metrics", "validation")}
     left |= {f"galaxies/{path.name}": path.read_bytes() for path in sorted((run_dir / "galaxies").iterdir())}
-    for which in ("latest", "best"):
-        found = store.load(run_dir / "checkpoints", which)  # type: ignore[arg-type]
+    for which, load in (("latest", store.load), ("best", load_best)):
+        found = load(run_dir / "checkpoints")
         assert found is not None
         left |= {f"{which}/{name}": tensor.numpy().tobytes() for name, tensor in found.tensors.items()}
         left |= {f"{which} progress": found.state["progress"], f"{which} step": found.step}

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from galaxydist.cli.train import main
+from galaxydist.runs.folder import RunFolder
+from galaxydist.tracking.sink import Validation, validation_of
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 PYTHON = (sys.executable,)
@@ -104,6 +106,11 @@ def read_evaluation(run_dir: Path) -> dict[str, Any]:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_validations(folder: RunFolder) -> list[Validation]:
+    """Validations with their details, oldest first."""
+    return [validation_of(line, folder) for line in folder.validations.read()]
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:

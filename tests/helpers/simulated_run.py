@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_image
+from galaxydist.surveys.simulate.survey import draw_image, plan_survey
 from tests.helpers.runs import run_here
 
 # Of a seed that the shipped network was not trained on.

@@ -33,6 +33,21 @@ def test_features_of_the_reference_vgg_are_the_mean_of_its_last_map() -> None:
     torch.testing.assert_close(extract_features(model, images_BCHW), kept[-1].mean(dim=(2, 3)))
 
 
+def test_features_of_a_head_on_tokens_are_their_mean() -> None:
+    class OnTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 6, 4, stride=4)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            logits_BNK: Tensor = self.head(self.patches(images_BCHW).flatten(2).mT)
+            return logits_BNK.mean(dim=1)
+
+    model, images_BCHW = OnTokens(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model.head(extract_features(model, images_BCHW)), model(images_BCHW))
+
+
 def test_models_without_features_are_refused() -> None:
     class Pixels(nn.Module):
         def forward(self, images_BCHW: Tensor) -> Tensor:

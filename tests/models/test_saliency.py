@@ -217,6 +217,24 @@ def test_saliency_maps_have_the_image_size_and_values_between_0_and_1(name: Mode
         assert maps_BHW.amin() == 0
 
 
+def test_grad_cam_recognises_a_map_with_the_channels_last() -> None:
+    class ChannelsLast(TinyNetwork):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last_map = nn.Identity()
+
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            logits_BK: Tensor = self.head(self.last_map(self.stages(images_BCHW).permute(0, 2, 3, 1)).mean(dim=(1, 2)))
+            return logits_BK
+
+    model = ChannelsLast()
+    for height, width in ((24, 24), (24, 32)):
+        images_BCHW, targets_B = torch.randn(2, 3, height, width), torch.tensor([0, 1])
+        found_Bhw, expected_Bhw = (grad_cam(model, layer, images_BCHW, targets_B) for layer in (model.last_map, model.stages))
+        assert expected_Bhw.any()
+        torch.testing.assert_close(found_Bhw, expected_Bhw)
+
+
 def test_grad_cam_without_positive_evidence_is_a_map_of_zeros() -> None:
     model = TinyNetwork()
     with torch.no_grad():

@@ -16,8 +16,7 @@ from galaxydist.models.hub_weights import SHIPPED_DIR, shipped_path
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_rows
+from galaxydist.surveys.simulate.survey import draw_rows, plan_survey
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.runs import quick_settings, run_here
 

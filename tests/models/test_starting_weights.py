@@ -8,7 +8,8 @@ import torch
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run, evaluation_weights
+from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
+from galaxydist.evaluation.run_model import evaluation_weights
 from galaxydist.models.weights import read_statistics, read_weights
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards

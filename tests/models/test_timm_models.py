@@ -14,7 +14,7 @@ from galaxydist.models.features import extract_features
 from galaxydist.models.param_groups import layer_depths
 from galaxydist.models.performance import checkpoint_activations
 from galaxydist.models.registry import architecture_of
-from galaxydist.models.saliency import GRAD_CAM, ROLLOUT, explain
+from galaxydist.models.saliency import GRAD_CAM, ROLLOUT, explain, grad_cam
 from galaxydist.recipe.schema import ModelConfig
 
 # timm's small models for tests: a transformer, a convolutional network, both together, and one with functional dropout.
@@ -54,6 +54,10 @@ def check_all(name: str, image_size: int, method: str | None, *, has_layers: boo
     assert (found.method if found is not None else None) == method
     if found is not None:
         assert found.maps_BHW.shape == (2, image_size, image_size) and torch.isfinite(found.maps_BHW).all()
+    if method == GRAD_CAM:
+        layer = model.get_submodule(str(architecture_of(config, model).last_map))
+        raw_Bhw = grad_cam(model, layer, images_BCHW, torch.tensor([1, 2]))
+        assert raw_Bhw.shape[1] == raw_Bhw.shape[2], "not the channels"
 
 
 def build_frozen(config: ModelConfig, image_size: int) -> nn.Module:

@@ -36,8 +36,8 @@ from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
 from galaxydist.shards.shard_usage import usage_of_rank
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.official_split import read_official_split
+from galaxydist.training.micro_batch import count_micro_batches
 from galaxydist.training.mixup import split_evenly
-from galaxydist.training.step import count_micro_batches
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.memory import peak_memory
 from tests.helpers.model_names import marked

@@ -125,9 +125,8 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
 def test_every_recipe_runs_at_its_own_image_size(path: Path) -> None:
     recipe = load(path).recipe
     size = recipe.data.image_size
-    with torch.device("meta"):  # shapes without numbers
-        model = build_random(recipe, size)
-        assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
+    model = build_random(recipe, size)
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
 def test_every_registered_model_has_a_recipe() -> None:

@@ -187,7 +187,7 @@ def test_a_truncated_image_names_its_galaxy(tmp_path: Path) -> None:
     assert isinstance(image, EncodedImage)
     galaxies[7] = replace(galaxies[7], image=EncodedImage(image.data[: len(image.data) // 2], "jpg"))
     with pytest.raises(UserError, match=r"1 of the 28 images cannot be read:\n  galaxy g-0007\+x: its image does not decode"):
-        write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "shards")
+        write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "new" / "name" / "shards")
     assert list(tmp_path.iterdir()) == []
 
 

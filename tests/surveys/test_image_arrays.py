@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from galaxydist.errors import UserError
-from galaxydist.surveys.image_arrays import ArrayOptions, array_layout, is_image_shape
-from galaxydist.surveys.pixel_scaling import PixelScaling
+from galaxydist.surveys.image_arrays import ArrayOptions, PixelScaling, array_layout, is_image_shape
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 10, 12, 3), dtype=np.uint8)
 CUBES = np.random.default_rng(1).uniform(0, 2, (4, 5, 10, 12)).astype(">f4")

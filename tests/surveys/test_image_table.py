@@ -14,9 +14,8 @@ import pytest
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.image_arrays import ArrayOptions
+from galaxydist.surveys.image_arrays import ArrayOptions, PixelScaling
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
-from galaxydist.surveys.pixel_scaling import PixelScaling
 from galaxydist.surveys.sky_cells import split_by_cell
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames

@@ -4,8 +4,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from galaxydist.surveys.data_origin import DataOrigin, known_origin
-from galaxydist.surveys.licences import hub_fields, is_non_commercial, may_redistribute_images, model_licence, spdx
+from galaxydist.surveys.data_origin import (
+    DataOrigin,
+    hub_fields,
+    is_non_commercial,
+    known_origin,
+    may_redistribute_images,
+    model_licence,
+    spdx,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
-from galaxydist.surveys.pixel_scaling import PixelScaling, scale_pixels, to_eight_bits
+from galaxydist.surveys.image_arrays import PixelScaling, scale_pixels, to_eight_bits
 
 
 @given(st.sampled_from(["<f4", ">f8", "<u2", ">i4", "<i8"]), st.integers(0, 100))

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_COUNTS
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE
-from galaxydist.surveys.simulate.population import HANDFUL, SurveyPlan, class_counts, plan_survey
-from galaxydist.surveys.simulate.survey import draw_image, draw_slab, simulate_survey
+from galaxydist.surveys.simulate.survey import (
+    HANDFUL,
+    SurveyPlan,
+    class_counts,
+    draw_image,
+    draw_slab,
+    plan_survey,
+    simulate_survey,
+)
 
 
 def _separation(plan: SurveyPlan, one: int, other: int) -> float:

@@ -1,5 +1,6 @@
 """trackio's own files, read back: each step once with its time, however often a push was killed or repeated."""
 
+import os
 import random
 import sqlite3
 import time
@@ -21,6 +22,14 @@ def push(run: RunFolder, *more: str) -> str:
     done = run_forked(command, ["track", "push", str(run.path), "--to", "trackio", *more])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def push_twice_as_another_user(run: Path, folder: Path) -> int:
+    """Push a run that this process may only read."""
+    if os.getuid() == 0:
+        os.setreuid(65534, 0)  # access(2) asks for the real user; Python's own files may be root's alone
+    words = ["track", "push", str(run), "--to", "trackio", "--dir", str(folder)]
+    return command(words) or command(words)
 
 
 def losses(rows: Sequence[tuple[int, dict[str, float]]]) -> dict[int, float]:
@@ -95,3 +104,12 @@ def test_trackio_shows_validations_events_and_results_and_later_ones_too(tmp_pat
     (config,) = read_table(folder, "configs")
     assert b'"optim.lr":' in config["config"] and b'"result/test/accuracy":0.625' in config["config"]
     assert not list((tmp_path / "runs").glob("trackio"))
+
+    # Of a run that may only be read, all is in trackio's folder.
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    run.path.chmod(0o555)
+    done = run_forked(push_twice_as_another_user, run.path, tmp_path / "mine")
+    run.path.chmod(0o755)
+    assert "small: 6 rows sent" in done.stdout and "small: 0 rows sent" in done.stdout, done.stderr
+    assert losses(read_trackio(tmp_path / "mine")["small"]) == losses(rows)
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before

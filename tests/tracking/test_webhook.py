@@ -69,6 +69,20 @@ def test_end_by_a_fault_is_posted_before_the_process_leaves(fault: str, blobs: P
         assert alert["kind"] == "failure" and "not a number at step 5 (from 0)" in alert["text"]
 
 
+def test_failure_before_the_first_step_is_posted_once(blobs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with alert_server() as (address, received):
+        environ: dict[str, str] = {"GALAXYDIST_WEBHOOK": address}
+        assert run_here(quick_settings(tmp_path / "missing.json", run_dir), environ) == 2
+        assert not run_dir.exists()
+        (run_dir / "run.json").mkdir(parents=True)  # it is written after the model was built
+        with pytest.raises(IsADirectoryError):
+            run_here(quick_settings(blobs, run_dir), environ)
+    early, later = received
+    assert early["kind"] == "failure" and early["text"].startswith("run: failure: ") and "missing.json" in early["text"]
+    assert later["kind"] == "failure" and kinds(run_dir) == ["failure"]
+
+
 def test_stop_and_restart_are_told_with_the_steps_that_are_taken_again(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert run_here(quick_settings(blobs, run_dir, train__epochs=4)) == 0

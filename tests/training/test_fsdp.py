@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import UserError
-from galaxydist.training.fsdp import repeated_blocks
 from galaxydist.training.optimizer import MovingAverage
 from galaxydist.training.state import named_optimizer_state, numbered_optimizer_state
+from galaxydist.training.strategy import repeated_blocks
+from tests.helpers.checkpoints import save
 from tests.helpers.forked_runs import run_forked
 from tests.helpers.scripts.sharded_training import (
     COMPARED,
@@ -66,7 +67,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
         plain = Plain(optimizer)
         for step in plain.train(0, STEPS):
             if step == SAVED_AT:
-                store.save(folder / f"{optimizer}-plain", step, *flatten(plain.states()))
+                save(folder / f"{optimizer}-plain", step, *flatten(plain.states()))
         reached[optimizer] = final_tensors(plain)
     return folder, reached
 

@@ -26,6 +26,7 @@ from galaxydist.training.micro_batch import (
     check_deterministic,
     choose_micro_batch,
     conditions,
+    count_micro_batches,
     explain_out_of_memory,
     find_micro_batch,
     is_out_of_memory,
@@ -35,7 +36,6 @@ from galaxydist.training.micro_batch import (
     suggest_savings,
 )
 from galaxydist.training.mixup import split_evenly
-from galaxydist.training.step import count_micro_batches
 from tests.helpers.forked_runs import run_forked
 from tests.helpers.scripts.limited_model import LimitedModel, raise_cpu, raise_cuda, raise_host
 from tests.helpers.scripts.micro_batch_rank import find_micro_batches

@@ -25,7 +25,6 @@ from galaxydist.errors import EveryRankError, UserError
 from galaxydist.models.performance import deterministic_algorithms
 from galaxydist.recipe.rules import OPTIMIZERS
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.fsdp import open_mesh
 from galaxydist.training.optimizer import (
     FUSED,
     LRSchedule,
@@ -35,6 +34,7 @@ from galaxydist.training.optimizer import (
     step_if_finite,
 )
 from galaxydist.training.step import clip_gradients
+from galaxydist.training.strategy import open_mesh
 
 CPU = torch.device("cpu")
 

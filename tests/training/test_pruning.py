@@ -39,8 +39,8 @@ def test_pruned_run_of_2_ranks_is_saved_without_an_evaluation_and_trains_on_by_h
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("asked")] == ["asked after 1", "asked after 2"]
     folder = RunFolder(tmp_path / "run")
-    pruned = folder.read_pruned()
-    assert pruned is not None and (pruned["step"], pruned["epoch"], pruned["metric"]) == (6, 2, "accuracy")
+    pruned = json.loads(folder.pruned_path.read_text())
+    assert (pruned["step"], pruned["epoch"], pruned["metric"]) == (6, 2, "accuracy")
     assert not folder.is_finished and not folder.evaluation_dir.exists() and folder.read_failure() is None
     state = read_newest_state(folder.checkpoints_dir)
     assert state is not None and state["progress"]["step"] == 6

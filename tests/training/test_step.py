@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from galaxydist.loading.augment import Augment
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import AugmentConfig
+from galaxydist.training.micro_batch import count_micro_batches
 from galaxydist.training.mixup import split_evenly
-from galaxydist.training.step import count_micro_batches, example_images
+from galaxydist.training.step import example_images
 from tests.helpers.antialias import PLAIN
 
 

@@ -31,13 +31,13 @@ from galaxydist.models.build import build_model
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.loss import WeightedCrossEntropy
 from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer, step_if_finite
 from galaxydist.training.step import TrainStep
 from galaxydist.training.step_sync import RankFlags, StepSync
 from galaxydist.training.stop_signals import StepGates, StopSignal
+from galaxydist.training.strategy import DDPStrategy
 from galaxydist.training.throughput import StepTimer
 from tests.helpers.antialias import PLAIN
 

@@ -43,9 +43,10 @@ def build_loader(job: LoaderJob) -> Loader:
     if job.task == "train":
         options["transform"] = partial(_transformed, transform=train_transform(job))
     dataset = litdata.StreamingDataset(str(job.form), shuffle=True, drop_last=False, **options)
-    return litdata.StreamingDataLoader(  # type: ignore[no-any-return]
+    loader: Loader = litdata.StreamingDataLoader(
         dataset, batch_size=job.batch_size, num_workers=job.workers, persistent_workers=True, collate_fn=_collate
     )
+    return loader
 
 
 def _transformed(sample: Mapping[str, Any], transform: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Process that measures WebDataset on our own tars, with a shuffle buffer of 1,000."""
 
-from typing import Any
-
 import webdataset
 from torch import Tensor
 from torchvision.transforms import v2
@@ -25,8 +23,8 @@ def build_loader(job: LoaderJob) -> Loader:
         .map_tuple(transform)
         .batched(job.batch_size)
     )
-    loader: Any = webdataset.WebLoader(dataset, batch_size=None, num_workers=job.workers, persistent_workers=True)
-    return loader  # type: ignore[no-any-return]
+    loader: Loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=job.workers, persistent_workers=True)
+    return loader
 
 
 def _same(image: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import ATTEMPTS, MissingError, Store, download, is_url
+from galaxydist.object_store import ATTEMPTS, Store, download, is_url
 from galaxydist.shards.manifest import (
     COLUMNS,
     HASH_LENGTH,
@@ -26,6 +26,7 @@ from galaxydist.shards.manifest import (
     read_manifest,
 )
 from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, RemoteFolder
+from galaxydist.store_errors import MissingError
 
 # Attempts at the manifest: fewer than at other files, since the user is waiting for the first line of output.
 FIRST_ATTEMPTS = 5

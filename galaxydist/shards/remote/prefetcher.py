@@ -13,11 +13,13 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
+from galaxydist.atomic_files import file_sha256
 from galaxydist.errors import UserError
-from galaxydist.object_store import MissingError, StoppedError
-from galaxydist.shards.manifest import Manifest, cached_name, file_sha256
+from galaxydist.object_store import StoppedError
+from galaxydist.shards.manifest import Manifest, cached_name
 from galaxydist.shards.remote.cache import RemoteFolder, SharedFile, show_bytes
 from galaxydist.shards.shard_usage import FetchQueue, Intervals, extend, peak_bytes
+from galaxydist.store_errors import MissingError
 
 # Local shards that are kept open; fewer than the 1,024 open files that a process is usually allowed.
 MAX_OPEN = 384

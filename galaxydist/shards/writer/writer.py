@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from galaxydist.atomic_files import NO_SPACE, rename, whole_file
+from galaxydist.atomic_files import NO_SPACE, file_sha256, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
@@ -36,7 +36,6 @@ from galaxydist.shards.manifest import (
     Split,
     catalogue_name,
     column_name,
-    file_sha256,
     manifest_json,
     read_manifest,
 )
@@ -267,8 +266,12 @@ def _is_complete(manifest: Manifest) -> bool:
 
 @contextmanager
 def writer_lock(work_dir: Path) -> Iterator[None]:
-    """Keep out a second writer of the same shards; the lock is released however the process ends."""
+    """Keep out a second writer of the same shards; the lock is released however the process ends.
+
+    Folders that were made for it and are empty at the end are removed.
+    """
     path = _lock_path(work_dir)
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()  # raises where no file can be created: filelock would call the lock held
     lock = FileLock(path, blocking=False)
@@ -284,6 +287,9 @@ def writer_lock(work_dir: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # the first that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager

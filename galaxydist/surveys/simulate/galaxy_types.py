@@ -110,9 +110,9 @@ TIGHT_PITCH = (7.0, 16.0)
 LOOSE_PITCH = (17.0, 38.0)
 
 
-def inclined(draws: Draws, least: float, most: float = 1.0) -> float:
-    """Return the axis ratio of a disc at a random inclination (cos i uniform in least ... most), after Hubble (1926)."""
-    cos = draws.uniform(least, most)
+def inclined(draws: Draws, least: float) -> float:
+    """Return the axis ratio of a disc at a random inclination (cos i uniform in least ... 1), after Hubble (1926)."""
+    cos = draws.uniform(least, 1.0)
     return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
 
 

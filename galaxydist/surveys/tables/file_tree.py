@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from galaxydist.errors import UserError
-from galaxydist.object_store import ATTEMPTS, PROTOCOLS, MissingError, RemoteFile, Store, classify_error, is_url, retried
+from galaxydist.object_store import ATTEMPTS, PROTOCOLS, RemoteFile, Store, is_url, retried
+from galaxydist.store_errors import MissingError, classify_error
 from galaxydist.surveys.folder_scan import natural_key
 from galaxydist.surveys.image_files import hash_files
 

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.surveys.data_origin import DataOrigin
+from galaxydist.surveys.data_origin import DataOrigin, spdx
 from galaxydist.surveys.file_kinds import names_table
 from galaxydist.surveys.folder_scan import safe_name
 from galaxydist.surveys.image_arrays import ArrayOptions
 from galaxydist.surveys.image_table import ImageSource, TableOptions
-from galaxydist.surveys.licences import spdx
 from galaxydist.surveys.table_columns import USUAL_NAMES, find_columns
 from galaxydist.surveys.tables.file_tree import FileTree, open_tree
 from galaxydist.surveys.tables.hdf5_images import find_hdf5, read_hdf5

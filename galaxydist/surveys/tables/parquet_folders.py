@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.object_store import MissingError
+from galaxydist.store_errors import MissingError
 from galaxydist.surveys.folder_scan import known_split, natural_key
 from galaxydist.surveys.tables.file_tree import FileTree
 

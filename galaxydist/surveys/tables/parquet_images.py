@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
-from galaxydist.object_store import MissingError
+from galaxydist.store_errors import MissingError
 from galaxydist.surveys.image_arrays import ArrayLayout
 from galaxydist.surveys.image_files import group_equal_rows, parse_image
 from galaxydist.surveys.tables.file_tree import FileTree, is_hashed_whole
@@ -111,14 +111,14 @@ class ParquetImages:
 
     def _decode(self, column: "pa.Array", file: str, row: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
         layout = self.column.layout
-        for number, value in enumerate(column if layout is None else list_arrays(column), start=row + 1):
-            path = None
+        for number, stored in enumerate(column if layout is None else list_arrays(column), start=row + 1):
+            value, path = stored, None
             if layout is None:
-                found = value.as_py()
-                value, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, None)  # noqa: PLW2901
+                found = stored.as_py()
+                value, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, None)
             name = f"{self.tree.path(file)}, {path or f'row {number} of all'}"
             if value is None and path:
-                value = self._read_file(file, path)  # noqa: PLW2901
+                value = self._read_file(file, path)
             if value is None:
                 raise DamagedImageError(f"{name}: no image")
             yield parse_image(value, name) if layout is None else layout.to_rgb(value[None])[0]

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError, name_some
-from galaxydist.object_store import WHAT_TO_SET, RemoteFile, Store, is_url, list_files
+from galaxydist.object_store import RemoteFile, Store, is_url, list_files
+from galaxydist.store_errors import WHAT_TO_SET
 from galaxydist.surveys.file_kinds import TAR, TAR_GZ, file_kind, folder_kind, kind_of, refuse_kind
 from galaxydist.surveys.folder_scan import known_split, natural_key, safe_name
 from galaxydist.surveys.image_files import EXTENSIONS

@@ -25,6 +25,7 @@ MAX_NAMED = 8
 # A rank that runs but sends nothing for this number of intervals, and at least this time, counts as silent.
 MIN_READINGS = 4
 MIN_OBSERVATION_S = 3.0
+EXIT_WAIT_S = 5.0
 # Seconds from the loss of the store to the end of the process: what has broken its connection may end it with a better message.
 LOST_S = 20.0
 
@@ -299,14 +300,14 @@ class HeartbeatStore:
         verdict, self._verdict = self._verdict, None
         return verdict or self._lost
 
-    def wait_for_exit(self, num_living: int, at_most_s: float) -> None:
+    def wait_for_exit(self, num_living: int) -> None:
         """Wait until all living ranks have written their stacks.
 
         Launchers end all processes as soon as one has ended, and the store ends with rank 0.
         """
-        waiter = threading.Thread(target=self._count_exits, args=(num_living, at_most_s), daemon=True)
+        waiter = threading.Thread(target=self._count_exits, args=(num_living,), daemon=True)
         waiter.start()
-        waiter.join(at_most_s)
+        waiter.join(EXIT_WAIT_S)
 
     def close(self) -> None:
         """Send a last heartbeat and stop the thread."""
@@ -390,11 +391,11 @@ class HeartbeatStore:
         keys = ((rank, f"rank/{rank}") for rank in range(self.world_size))
         return {rank: Heartbeat.from_json(self._store.get(key)) for rank, key in keys if self._store.check([key])}
 
-    def _count_exits(self, num_living: int, at_most_s: float) -> None:
+    def _count_exits(self, num_living: int) -> None:
         pause = threading.Event()
         try:
             count = self._store.add("exits", 1)
-            for _ in range(int(at_most_s / 0.1)):
+            for _ in range(int(EXIT_WAIT_S / 0.1)):
                 if count >= num_living:
                     return
                 pause.wait(0.1)

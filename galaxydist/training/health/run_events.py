@@ -15,9 +15,10 @@ import torch
 from galaxydist.distributed import World
 from galaxydist.errors import EXIT_BAD_INPUT, NonfiniteError, UserError, exit_code_of, first_line
 from galaxydist.job_environment import start_of
-from galaxydist.runs.events import EventLog
+from galaxydist.runs.events import Event, EventLog
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.metrics_file import TIME_KEY
+from galaxydist.tracking.webhook import Webhook
 
 # Starts of this process: a notebook may train several times.
 _STARTS = itertools.count()
@@ -104,3 +105,9 @@ def write_failure(folder: RunFolder, events: EventLog, error: Exception, step: i
         is_first = folder.write_failure(kind, step, text, start=start_of(environ))
     if is_first:
         events.write("failure", text, step, failure=kind)
+
+
+def alert_early(webhook: Webhook, error: Exception) -> None:
+    """Post an error of a start whose run folder is not open yet, so that it cannot be an event there."""
+    webhook.send(Event(time.time(), "failure", first_line(error)))
+    webhook.close()

@@ -123,7 +123,6 @@ START, VALIDATION, SAVING, EVALUATION = "start", "validation", "saving", "evalua
 PHASES = {START: (3, 1800.0), VALIDATION: (3, 1800.0), SAVING: (3, 1800.0), EVALUATION: (6, 3600.0)}
 # A hung file system or pipe blocks the report for at most this time; most of it would be the wait for the stacks of others.
 REPORT_S = 12.0
-EXIT_WAIT_S = 5.0
 # Seconds for the event of a hang.
 TELL_S = 3.0
 # A stopped process gets a whole new interval; if stops never end (time slices of a shared cluster), only running time counts.
@@ -332,7 +331,7 @@ class Watchdog:
             self._stacks.dump(f"{beat} {beat.position}, for {beat.idle_s:.0f} s")
             write_flight_record(self.stacks_dir, self.rank)
             if self._others is not None and verdict.kind == "hung":
-                self._others.wait_for_exit(verdict.num_living, EXIT_WAIT_S)
+                self._others.wait_for_exit(verdict.num_living)
 
         def tell() -> None:
             if text is not None:

@@ -13,14 +13,14 @@ def train_held(settings: Sequence[str]) -> int:
     from galaxydist.checkpoints import store
     from galaxydist.training.checkpointer import Checkpointer
 
-    save_encoded, is_skipped, save = store.save_encoded, Checkpointer.is_skipped, Checkpointer.save
+    write, is_skipped, save = store.save, Checkpointer.is_skipped, Checkpointer.save
     released = threading.Event()
     saved: list[int] = []
     skipped: list[int] = []
 
     def held(*arguments: Any, **named: Any) -> Any:
         released.wait(120)  # a run that does not leave out any save goes on, and fails the test
-        return save_encoded(*arguments, **named)
+        return write(*arguments, **named)
 
     def counted(self: Checkpointer, step: int) -> bool:
         if answer := is_skipped(self, step):
@@ -33,7 +33,7 @@ def train_held(settings: Sequence[str]) -> int:
         saved.append(self.state.step)
         save(self, is_best=is_best)
 
-    store.save_encoded = held
+    store.save = held
     Checkpointer.is_skipped = counted  # type: ignore[method-assign]
     Checkpointer.save = recorded  # type: ignore[method-assign]
     code = main(settings, os.environ)

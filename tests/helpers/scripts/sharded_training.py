@@ -15,7 +15,10 @@ from torch.distributed.tensor import DTensor
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_saving_group
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
-from galaxydist.training.fsdp import (
+from galaxydist.training.optimizer import MovingAverage
+from galaxydist.training.state import named_optimizer_state, numbered_optimizer_state
+from galaxydist.training.step import clip_gradients
+from galaxydist.training.strategy import (
     WholeCopy,
     gather,
     open_mesh,
@@ -23,9 +26,6 @@ from galaxydist.training.fsdp import (
     shard_maker,
     shard_model,
 )
-from galaxydist.training.optimizer import MovingAverage
-from galaxydist.training.state import named_optimizer_state, numbered_optimizer_state
-from galaxydist.training.step import clip_gradients
 
 STEPS, SAVED_AT, BATCH = 5, 3, 13  # 13 galaxies are uneven between two and three processes
 EMA_DECAY, CLIP_NORM = 0.6, 1.5

@@ -13,9 +13,8 @@ from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.image_arrays import ArrayOptions
+from galaxydist.surveys.image_arrays import ArrayOptions, PixelScaling
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.pixel_scaling import PixelScaling
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.hdf5_images import GALAXY10_SDSS_CLASSES

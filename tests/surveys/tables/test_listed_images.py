@@ -13,8 +13,7 @@ from galaxydist.bench.flaky_server import Behaviour, FileServer
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
-from galaxydist.surveys.tables.image_urls import fetch_images, split_url
-from galaxydist.surveys.tables.listed_images import find_files
+from galaxydist.surveys.tables.listed_images import fetch_images, find_files, split_url
 from tests.helpers.servers import s3_server
 from tests.helpers.survey_files import write_image
 from tests.helpers.table_sources import write_csv

@@ -18,10 +18,9 @@ from galaxydist.cli.main import main
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.image_arrays import ArrayOptions
+from galaxydist.surveys.image_arrays import ArrayOptions, PixelScaling
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.image_table import TableSurvey
-from galaxydist.surveys.pixel_scaling import PixelScaling
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.parquet_images import ParquetImages
