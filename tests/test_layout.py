@@ -44,6 +44,11 @@ MANY_PARAMETERS = {
     "EpochOrder": "computes tables from its arguments",
     "Augment": "computes tables from its arguments",
     "Normalise": "computes tables from its arguments",
+    "CustomCNN": "numbers of the architecture, as PyTorch's layers take them",
+    "D4Conv": "the parameters of a convolution, as PyTorch's layers take them",
+    "MlpHead": "numbers of the architecture, as PyTorch's layers take them",
+    "Labelling": "computes a plan from its arguments",
+    "Follower": "opens the files that it follows",
     "evaluate_split": "called with names by the trainer and the evaluator",
     "save_sharded": "the parameters of store.save, and the ranks",
     "draw_edge_on": "one number for each property of a disc",
@@ -91,6 +96,25 @@ def test_modules_have_80_to_500_lines_and_folders_at_most_22_modules() -> None:
     assert short == set(SHORT), "fold it into its subject, or add it to SHORT with the reason; take out what has grown"
     folders = Counter(path.parent for path in modules)
     assert {str(folder): count for folder, count in folders.items() if count > MAX_MODULES} == {}
+
+
+def test_functions_and_constructors_have_few_parameters_or_a_reason() -> None:
+    many = set()
+    for path in sources():
+        constructors = {
+            id(function): node.name
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.ClassDef)
+            for function in node.body
+            if isinstance(function, ast.FunctionDef) and function.name == "__init__"
+        }
+        for function in functions(path):
+            name = constructors.get(id(function))
+            arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+            count = sum(argument.arg not in ("self", "cls") for argument in arguments)
+            if count > (MAX_PARAMETERS if name is None else MAX_CONSTRUCTOR):
+                many.add(name or function.name)
+    assert many == set(MANY_PARAMETERS)
 
 
 def test_module_and_public_class_names_are_unique() -> None:
