@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +29,10 @@ from galaxydist.errors import UserError
 from galaxydist.loading.loader import Batch, Chunks, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
+from galaxydist.shards.remote import prefetcher
 from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, SharedFile
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.shard_usage import INTERVAL, FetchQueue
+from galaxydist.shards.shard_usage import INTERVAL, FetchQueue, usage_of_evaluation
 from galaxydist.shards.writer.writer import write_shards
 from tests.helpers.forked_runs import forked
 from tests.helpers.scripts.cache_rank import read_as_rank
@@ -381,6 +384,26 @@ def test_missing_or_changed_remote_shard_is_raised_or_reported_by_the_loader(fol
         reported = {str(error) for batch in read(remote, 12, on_error="report") for error in batch.errors.values()}
     assert len(reported) == 2 and fetch_threads() == []
     assert not list(remote.dir.glob("train-00000[24]*")) and hidden(remote.dir) == []
+
+
+def test_shard_that_cannot_be_fetched_at_once_ends_the_wait_for_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fetch may have failed before the thread that started it goes on; once, the wait then never ended."""
+
+    class LateExecutor(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
+            future = super().submit(*arguments, **options)
+            wait([future], timeout=0.3)
+            return future
+
+    monkeypatch.setattr(prefetcher, "ThreadPoolExecutor", LateExecutor)
+    with FileServer(folder, Behaviour(trouble=lambda path, _number: 403 if path.endswith(".tar") else None)) as server:
+        remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
+        uses = usage_of_evaluation(remote.shards("train")["samples"], 8)[:3]
+        source = prefetcher.open_shard_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")
+        with closing(source), pytest.raises(UserError, match="is denied"):
+            source.open(0)
 
 
 def test_fetch_queue_returns_shards_in_order_of_use_within_the_epoch() -> None:

@@ -214,7 +214,8 @@ class PrefetchedShards:
         self._pause_until = 0.0
         self._num_fetching, self._num_threads = 0, manifest.cache_config.threads
         self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="galaxydist-fetch")
-        self._fetch_ahead()
+        with self._lock:  # a fetch that fails at once would be noted as failed before it is noted as begun
+            self._fetch_ahead()
 
     def open(self, shard: int) -> SharedFile:
         """Return a shard, waiting until it has been fetched; may be called from any thread.
