@@ -21,6 +21,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Any option, and those of the GPU checks, accelerate, torchrun, srun, timeout, docker and apptainer.
 OTHER_OPTIONS = {
     "--repo-type",  # hf
+    "--kill-on-bad-exit",  # srun
     *("--target", "--rm", "--init", "--gpus", "--shm-size", "--read-only", "--tmpfs", "--nv", "--bind", "--shutdown-timeout"),
     "--logdir",  # tensorboard
     "--device",

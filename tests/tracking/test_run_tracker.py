@@ -226,7 +226,8 @@ def assert_complete_when_pushed(run_dir: Path, home: Path) -> None:
     with WandbServer() as server:
         command = [sys.executable, "-m", "wandb", "sync", *(str(path.parent) for path in files)]
         environ = {**os.environ, **server.environ(), "HOME": str(home)}
-        synced = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        # In a folder of the test: wandb writes its own log there.
+        synced = subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, check=False)
         assert synced.returncode == 0, synced.stdout + synced.stderr
         assert server.run.steps == list(dict.fromkeys(line["step"] for line in read_metrics(run_dir)))
 
