@@ -302,7 +302,9 @@ def test_survey_file_of_another_size_is_resampled_if_asked(
     survey, out = tmp_path / "survey.h5", tmp_path / "out.parquet"
     simulate_survey(survey, 30, 1, 1, balanced=True)
     assert run_predict(blob_run.run_dir, survey, "-o", out) == 2
-    assert f"256 x 256 pixels, and the training images were {SIZE} x {SIZE}" in capsys.readouterr().err
+    # The same pixel scale on twice the width shows twice the sky: resampled, it is another scale.
+    said = capsys.readouterr().err
+    assert f"has 0.524 arcsec/pixel (pxscale) at {SIZE} x {SIZE} pixels" in said and "--rescale" in said and "--resize" in said
     assert [path.name for path in tmp_path.iterdir()] == ["survey.h5"]
     assert run_predict(blob_run.run_dir, survey, "-o", out, "--resize") == 0
     table = pq.read_table(out)
