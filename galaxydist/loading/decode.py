@@ -243,11 +243,7 @@ def read_samples(
         UserError: an image cannot be read; names shard and galaxy.
     """
     for sample, decoders in _single_samples(manifest, split, samples, factors):
-        found = tuple(np.empty((1, decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
-        for decoder, pixels in zip(decoders, found, strict=True):
-            for error in decoder.read(np.array([sample]), pixels).values():
-                raise error
-        yield int(sample), tuple(pixels[0] for pixels in found)
+        yield int(sample), tuple(_decode_one(decoder, sample) for decoder in decoders)
 
 
 def read_stored_files(manifest: Manifest, split: str, samples: NDArray[np.int64]) -> Iterator[tuple[int, bytes, Pixels]]:
@@ -257,10 +253,17 @@ def read_stored_files(manifest: Manifest, split: str, samples: NDArray[np.int64]
         sample number, the bytes of its image file, and its H x W x 3 uint8 pixels.
     """
     for sample, (decoder,) in _single_samples(manifest, split, samples, (1,)):
-        pixels = np.empty((1, decoder.size, decoder.size, 3), np.uint8)
-        for error in decoder.read(np.array([sample]), pixels).values():
-            raise error
-        yield int(sample), decoder.read_file(int(sample)), pixels[0]
+        pixels = _decode_one(decoder, sample)
+        yield int(sample), decoder.read_file(int(sample)), pixels
+
+
+def _decode_one(decoder: ImageDecoder, sample: np.int64) -> Pixels:
+    """Return the pixels of one image, H x W x 3 uint8; its error is raised."""
+    pixels_1HWC = np.empty((1, decoder.size, decoder.size, 3), np.uint8)
+    for error in decoder.read(np.array([sample]), pixels_1HWC).values():
+        raise error
+    pixels: Pixels = pixels_1HWC[0]
+    return pixels
 
 
 def _single_samples(
