@@ -5,6 +5,7 @@ Each change of the disk raises a ``sys.audit`` event (``galaxydist.write``, ``ga
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -118,9 +119,12 @@ def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: at any time it holds either its old or its new contents.
 
+    A process that is killed meanwhile leaves a hidden file; a write of the same file a day later removes it.
+
     Raises:
         UserError: the disk is full; the old contents are still there.
     """
+    remove_stale(path.parent, f".{glob.escape(path.name)}.*.tmp")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     kept = "Its earlier contents are unchanged." if path.exists() else ""
     with explain_full_disk(path, kept), whole_file(path, temporary) as file:

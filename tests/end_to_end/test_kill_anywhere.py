@@ -119,6 +119,15 @@ def test_run_killed_before_or_during_a_save_and_continued_is_bit_equal(
         assert_same(undisturbed, run_dir)
 
 
+def test_run_killed_while_it_writes_a_small_image_leaves_nothing_of_it(galaxies: Path, undisturbed: Path, tmp_path: Path) -> None:
+    settings = quick_settings(galaxies, tmp_path / "run", **LIVELY)
+    assert run_forked(train_watched, settings, None, ("/galaxies/.", 1)).returncode == -signal.SIGKILL
+    (half,) = (tmp_path / "run" / "galaxies").iterdir()
+    assert half.name.startswith(".") and half.suffix == ".tmp"
+    finish(settings)
+    assert_same(undisturbed, tmp_path / "run")
+
+
 def turning_points(events: list[list[str]]) -> list[int]:
     """Return the numbers of the changes before which a continued run finds different things in the folder.
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -152,7 +153,7 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
 
     Args:
         settings: its arguments.
-        events: where each announced change of the checkpoints' folder is written (see ``galaxydist/atomic_files.py``).
+        events: where each announced change of the checkpoints and the small images is written (see ``atomic_files.py``).
         kill: it kills itself with SIGKILL right before the N-th change, counted from the first whose path holds the text.
     """
     seen = 0
@@ -160,7 +161,7 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
 
     def hook(name: str, paths: tuple[Any, ...]) -> None:
         nonlocal seen
-        if not name.startswith("galaxydist.") or "/checkpoints" not in str(paths[0]):
+        if not name.startswith("galaxydist.") or not re.search("/checkpoints|/galaxies/", str(paths[0])):
             return
         if record is not None:
             record.write(json.dumps([name, *map(str, paths)]) + "\n")

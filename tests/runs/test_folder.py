@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,11 @@ def test_recipe_of_an_older_version_has_the_defaults_of_later_keys(tmp_path: Pat
     assert folder.continue_recipe({**RECIPE, "train.later": 1}, {}, **later) == []
     with pytest.raises(UserError, match=r"train.later: 1 in the run folder, 2 now"):
         folder.continue_recipe({**RECIPE, "train.later": 2}, {}, **later)
+
+
+def test_a_write_removes_what_killed_writes_of_the_file_left_long_ago(tmp_path: Path) -> None:
+    for name, age in ((".a[1].json.7.tmp", 2 * 86400), (".a[1].json.8.tmp", 60), (".b.json.7.tmp", 2 * 86400)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_json(tmp_path / "a[1].json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", ".a[1].json.8.tmp", ".b.json.7.tmp"}
