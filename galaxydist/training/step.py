@@ -34,7 +34,7 @@ class TrainStep:
     """Forward pass, backward pass and optimizer step of a global batch.
 
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights. A
-    step whose gradient is not finite is skipped: weights, optimizer and batch-norm statistics stay as they were. If the
+    step whose loss or gradient is not finite is skipped: weights, optimizer and batch-norm statistics stay as they were. If the
     optimizer's kernels are fused, a GPU does this without making the host wait. A step that is abandoned at a gate changes
     nothing either. The model is put into training mode once, since an evaluation restores the modes of its modules.
 
@@ -136,6 +136,8 @@ class TrainStep:
                     work.wait()
                 # DDP averages gradients over the ranks; times the world size this is their sum.
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
+                # A loss that is inf or nan can have a finite gradient. This makes the gradient nan on all ranks.
+                scale = scale + 0.0 * numerator.detach()
                 self.world.mixed_precision.backward(numerator * scale)
             sums += self._count(numerator, logits_BK, part_targets, take(batch.weights_B, part))
         return sums

@@ -108,7 +108,7 @@ def test_two_users_get_the_answers_about_their_own_pictures(served: Served, know
             precision, called = test["per_class"]["precision"][label], test["per_class"]["predicted"][label]
             assert f"Measured: right for {100 * test['accuracy']:.1f}\xa0% (95\xa0% interval " in text
             assert f" of its {test['count']} test galaxies, and for {100 * precision:.1f}\xa0% (95\xa0% interval " in text
-            assert f" of the {called} that it called {name}." in text
+            assert f" of the {called} that it called {name} (a share" in text
             assert page.fits_window()
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
         # Another model answers about the same picture.

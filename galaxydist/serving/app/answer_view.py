@@ -132,7 +132,8 @@ class AnswerView:
         if precision is None:
             text += f", none of which it called {name}."
         else:
-            text += f", and for {share_text(precision)} of the {measured.called[label]:,} that it called {name}."
+            text += f", and for {share_text(precision)} of the {measured.called[label]:,} that it called {name}"
+            text += " (a share that depends on how common the classes are)."
         return f'<p class="gd-note gd-measured">{escape(text)}</p>'
 
     def _bars(self) -> str:

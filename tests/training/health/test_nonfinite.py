@@ -12,9 +12,9 @@ from tests.helpers.runs import count_errors, quick_settings, read_metrics
 from tests.helpers.scripts.poisoned_launch import train_poisoned
 
 
-def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1) -> tuple[int, str]:
-    """Return the exit code and standard error of a run whose images are spoilt in some steps."""
-    done = run_forked(train_poisoned, rank, steps, settings, size=size)
+def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1, what: str = "image") -> tuple[int, str]:
+    """Return the exit code and standard error of a run whose images, or whose loss, are spoilt in some steps."""
+    done = run_forked(train_poisoned, rank, steps, settings, None, what, size=size)
     return done.returncode, done.stderr
 
 
@@ -34,11 +34,11 @@ def test_nonfinite_loss_stops_all_ranks_at_the_same_step_naming_its_galaxies(blo
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("size", [1, 2])
-def test_skipped_nonfinite_step_leaves_weights_and_optimizer_unchanged(size: int, blobs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "what"), [(1, "image"), (2, "image"), (2, "loss")])
+def test_skipped_nonfinite_step_leaves_weights_and_optimizer_unchanged(size: int, what: str, blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = {"train__epochs": 1, "train__save_steps": 1, "train__on_nonfinite": "skip", "train__log_every": 1}
-    code, errors = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
+    code, errors = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size, what)
     assert code == 0, errors
     assert errors.count("The step is skipped (1 of at most 10)") == 1
     last, before = (store.read_sound(path) for path in store.list_checkpoints(run_dir / "checkpoints"))
