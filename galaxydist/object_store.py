@@ -5,7 +5,6 @@ and ``RemoteFile`` decide about retries.
 """
 
 import asyncio
-import concurrent.futures
 import importlib.util
 import io
 import logging
@@ -234,13 +233,19 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
 
 
 def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
-    """Run a coroutine on fsspec's own thread until it is done; cancel it when ``stop`` is set."""
-    future = asyncio.run_coroutine_threadsafe(work, loop)
-    while not concurrent.futures.wait([future], timeout=0.1).done:
-        if stop.is_set():
-            future.cancel()
+    """Run a coroutine on fsspec's own thread; when ``stop`` is set, cancel it, and return only once it has ended."""
+
+    async def run() -> None:
+        task = asyncio.ensure_future(work)
+        while not (await asyncio.wait([task], timeout=0.1))[0]:
+            if stop.is_set():
+                task.cancel()
+                await asyncio.wait([task])
+        if task.cancelled() and stop.is_set():
             raise StoppedError
-    future.result()
+        task.result()
+
+    asyncio.run_coroutine_threadsafe(run(), loop).result()
 
 
 logger = logging.getLogger(__name__)

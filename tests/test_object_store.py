@@ -3,6 +3,7 @@
 Every failure is either tried again or given to the user to mend.
 """
 
+import asyncio
 import os
 import sys
 import threading
@@ -287,6 +288,28 @@ def test_download_stops_when_its_stop_event_is_set(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         download(Store(server.address), "large", tmp_path / "part", stop=stop)
     assert server.gets["large"] == 1
+
+
+def test_a_stopped_download_has_ended_when_the_error_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it could open its file again after the caller has removed it."""
+    store, begun, has_ended, stop = Store("http://127.0.0.1:9/shards"), threading.Event(), False, threading.Event()
+
+    async def slow_to_end(*_: object) -> None:
+        nonlocal has_ended
+        begun.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            await asyncio.sleep(0.2)
+            has_ended = True
+
+    monkeypatch.setattr(store, "_get", slow_to_end)
+    stopper = threading.Thread(target=lambda: begun.wait() and stop.set())
+    stopper.start()
+    with pytest.raises(StoppedError):
+        store.get("a.tar", tmp_path / "part", stop)
+    assert has_ended
+    stopper.join()
 
 
 def test_manifest_with_paths_outside_its_folder_is_refused(folder: Path, tmp_path: Path) -> None:
