@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -211,8 +212,19 @@ def test_a_rank_that_fails_alone_wakes_the_others_where_there_is_no_watchdog(tmp
 
 @pytest.fixture
 def used_port() -> Iterator[int]:
+    """The port of a program that ends each connection, as one does that is spoken to in a language not its own."""
     with socket.create_server(("", 0)) as server:
+
+        def refuse() -> None:
+            with suppress(OSError):  # the test is over
+                while True:
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
         yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +237,7 @@ def used_port() -> Iterator[int]:
 def test_ranks_that_do_not_meet_are_told_where_they_should_have(
     rank: int, said: str, used_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The port is another program's; for rank 1, a program that does not answer."""
+    """The port is another program's."""
     monkeypatch.setattr(distributed, "MEETING_TIMEOUT", timedelta(seconds=1))
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**variables, "MASTER_PORT": str(used_port)}.items():
