@@ -243,7 +243,7 @@ def run_within(seconds: float, work: Callable[[], Any]) -> None:
     """Run a function in a thread and wait for it, but no longer than ``seconds``; its errors are lost."""
 
     def quietly() -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):  # wandb ends its work with sys.exit
             work()
 
     thread = threading.Thread(target=quietly, name="exit-task", daemon=True)
