@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -96,13 +97,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; rename it after fsync, or remove it if the writing fails.
 
     Args:
         path: the final name; an existing file is replaced atomically.
-        temporary: the name until then; a leftover of a killed process is overwritten.
+        temporary: the name until then, of a file that only one process writes; a leftover of a killed process is overwritten.
+            None: a hidden name that no other writer has; a write of the same file a day later removes a leftover.
     """
+    if temporary is None:
+        remove_stale(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         sys.audit("galaxydist.write", str(temporary))
         with temporary.open("wb") as file:
@@ -119,15 +124,11 @@ def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: at any time it holds either its old or its new contents.
 
-    A process that is killed meanwhile leaves a hidden file; a write of the same file a day later removes it.
-
     Raises:
         UserError: the disk is full; the old contents are still there.
     """
-    remove_stale(path.parent, f".{glob.escape(path.name)}.*.tmp")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     kept = "Its earlier contents are unchanged." if path.exists() else ""
-    with explain_full_disk(path, kept), whole_file(path, temporary) as file:
+    with explain_full_disk(path, kept), whole_file(path) as file:
         file.write(data)
 
 

@@ -243,7 +243,7 @@ def explain_failure(checkpoints_dir: Path) -> Iterator[None]:
 def begin(checkpoints_dir: Path, step: int) -> Path:
     """Remove the leftovers of killed saves, and return the temporary folder (not created) of the next checkpoint."""
     checkpoints_dir.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(checkpoints_dir)
+    remove_leftovers(checkpoints_dir)
     number = 1 + max((_parse(path)[1] for path in list_checkpoints(checkpoints_dir)), default=0)
     return checkpoints_dir / f".step-{step:08d}-{number:04d}.tmp"
 
@@ -374,9 +374,12 @@ def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:
             _log.warning("the old checkpoint %s could not be deleted: %s", path, error)
 
 
-def _remove_leftovers(checkpoints_dir: Path) -> None:
-    """Remove the incomplete folders, under temporary names, of killed saves and deletions, as far as that is possible."""
-    for path in checkpoints_dir.iterdir():
+def remove_leftovers(checkpoints_dir: Path) -> None:
+    """Remove what killed saves and deletions left under temporary names, as far as that is possible.
+
+    Call it on one rank that holds the run folder's lock.
+    """
+    for path in checkpoints_dir.iterdir() if checkpoints_dir.is_dir() else ():
         if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
             try:
                 _remove_tree(path) if path.is_dir() else unlink(path)

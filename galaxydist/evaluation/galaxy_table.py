@@ -142,8 +142,6 @@ class GalaxyTable:
     def _write(self, images: Mapping[int, bytes]) -> None:
         try:
             self.folder.galaxies_dir.mkdir(exist_ok=True)
-            for leftover in self.folder.galaxies_dir.glob(".*.tmp"):  # of a killed process: only the training writes here
-                leftover.unlink()
             for sample, image in images.items():
                 replace_bytes(self.folder.galaxy_image(sample), image)
         except (OSError, UserError) as error:  # a training does not need them

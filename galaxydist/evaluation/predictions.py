@@ -200,7 +200,7 @@ def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mappin
     kept = "What it held before is unchanged." if path.exists() else ""
     with (
         explain_full_disk(path, kept),
-        whole_file(path, path.with_name(f".{path.name}.tmp")) as target,
+        whole_file(path) as target,
         parquet.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True, store_schema=True) as writer,
     ):
         for table in _row_groups((_record_batch(block, schema, info) for block in blocks), schema):

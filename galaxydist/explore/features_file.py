@@ -156,7 +156,7 @@ def write_features(path: Path, info: FeaturesInfo, blocks: Iterable[FeatureRows]
     schema = _schema(info)
     with (
         explain_full_disk(path),
-        whole_file(path, path.with_name(f".{path.name}.tmp")) as target,
+        whole_file(path) as target,
         parquet.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True, store_schema=True) as writer,
     ):
         waiting: list[pa.RecordBatch] = []

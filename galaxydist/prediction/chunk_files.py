@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "settings.json"
 WORK_VERSION = 1
 METADATA_KEY = b"galaxydist"
-_OWN_NAMES = re.compile(r"settings\.json|\.settings\.json\.\d+\.tmp|failed|chunk-\d+\.(parquet|tmp)")
+_OWN_NAMES = re.compile(r"settings\.json|\.settings\.json\.\w+\.tmp|failed|chunk-\d+\.(parquet|tmp)")
 # Columns of a chunk's file that are not the user's.
 ROW, LOGITS = "__row", "__logits"
 # Chunks of a source, if their size allows it, and most rows of one: a chunk is what a kill may lose on each process.

@@ -19,6 +19,7 @@ from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.results_files import read_evaluation, stem_of
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.fields import RECIPE
+from galaxydist.recipe.identity import later_defaults
 from galaxydist.report.published_results import TrainTest
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
@@ -293,9 +294,10 @@ def _split_result(folder: Path, content: Mapping[str, Any], tta: str) -> SplitRe
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:
-    """Return a hash of the recipe keys that affect results, except those in ``FREE_KEYS``."""
+    """Return a hash of the recipe keys that affect results, except those in ``FREE_KEYS`` and later ones at their default."""
     ignored = FREE_KEYS | {key for key, field in RECIPE.fields.items() if field.kind == "run"}
-    kept = {key: value for key, value in recipe.items() if key not in ignored}
+    later = later_defaults()  # runs of earlier versions lack them
+    kept = {key: value for key, value in recipe.items() if key not in ignored and (key not in later or value != later[key])}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 

@@ -80,6 +80,15 @@ class RunFolder:
         for log in (self.metrics, self.timing, self.validations):
             log.cut_back(step)
 
+    def remove_leftovers(self) -> None:
+        """Remove what killed writes of a training left; only the process that holds the lock may call it."""
+        written = (self.recipe_path, self.facts_path, self.result_path, self.pruned_path, self.failure_path)
+        logs = (self.metrics.path, self.timing.path, self.validations.path)
+        places = [(self.galaxies_dir, "*"), *((self.path, path.name) for path in (*written, *logs))]
+        for folder, name in places:
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+
     def galaxy_image(self, sample: int) -> Path:
         """Return the path of a small image of a validation galaxy, by its stored sample number."""
         return self.galaxies_dir / f"{sample}.jpg"

@@ -188,7 +188,7 @@ def _publish_tree(tree: _Tree) -> None:
     survey = tree.survey
     write_metadata(tree.temporary, tree.written)
     write_info(tree.temporary, FolderInfo(survey.name, survey.variant, survey.source_hash, len(tree.written)))
-    old = tree.temporary.with_suffix(".old")
+    old = tree.temporary.with_suffix(".old.partial")  # a later export removes it after a kill
     if tree.target.exists():
         tree.target.rename(old)
     tree.temporary.rename(tree.target)

@@ -63,6 +63,8 @@ def lock_run_folder(
         )
         is_finished = _is_finished(folder, recipe, manifest, state)
         if not is_finished:
+            folder.remove_leftovers()
+            store.remove_leftovers(folder.checkpoints_dir)
             folder.result_path.unlink(missing_ok=True)
             folder.pruned_path.unlink(missing_ok=True)
         return lock, state["progress"] if state is not None else {}, is_finished

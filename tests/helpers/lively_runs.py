@@ -57,7 +57,7 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = result(one), result(other)
     assert first.keys() == second.keys()
     assert [key for key in first if first[key] != second[key]] == []
-    assert not list(other.glob("checkpoints/.*")), "a save left something behind"
+    assert not [*other.rglob(".*.tmp"), *other.glob("checkpoints/.*")], "a killed write left something behind"
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.atomic_files import write_json
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.report.finished_runs import read_finished_runs
 from galaxydist.report.matrix import build_tables
@@ -60,6 +60,10 @@ def test_settings_are_equal_only_for_repeats_with_another_seed_variant_or_micro_
     found = [read_finished_runs([run.path])[0][0].settings for run in runs]
     assert len(set(found[:4])) == 1
     assert len(set(found)) == 3
+    recipe = read_json(runs[0].recipe_path)
+    del recipe["recipe"]["train.deterministic"]  # a run of a version without this key
+    write_json(runs[0].recipe_path, recipe)
+    assert read_finished_runs([runs[0].path])[0][0].settings == found[0]
 
 
 def test_reference_recipes_have_the_regime_reference(tmp_path: Path) -> None:

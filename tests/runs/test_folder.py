@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.atomic_files import read_json, replace_bytes, write_json
+from galaxydist.atomic_files import read_json, replace_bytes, whole_file, write_json
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder, compare_recipes
 from galaxydist.runs.metrics_file import MetricsFile
@@ -199,6 +199,15 @@ def test_recipe_of_an_older_version_has_the_defaults_of_later_keys(tmp_path: Pat
     assert folder.continue_recipe({**RECIPE, "train.later": 1}, {}, **later) == []
     with pytest.raises(UserError, match=r"train.later: 1 in the run folder, 2 now"):
         folder.continue_recipe({**RECIPE, "train.later": 2}, {}, **later)
+
+
+def test_two_writers_of_a_file_each_write_it_whole(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "file") as first:
+        first.write(b"one")
+        with whole_file(tmp_path / "file") as second:
+            second.write(b"another")
+        first.write(b" writer")
+    assert (tmp_path / "file").read_bytes() == b"one writer" and len([*tmp_path.iterdir()]) == 1
 
 
 def test_a_write_removes_what_killed_writes_of_the_file_left_long_ago(tmp_path: Path) -> None:

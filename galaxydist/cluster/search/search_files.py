@@ -122,10 +122,8 @@ def read_trial(run_dir: Path) -> dict[str, Any] | None:
     """
     path = run_dir / TRIAL_FILE
     try:
-        content = read_json(path) if path.exists() else None
+        content = read_json(path)
     except FileNotFoundError:
-        return None
-    if content is None:
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION or not isinstance(content.get("values"), dict):
         raise UserError(

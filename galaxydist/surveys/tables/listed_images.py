@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.atomic_files import disk_error
+from galaxydist.atomic_files import disk_error, remove_stale
 from galaxydist.cpus import bounded_map
 from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
@@ -199,6 +200,7 @@ def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
     wanted = [url for url in dict.fromkeys(urls) if url]
     paths = {url: folder / _file_name(url) for url in wanted}
     missing = [url for url in wanted if not paths[url].is_file()]
+    remove_stale(folder, "*/*.part")
     stop, stores = threading.Event(), {place: Store(place) for place in dict.fromkeys(split_url(url)[0] for url in missing)}
     reasons: dict[str, str] = {}
 
@@ -229,7 +231,7 @@ def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
 def _fetch(store: Store, name: str, path: Path, stop: threading.Event) -> str:
     """Fetch one image, and return the reason if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # ranks in two containers may share a process id
     try:
         download(store, name, temporary, stop=stop)
         parse_image(temporary.read_bytes(), store.url(name))

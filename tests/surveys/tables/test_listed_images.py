@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def test_images_at_urls_are_fetched_once_with_retries_and_missing_ones_left_out(
         survey = open_survey(table, source=source)
         assert server.gets["sky/5 é.png"] == 2 and sum(server.gets.values()) == 30 + 3
         assert "token=secret" in server.asked["sky/5 é.png"][0]
+        leftover = next((tmp_path / "cache").iterdir()) / "killed.part"
+        leftover.touch()
+        os.utime(leftover, (0, 0))
         again = open_survey(table, source=source)
         assert sum(server.gets.values()) == 33 + 2, "what is not there is asked for again"
     rows[0]["url"] = f"file://{folder}/sky/5 é.png"
