@@ -267,7 +267,7 @@ def _how_measured(facts: CardFacts) -> str:
     text = "Intervals are percentile bootstraps over galaxies; they leave out the difference between trainings with other seeds. "
     if (facts.test or facts.results["val"]).get("tta") == "d4":
         text += "Probabilities are means over the eight flips and quarter turns of a picture. "
-    if facts.results.get("val"):
+    if facts.results.get("val") and facts.value("eval.checkpoint") == "best":
         text += "The checkpoint was chosen on the validation split, so that its numbers there are too good. "
     if (inner := facts.test.get("without_validation")) is not None:
         text += (
@@ -334,7 +334,8 @@ def _calibration(facts: CardFacts) -> Iterator[str]:
     bound = " It is at an end of the range of the search: the validation split does not determine it." * temperature["at_bound"]
     yield (
         f"The temperature was fitted on the {temperature['count']:,} galaxies of the validation split.{bound} The expected "
-        "calibration error is the mean difference between confidence and accuracy in 15 equal bins of confidence."
+        "calibration error is the mean absolute difference between confidence and accuracy over 15 equal bins of confidence, "
+        "weighted by their galaxies. Noise enlarges it, so that its interval tends to lie high."
     )
 
 
@@ -345,12 +346,15 @@ def _unlike(facts: CardFacts) -> Iterator[str]:
     yield "## Pictures unlike the training galaxies"
     method = f" ({escape_markdown(str(found['method']))})" if found.get("method") else ""
     text = (
-        f"A picture that is farther from the training galaxies than nearly all validation galaxies is called unlike them{method}."
+        f"A picture that is farther from the training galaxies than nearly all of {found['validation']:,} validation galaxies is "
+        f"called unlike them{method}. At most {100 * found['expected_false_alarms']:.1f} % of galaxies are expected to be."
     )
     alarms = found.get("false_alarms")
     if alarms:
         split = escape_markdown(str(alarms.get("split", "test")))
         text += f" False alarms on the {split} split: {alarms['count']} of {alarms['of']:,}, {_share_text(alarms)}."
+    if not found.get("detected"):
+        text += " Not measured: pictures that are no galaxies, and false alarms; `galaxydist publish RUN FOLDER` measures both."
     yield text
     detected = (found.get("detected") or {}).items()
     rows = [(escape_markdown(readable(kind)), f"{one['of']:,}", _share_text(one)) for kind, one in detected]
@@ -441,7 +445,7 @@ def _licences(facts: CardFacts) -> Iterator[str]:
 
 def _how_to_cite(facts: CardFacts) -> Iterator[str]:
     yield "## How to cite"
-    yield "Work with this model cites the data, the weights that it started from, and the software:"
+    yield "Work with this model cites:"
     yield from works_to_cite(
         facts.dataset,
         str(facts.origin.get("citation") or ""),

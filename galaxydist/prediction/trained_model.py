@@ -66,7 +66,7 @@ class TrainedModel:
 
     Args:
         path: the run folder.
-        recipe: of the run; ``recipe.eval.tta`` is the test-time augmentation of the predictions.
+        recipe: of the run; ``recipe.eval`` has the chosen checkpoint and test-time augmentation.
         model: with the weights that the run evaluates.
         checkpoint, step: name of the checkpoint, and the number of optimizer steps done.
         trained_on: classes and normalisation.
@@ -173,9 +173,9 @@ def open_trained_model(run: Path, environ: Mapping[str, str], choice: ModelChoic
     choice = choice or ModelChoice()
     folder = RunFolder(run)
     recipe = read_run_recipe(folder)
-    if choice.tta is not None:
-        recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": choice.tta})})
-    checkpoint = store.read_sound(find_checkpoint(folder, choice.checkpoint or recipe.eval.checkpoint), groups=MODEL_GROUPS)
+    chosen = {name: value for name, value in (("checkpoint", choice.checkpoint), ("tta", choice.tta)) if value is not None}
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=chosen)})
+    checkpoint = store.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=MODEL_GROUPS)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     stored = trained_on.stored or _find_stored(recipe, trained_on, environ, choice.trained_on)
     temperature = _read_temperature(folder, checkpoint, recipe.eval.tta)

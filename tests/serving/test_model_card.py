@@ -24,7 +24,7 @@ from galaxydist.prediction.card_sections import card_text
 from galaxydist.prediction.citations import works_to_cite
 from galaxydist.prediction.image_form import ImageForm
 from galaxydist.prediction.predictor import probabilities_of
-from galaxydist.prediction.trained_model import open_trained_model
+from galaxydist.prediction.trained_model import ModelChoice, open_trained_model
 from galaxydist.runs.folder import RunFolder
 from galaxydist.serving.app.published_model import read_about
 from galaxydist.serving.card_usage import onnx_code
@@ -103,6 +103,15 @@ def test_the_evaluation_of_another_checkpoint_is_not_taken(published_run: Publis
     path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": "step-00000001-0001", "step": 1}))
     (run_dir / "evaluation" / "test-predictions.parquet").unlink()
     assert collect_results(RunFolder(run_dir), open_trained_model(run_dir, {}))["test"] is None
+
+
+def test_only_a_checkpoint_chosen_on_the_validation_split_is_said_to_be(
+    published_run: PublishedRun, config: dict[str, Any], results: dict[str, Any]
+) -> None:
+    last = open_trained_model(published_run.run_dir, {}, ModelChoice(checkpoint="last"))
+    changed = {**config, "galaxydist": config["galaxydist"] | {"recipe": last.recipe.model_dump(mode="json")}}
+    sentence = "The checkpoint was chosen on the validation split"
+    assert results["val"] and sentence in model_card(config, results) and sentence not in model_card(changed, results)
 
 
 def blocks(text: str) -> list[str]:
