@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.inference import CATALOGUE_COLUMNS, TTA, PredictionWriter, evaluate_split, merge_predictions
 from galaxydist.evaluation.leakage import TEST_SPLIT, FindTrainingShards, open_training_shards, validation_mask
 from galaxydist.evaluation.metrics import summarise
-from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, predictions_path, rank_file_path, read_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, predictions_path, rank_file_paths, read_predictions
 from galaxydist.evaluation.results_files import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.run_model import MODEL_GROUPS, find_checkpoint, load_model, read_run_recipe
 from galaxydist.galaxy import Variant, check_not_margin
@@ -146,19 +146,20 @@ class Evaluator:
         if world.run_on_main(lambda: _stored_context(path) == context):
             return path
         in_validation_N = world.run_on_main(lambda: validation_mask(manifest, split, self.trained_on, self._find_training_shards))
-        world.run_on_main(lambda: self._prepare(path, manifest, split))
+        rank_files = world.run_on_main(lambda: self._prepare(path, manifest, split))
         with contextlib.ExitStack() as stack:
-            rank_file = RankFile(rank_file_path(path, world.rank), manifest.num_classes)
+            rank_file = RankFile(rank_files[world.rank], manifest.num_classes)
             world.run_on_all(lambda: stack.enter_context(rank_file))
             metrics = self._run_inference(manifest, split, in_validation_N, rank_file)
             self.beat()
-            world.run_on_main(lambda: self._merge(path, manifest, context, metrics, in_validation_N))
+            world.run_on_main(lambda: self._merge(path, rank_files, manifest, context, metrics, in_validation_N=in_validation_N))
         return path
 
-    def _prepare(self, path: Path, manifest: Manifest, split: str) -> None:
-        """On rank 0, do before the inference what may fail."""
+    def _prepare(self, path: Path, manifest: Manifest, split: str) -> list[Path]:
+        """On rank 0, do before the inference what may fail, and return the paths of the ranks' files."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._catalogue = read_catalogue(manifest, split, columns=CATALOGUE_COLUMNS)
+        return rank_file_paths(path, self.world.size)
 
     def _run_inference(
         self, manifest: Manifest, split: str, in_validation_N: NDArray[np.bool_] | None, rank_file: RankFile
@@ -185,9 +186,11 @@ class Evaluator:
     def _merge(
         self,
         path: Path,
+        rank_files: Sequence[Path],
         manifest: Manifest,
         context: Mapping[str, Any],
         metrics: Mapping[str, Any],
+        *,
         in_validation_N: NDArray[np.bool_] | None,
     ) -> None:
         """On rank 0, merge the ranks' files."""
@@ -198,11 +201,10 @@ class Evaluator:
             loss_without_validation=metrics.get("without_validation", {}).get("loss"),
             versions={name: version(name) for name in LIBRARIES},
         )
-        files = [rank_file_path(path, rank) for rank in range(self.world.size)]
         merge_predictions(
             path,
             info,
-            files,
+            rank_files,
             self._catalogue,
             batch_size=self.recipe.eval.batch_size,
             resampling=manifest.resampling,
@@ -424,7 +426,7 @@ def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as name:
         folder = Path(name)
         path = predictions_path(folder, stem_of("test", recipe.eval.tta))
-        with RankFile(rank_file_path(path, 0), manifest.num_classes) as rank_file:
+        with RankFile(folder / "rank-0", manifest.num_classes) as rank_file:
             with PredictionWriter(rank_file, image_size=manifest.image_size, threads=1) as writer:
                 writer.add(batch, logits_NK, logits_NK.argmax(1))
                 writer.finish()

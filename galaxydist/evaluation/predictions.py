@@ -8,8 +8,10 @@ lack. JSON in the file's metadata, under the key ``galaxydist``, describes the e
 """
 
 import contextlib
+import glob
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.atomic_files import explain_full_disk, whole_file
+from galaxydist.atomic_files import explain_full_disk, remove_stale, whole_file
 from galaxydist.errors import UserError
 from galaxydist.version import __version__
 
@@ -55,16 +57,21 @@ def row_dtype(num_classes: int) -> np.dtype[Any]:
     )
 
 
-def rank_file_path(target: Path, rank: int) -> Path:
-    """Return the path of a rank's file, in the folder of the merged file."""
-    return target.with_name(f".{target.name}.rank-{rank}")
+def rank_file_paths(target: Path, num_ranks: int) -> list[Path]:
+    """Return a path for each rank's file, in the folder of the merged file; another evaluation at the same time has others.
+
+    Files that killed evaluations left there a day ago or longer are removed.
+    """
+    remove_stale(target.parent, f".{glob.escape(target.name)}.*rank-*")
+    token = secrets.token_hex(4)
+    return [target.with_name(f".{target.name}.{token}.rank-{rank}") for rank in range(num_ranks)]
 
 
 class RankFile:
     """Temporary file of one rank's predictions. Use as a context manager: the file is deleted on exit.
 
     Args:
-        path: of the file; one that a killed process left there is overwritten.
+        path: of the file.
         num_classes: K.
     """
 

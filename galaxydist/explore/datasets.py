@@ -226,7 +226,7 @@ class ShardImages:
                 fetch = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - self._split_starts[shard.split]}", None, str(error))
                 continue
             for row in wanted:
                 yield self._image(shard, row, fetch)
@@ -289,7 +289,7 @@ class ShardImages:
         """Return the image of a row of the data set, which the shard holds."""
         manifest, sample = self._manifest, row - self._split_starts[shard.split]
         offset, size = (int(column[sample]) for column in self._places[shard.split])
-        key = f"number {row - shard.start}"
+        key = f"{shard.split} {sample}"
         try:
             key = header_key(fetch(offset - BLOCK, BLOCK))
             data = fetch(offset, size)

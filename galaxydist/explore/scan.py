@@ -124,7 +124,7 @@ def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], nu
         sky_n=columns[:, 2],
         colour_n=columns[:, 3],
         widths_n=columns[:, 4].astype(np.int64),
-        hash_nB=np.array([one.hash_B for _, one in scanned], np.uint8).reshape(len(scanned), -1),
+        hash_nB=np.array([one.hash_B for _, one in scanned], np.uint8).reshape(-1, 8),
         digests=[one.digest for _, one in scanned],
         thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in scanned], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
         odd_images=odd_images,

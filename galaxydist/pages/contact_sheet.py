@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from galaxydist.atomic_files import replace_bytes
 from galaxydist.evaluation.text_table import readable
 
 MAX_COLUMNS = 10
+_LEAST_WIDTH = 24  # of an image, in pixels
 _GAP, _TEXT_SIZE, _LINE = 3, 12, 14
 
 
@@ -33,10 +34,10 @@ def write_class_sheet(
         images: by class name: H x W x 3 uint8 images of any size, from top to bottom.
         title: contents of the sheet, with the number of images shown and in total.
         cell: initial width of an image in pixels.
-        max_bytes: maximum file size; JPEG quality, then image size are reduced to meet it.
+        max_bytes: file size to stay below; JPEG quality and image size are reduced for it, the latter down to 24 pixels.
 
     Raises:
-        ValueError: no images, or a limit that cannot be met.
+        ValueError: no images.
     """
     if not any(images.values()):
         raise ValueError(f"{path}: a contact sheet needs images")
@@ -44,26 +45,28 @@ def write_class_sheet(
 
 
 def write_sheet(path: Path, compose: Callable[[int], Image.Image], *, cell: int, max_bytes: int) -> None:
-    """Write a contact sheet as large as the size limit allows.
+    """Write a contact sheet as large as the size limit allows; one of many images may exceed it.
 
     Args:
         path, cell, max_bytes: as in ``write_class_sheet``.
         compose: draws the sheet for an image width in pixels.
-
-    Raises:
-        ValueError: a limit that cannot be met.
     """
-    width = cell
-    while width >= 24:
+    data = b""
+    for data in _encodings(compose, cell):
+        if len(data) <= max_bytes:
+            break
+    replace_bytes(path, data)
+
+
+def _encodings(compose: Callable[[int], Image.Image], width: int) -> Iterator[bytes]:
+    """Yield a sheet as smaller and smaller JPEG files."""
+    while width >= _LEAST_WIDTH:
         sheet = compose(width)
         for quality in (90, 82, 74):
             buffer = io.BytesIO()
             sheet.save(buffer, "JPEG", optimize=True, quality=quality)
-            if buffer.tell() <= max_bytes:
-                replace_bytes(path, buffer.getvalue())
-                return
+            yield buffer.getvalue()
         width = int(width * 0.85)
-    raise ValueError(f"{path}: the images do not fit into {max_bytes} bytes; show fewer")
 
 
 def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell: int) -> Image.Image:

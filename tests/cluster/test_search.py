@@ -224,6 +224,9 @@ def test_best_trial_is_the_smallest_loss_and_a_trial_taken_for_failed_still_coun
     assert study.best() == (0, 0.5, values[0]) and study.running() == [2]
     study.end(1, "complete", 0.25)  # its job was requeued
     study.end(1, "failed")
+    journal = (tmp_path / JOURNAL_NAME).read_bytes()
+    assert study.start(1, values[1]) == values[1]  # by a job that makes a missing evaluation
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == journal
     assert study.best() == (1, 0.25, values[1])
 
 

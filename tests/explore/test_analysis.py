@@ -21,7 +21,7 @@ from galaxydist.explore.analysis import Findings, analyse, label_conflicts, spli
 from galaxydist.explore.checks import find_duplicates, find_neighbours, near_hashes, odd_kinds, perceptual_hash
 from galaxydist.explore.datasets import ExploredDataset, ExploredImage, Positions, choose_sample, open_population
 from galaxydist.explore.page import draw_sky, render_page
-from galaxydist.explore.scan import THUMBNAIL, _fit
+from galaxydist.explore.scan import THUMBNAIL, _fit, scan_images
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.writer.writer import write_shards
@@ -241,16 +241,17 @@ def test_explore_of_shards_names_unreadable_images_and_continues(
     tmp_path: Path, survey_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = write_shards(open_survey(survey_path), tmp_path / "s", encoding="png", image_size=64, shard_size=16, workers=1)
-    first, second = sorted(shards.dir.glob("train-*.tar"))[:2]
+    first, second, third = sorted(shards.dir.glob("train-*.tar"))[:3]
     data = bytearray(first.read_bytes())
     at = data.index(b"IDAT") + 8
     data[at : at + 16] = bytes(16)
     first.write_bytes(data)
     second.unlink()
+    third.unlink()
     page = tmp_path / "page.html"
     assert main(["data", "explore", str(shards.dir), "-o", str(page), "--data-dir", str(tmp_path / "root")]) == 0
     text, printed = page.read_text(), capsys.readouterr().out
-    assert "unreadable: 17 of 120" in printed and "103 of 120 looked at" in printed
+    assert "unreadable: 33 of 120" in printed and "87 of 120 looked at" in printed
     assert f"shard {first}, galaxy sim-" in text and f"shard {second} cannot be read" in text
     assert not (tmp_path / "root" / "explore").exists()
 
@@ -268,6 +269,8 @@ def test_explore_of_a_folder_names_damaged_images(tmp_path: Path) -> None:
     page = render_page(found, {}, PROVENANCE)
     assert "cannot be decoded" in page and "has no positions on the sky" in page
     json.dumps(summary(found), allow_nan=False)
+    none = scan_images([ExploredImage(0, "damaged", None, "it does not decode")], np.zeros(1, np.int64), 1)
+    assert not find_duplicates(none.hash_nB, none.digests, none.thumbnails_nHWC)
 
 
 def test_explore_page_supports_images_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None:

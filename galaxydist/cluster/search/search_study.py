@@ -141,15 +141,19 @@ class SearchStudy:
         )
 
     def start(self, number: int, values: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Start a trial, or continue it, and return its values by recipe key.
+        """Start a trial, continue it, or leave it as it ended, and return its values by recipe key.
 
         Args:
             number: of the run.
             values: that it has already; None: it needs some.
         """
+        from optuna.trial import TrialState
+
         space = self.record.space
         newest = self._newest(number)
-        if newest is None or newest.state.is_finished():
+        if values is not None and newest is not None and newest.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            return self._values_of(newest)  # a job that only evaluates it must not make it count twice
+        if newest is None or newest.state == TrialState.FAIL:
             if values is None and newest is not None:
                 values = self._values_of(newest)
             elif values is None:

@@ -179,11 +179,15 @@ def _find_images(path: Path, options: ArrayOptions) -> tuple[str, ArrayLayout, t
         raise UserError(f"{describe_damage(path, error, 'its images')}; fetch or make the file again") from error
 
 
-def _data_sets(group: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the data sets of a file and of its groups, by their paths; broken links are left out."""
+def _data_sets(group: Any, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
+    """Return the data sets of a file and of its groups, by their paths; broken links and links to groups above are left out."""
     import h5py
 
     found: dict[str, Any] = {}
+    facts = h5py.h5o.get_info(group.id)
+    own = (facts.fileno, facts.addr)
+    if own in above:
+        return found
     for name in group:
         try:
             item = group[name]
@@ -191,7 +195,7 @@ def _data_sets(group: Any, prefix: str = "") -> dict[str, Any]:
             logger.warning("%s: %r is a broken link and is left out", group.file.filename, prefix + name)
             continue
         if isinstance(item, h5py.Group):
-            found |= _data_sets(item, f"{prefix}{name}/")
+            found |= _data_sets(item, f"{prefix}{name}/", (*above, own))
         elif isinstance(item, h5py.Dataset) and item.shape:
             found[prefix + name] = item
     return found

@@ -81,6 +81,7 @@ def test_all_columns_go_into_the_catalogue_and_records_become_columns(tmp_path: 
         psf=np.ones((60, 4)),
         other=np.arange(7),
         weight=np.ones(60, np.float16),
+        loop=h5py.SoftLink("/"),
     )
     survey = opened(path)
     assert survey.ids[3] == "J003_5"
