@@ -142,16 +142,22 @@ def _read_cfs(group: Path) -> float:
 
 
 def set_up_process(environ: MutableMapping[str, str]) -> None:
-    """Set OpenMP's wait policy, the encoding errors of stdout and the garbage collection at exit; call it before importing torch.
+    """Set OpenMP's wait policy, the standard streams and the garbage collection at exit; call it before importing torch.
 
     Idle OpenMP threads sleep: threads that spin take cores from other programs and slow themselves down (five times on a busy
-    machine of two cores, not at all on an idle one). Characters that the terminal cannot encode are printed with backslashes.
+    machine of two cores, not at all on an idle one). A standard stream that the caller has closed becomes the null device: a file
+    would get its descriptor, and what libraries print. Characters that the terminal cannot encode are printed with backslashes.
     Python skips the garbage collection at exit, which takes one second once torch is loaded.
 
     Args:
         environ: the process's environment, which torch reads when it is imported.
     """
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115 (stays open until the process ends)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)

@@ -30,6 +30,8 @@ from galaxydist.version import __version__
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 # A file in place of a folder, or a folder in place of a file.
 IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+# A name that is too long, or links that lead in a circle.
+NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP}
 
 EPILOG = """examples:
   galaxydist data simulate                   make a simulated survey in Galaxy10's schema
@@ -201,6 +203,8 @@ def _explain(error: OSError) -> str | None:
         return f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and try again"
     if error.errno in IN_THE_WAY:
         return f"{error.filename2 or error.filename} is in the way ({error.strerror}): move it, or choose another name"
+    if error.errno in NO_PATH:
+        return f"{error.filename2 or error.filename}: {error.strerror}; give another name"
     if isinstance(error, PermissionError) or error.errno == errno.EROFS or _is_closed(error):
         return f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir"
     return None

@@ -406,7 +406,9 @@ def _map_column(path: Path, dtype: np.dtype[Any] | None, length: int) -> NDArray
         column = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make the shards anew with: galaxydist data shard") from None
-    except (ValueError, OSError, EOFError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); make the shards anew with: galaxydist data shard") from None
     if (dtype is not None and column.dtype != dtype) or column.shape != (length,):
         raise UserError(

@@ -174,6 +174,7 @@ def test_a_user_s_error_is_one_message_without_traceback(tmp_path: Path) -> None
         (OSError(errno.ENOSPC, "No space left on device", "shard.tar"), 2, "no space left: No space left on device (shard.tar)"),
         (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "not allowed: Permission denied (/data)"),
         (FileExistsError(errno.EEXIST, "File exists", "a.csv"), 2, "a.csv is in the way (File exists)"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), 2, "aaa: File name too long; give another name"),
         # Nothing can be created in /proc, and mkdir and open say that it does not exist.
         (
             FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x"),
@@ -235,6 +236,11 @@ def test_closed_stdout_pipe_exits_without_error_message() -> None:
     os.close(writer)
     assert done.returncode == cli.EXIT_BROKEN_PIPE
     assert done.stderr == ""
+
+
+def test_closed_standard_streams_do_not_change_the_exit_code() -> None:
+    command = 'exec "$0" "$@" <&- >&- 2>&-'
+    assert subprocess.run(["bash", "-c", command, *PROGRAM, "recipes"], check=False).returncode == 0
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:

@@ -96,9 +96,11 @@ def constraints() -> dict[str, Version]:
     pinned = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!-]+)", line)
-            assert match, f"constraints.txt: {line!r} is not name==version"
-            pinned[canonicalize_name(match[1])] = Version(match[2])
+            requirement = Requirement(line)
+            (exact,) = requirement.specifier
+            assert exact.operator == "==", f"constraints.txt: {line!r} is not name==version"
+            if requirement.marker is None or requirement.marker.evaluate():
+                pinned[canonicalize_name(requirement.name)] = Version(exact.version)
     return pinned
 
 

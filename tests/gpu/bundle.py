@@ -88,8 +88,10 @@ def download(wanted: Sequence[Requirement], folder: Path, python: str) -> None:
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     environment |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
     environment |= {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
-    exact = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    versions = {canonicalize_name(name): version for name, version in exact.items()}
+    exact = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    versions = {
+        canonicalize_name(one.name): one.specifier for one in exact if one.marker is None or one.marker.evaluate(environment)
+    }
     platforms = [part for number in PLATFORMS for part in ("--platform", f"manylinux{'_' * ('_' in number)}{number}_x86_64")]
     options = ["--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms]
     level = list(wanted)
@@ -99,7 +101,7 @@ def download(wanted: Sequence[Requirement], folder: Path, python: str) -> None:
             name = canonicalize_name(requirement.name)
             if name not in seen and (requirement.marker is None or requirement.marker.evaluate(environment)):
                 seen.add(name)
-                needed[name] = f"{name}=={versions[name]}" if name in versions else str(requirement)
+                needed[name] = f"{name}{versions[name]}" if name in versions else str(requirement)
         before = set(folder.iterdir())
         if needed:
             pip("download", *options, "--dest", str(folder), *needed.values())
