@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.inference import CATALOGUE_COLUMNS, TTA, PredictionWriter, evaluate_split, merge_predictions
 from galaxydist.evaluation.leakage import TEST_SPLIT, FindTrainingShards, open_training_shards, validation_mask
 from galaxydist.evaluation.metrics import summarise
-from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, predictions_path, rank_file_paths, read_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, predictions_path, rank_file_path, read_predictions
 from galaxydist.evaluation.results_files import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.run_model import MODEL_GROUPS, find_checkpoint, load_model, read_run_recipe
 from galaxydist.galaxy import Variant, check_not_margin
@@ -39,6 +39,7 @@ from galaxydist.paths import data_root, folder_name
 from galaxydist.rank_store import LONG_TIMEOUT
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock import guarded
 from galaxydist.runs.metrics_file import MetricsFile
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "timm", "numpy")
+# Longest wait for another evaluation of the same run, whose predictions then serve.
+WAIT_S = 3600.0
 # Number of invented galaxies in a rehearsal: enough for every metric and figure (properties are shown from 25 galaxies on).
 NUM_GALAXIES = 32
 
@@ -143,23 +146,30 @@ class Evaluator:
         context, world = self._context(manifest, split), self.world
         evaluation_dir = find_evaluation_dir(self.folder, self.trained_on, manifest)
         path = predictions_path(evaluation_dir, stem_of(split, self.recipe.eval.tta))
-        if world.run_on_main(lambda: _stored_context(path) == context):
-            return path
-        in_validation_N = world.run_on_main(lambda: validation_mask(manifest, split, self.trained_on, self._find_training_shards))
-        rank_files = world.run_on_main(lambda: self._prepare(path, manifest, split))
         with contextlib.ExitStack() as stack:
-            rank_file = RankFile(rank_files[world.rank], manifest.num_classes)
+            if world.run_on_main(lambda: self._is_predicted(path, context, stack)):
+                return path
+            in_validation_N = world.run_on_main(
+                lambda: validation_mask(manifest, split, self.trained_on, self._find_training_shards)
+            )
+            world.run_on_main(lambda: self._prepare(path, manifest, split))
+            rank_file = RankFile(rank_file_path(path, world.rank), manifest.num_classes)
             world.run_on_all(lambda: stack.enter_context(rank_file))
             metrics = self._run_inference(manifest, split, in_validation_N, rank_file)
             self.beat()
-            world.run_on_main(lambda: self._merge(path, rank_files, manifest, context, metrics, in_validation_N=in_validation_N))
+            world.run_on_main(lambda: self._merge(path, manifest, context, metrics, in_validation_N))
         return path
 
-    def _prepare(self, path: Path, manifest: Manifest, split: str) -> list[Path]:
-        """On rank 0, do before the inference what may fail, and return the paths of the ranks' files."""
+    def _is_predicted(self, path: Path, context: Mapping[str, Any], stack: contextlib.ExitStack) -> bool:
+        """On rank 0, return True if the predictions exist; else other evaluations of the run wait until the stack is closed."""
+        if _stored_context(path) != context:
+            stack.enter_context(guarded(self.folder.evaluation_dir, wait_s=WAIT_S))
+        return _stored_context(path) == context
+
+    def _prepare(self, path: Path, manifest: Manifest, split: str) -> None:
+        """On rank 0, do before the inference what may fail."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._catalogue = read_catalogue(manifest, split, columns=CATALOGUE_COLUMNS)
-        return rank_file_paths(path, self.world.size)
 
     def _run_inference(
         self, manifest: Manifest, split: str, in_validation_N: NDArray[np.bool_] | None, rank_file: RankFile
@@ -186,11 +196,9 @@ class Evaluator:
     def _merge(
         self,
         path: Path,
-        rank_files: Sequence[Path],
         manifest: Manifest,
         context: Mapping[str, Any],
         metrics: Mapping[str, Any],
-        *,
         in_validation_N: NDArray[np.bool_] | None,
     ) -> None:
         """On rank 0, merge the ranks' files."""
@@ -201,10 +209,11 @@ class Evaluator:
             loss_without_validation=metrics.get("without_validation", {}).get("loss"),
             versions={name: version(name) for name in LIBRARIES},
         )
+        files = [rank_file_path(path, rank) for rank in range(self.world.size)]
         merge_predictions(
             path,
             info,
-            rank_files,
+            files,
             self._catalogue,
             batch_size=self.recipe.eval.batch_size,
             resampling=manifest.resampling,
@@ -426,7 +435,7 @@ def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as name:
         folder = Path(name)
         path = predictions_path(folder, stem_of("test", recipe.eval.tta))
-        with RankFile(folder / "rank-0", manifest.num_classes) as rank_file:
+        with RankFile(rank_file_path(path, 0), manifest.num_classes) as rank_file:
             with PredictionWriter(rank_file, image_size=manifest.image_size, threads=1) as writer:
                 writer.add(batch, logits_NK, logits_NK.argmax(1))
                 writer.finish()

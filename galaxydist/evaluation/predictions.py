@@ -8,10 +8,8 @@ lack. JSON in the file's metadata, under the key ``galaxydist``, describes the e
 """
 
 import contextlib
-import glob
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.atomic_files import explain_full_disk, remove_stale, whole_file
+from galaxydist.atomic_files import explain_full_disk, whole_file
 from galaxydist.errors import UserError
 from galaxydist.version import __version__
 
@@ -57,21 +55,16 @@ def row_dtype(num_classes: int) -> np.dtype[Any]:
     )
 
 
-def rank_file_paths(target: Path, num_ranks: int) -> list[Path]:
-    """Return a path for each rank's file, in the folder of the merged file; another evaluation at the same time has others.
-
-    Files that killed evaluations left there a day ago or longer are removed.
-    """
-    remove_stale(target.parent, f".{glob.escape(target.name)}.*rank-*")
-    token = secrets.token_hex(4)
-    return [target.with_name(f".{target.name}.{token}.rank-{rank}") for rank in range(num_ranks)]
+def rank_file_path(target: Path, rank: int) -> Path:
+    """Return the path of a rank's file, in the folder of the merged file."""
+    return target.with_name(f".{target.name}.rank-{rank}")
 
 
 class RankFile:
     """Temporary file of one rank's predictions. Use as a context manager: the file is deleted on exit.
 
     Args:
-        path: of the file.
+        path: of the file; one that a killed process left there is overwritten.
         num_classes: K.
     """
 
@@ -207,7 +200,7 @@ def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mappin
     kept = "What it held before is unchanged." if path.exists() else ""
     with (
         explain_full_disk(path, kept),
-        whole_file(path) as target,
+        whole_file(path, path.with_name(f".{path.name}.tmp")) as target,
         parquet.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True, store_schema=True) as writer,
     ):
         for table in _row_groups((_record_batch(block, schema, info) for block in blocks), schema):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.atomic_files import explain_full_disk, whole_file
+from galaxydist.atomic_files import explain_full_disk, remove_stale, whole_file
 from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import METADATA_KEY
 from galaxydist.paths import folder_name
@@ -154,6 +154,7 @@ def write_features(path: Path, info: FeaturesInfo, blocks: Iterable[FeatureRows]
     from pyarrow import parquet
 
     schema = _schema(info)
+    remove_stale(path.parent, ".*.parquet.*.tmp")  # of any killed probe: its own file may never be written again
     with (
         explain_full_disk(path),
         whole_file(path) as target,

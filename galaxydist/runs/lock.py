@@ -178,7 +178,7 @@ class RunLock:
         waited_for: float | None = None  # the heartbeat that does not change
         while True:
             try:
-                with explain_full_disk(self.path), _examining(self.path):
+                with explain_full_disk(self.path), guarded(self.path):
                     self._replace_dead_owner()
                     self._create()
                 return
@@ -206,7 +206,7 @@ class RunLock:
             self._thread = None
         atexit.unregister(self.release)
         try:
-            with _examining(self.path):
+            with guarded(self.path):
                 if self._is_ours():
                     self.path.unlink()
         except OSError as error:
@@ -341,13 +341,23 @@ class RunLock:
 
 
 @contextmanager
-def _examining(path: Path) -> Iterator[None]:
-    """Let one process at a time examine a lock; without ``flock`` on the file system, the checks in ``RunLock`` remain."""
+def guarded(path: Path, *, wait_s: float = GUARD_SECONDS) -> Iterator[None]:
+    """Let one process at a time examine and change a file; without ``flock`` on the file system, all of them go on.
+
+    Args:
+        path: the file or folder, in an existing folder; the guard is a hidden file beside it.
+        wait_s: time after which a process goes on although another one holds the guard; a longer wait is logged.
+    """
     from filelock import FileLock
 
-    guard = FileLock(path.with_name(f".{path.name}.guard"), timeout=GUARD_SECONDS)
+    guard = FileLock(path.with_name(f".{path.name}.guard"))
     with suppress(OSError, NotImplementedError):  # no flock there, or its holder hangs
-        guard.acquire()
+        try:
+            guard.acquire(timeout=min(wait_s, GUARD_SECONDS))
+        except TimeoutError:
+            if wait_s > GUARD_SECONDS:
+                _log.warning("another process is working on %s: this one waits for it", path)
+                guard.acquire(timeout=wait_s)
     try:
         yield
     finally:

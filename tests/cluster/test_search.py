@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 
 from galaxydist.cluster.search.search_files import SearchRecord, read_trial, trial_dir, write_trial
 from galaxydist.cluster.search.search_space import Choices, Interval, draw
-from galaxydist.cluster.search.search_study import JOURNAL_NAME, JournalLock, SearchStudy
-from galaxydist.cluster.search.trial import settle
+from galaxydist.cluster.search.search_study import JOURNAL_NAME, STUDY_NAME, JournalLock, SearchStudy
+from galaxydist.cluster.search.trial import _start, settle
 from galaxydist.cluster.search.trial_runs import plan_search
 from galaxydist.cluster.sweep import SweepError, SweepFile, expand, read_sweep, resolve
 from galaxydist.errors import UserError
@@ -247,6 +249,22 @@ def test_settling_tells_the_ends_that_trials_could_not_tell(tmp_path: Path) -> N
     study = SearchStudy(tmp_path, make_record())
     settle(study, tmp_path, lambda _: {})
     assert study.known() == {0} and study.running() == [] and study.start(0, None) == values
+
+
+def test_two_jobs_that_start_a_trial_at_the_same_time_start_it_once(tmp_path: Path) -> None:
+    import optuna
+
+    record, both = make_record("random"), threading.Barrier(2)
+    study = SearchStudy(tmp_path, record)
+
+    def start(number: int) -> None:
+        both.wait(60)
+        _start(trial_dir(tmp_path, number), record)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(start, (0, 0, 1, 1, 2, 2)))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL_NAME)))
+    assert len(optuna.load_study(study_name=STUDY_NAME, storage=storage).trials) == 3 == len(study.running())
 
 
 def hold_lock(path: Path, ready: int) -> None:

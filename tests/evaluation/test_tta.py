@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from tests.helpers.blobs import BlobSurvey
-from tests.helpers.forked_runs import run_forked, train
+from tests.helpers.forked_runs import command, forked, run_forked, train
 from tests.helpers.runs import quick_settings, read_evaluation, read_metrics, run_here
 
 
@@ -186,6 +187,11 @@ def test_evaluate_with_tta_d4_writes_beside_the_plain_evaluation_and_reuses_both
     assert (folder / "test-d4.json").stat().st_mtime_ns == written and (folder / "test.json").read_bytes() == plain
     (folder / "test-d4.json").write_bytes(plain)
     assert evaluate_run(run_dir, "test", {}, tta="d4")["loss"] == averaged["loss"]
+    shutil.rmtree(folder)
+    words = ["evaluate", str(run_dir), "--tta", "d4"]
+    with forked(command, words, folder=tmp_path / "one") as one, forked(command, words, folder=tmp_path / "other") as other:
+        assert one.wait() == other.wait() == [0], one.text("err") + other.text("err")
+    assert not [*folder.glob(".*")]
 
 
 @pytest.mark.slow

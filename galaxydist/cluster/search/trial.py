@@ -27,6 +27,7 @@ from galaxydist.job_environment import find_rank
 from galaxydist.rank_store import Leave
 from galaxydist.runs.folder import RunFolder, read_newest_state
 from galaxydist.runs.listing import TRIAL_FILE
+from galaxydist.runs.lock import guarded
 from galaxydist.training.launch import train_recipe
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,12 @@ def _start(run_dir: Path, record: SearchRecord) -> SearchStudy:
             settle(study, run_dir.parent, read_states, leave_out=number)
         except UserError as error:
             logger.warning("the ends of other trials are not known: %s", error)
-    stored = read_trial(run_dir)
-    values = study.start(number, stored)
-    if stored is None:
-        write_trial(run_dir, values)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with guarded(run_dir / TRIAL_FILE):  # two jobs of a trial that start at the same time get the same values
+        stored = read_trial(run_dir)
+        values = study.start(number, stored)
+        if stored is None:
+            write_trial(run_dir, values)
     return study
 
 

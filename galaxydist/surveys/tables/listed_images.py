@@ -182,7 +182,8 @@ THREADS = 16
 def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
     """Fetch the images of some URLs with 16 threads, and return their files; those in the folder already are not fetched again.
 
-    A failed request is repeated with growing pauses. After Ctrl-C or an error, the next call continues.
+    A failed request is repeated with growing pauses. After Ctrl-C or an error, the next call continues. Processes with one folder
+    share the work.
 
     Args:
         urls: N URLs (``https://``, ``s3://``, ``gs://``, ``hf://``); empty for a row without an image.
@@ -200,13 +201,14 @@ def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
     wanted = [url for url in dict.fromkeys(urls) if url]
     paths = {url: folder / _file_name(url) for url in wanted}
     missing = [url for url in wanted if not paths[url].is_file()]
+    secrets.SystemRandom().shuffle(missing)  # each process begins with others
     remove_stale(folder, "*/*.part")
     stop, stores = threading.Event(), {place: Store(place) for place in dict.fromkeys(split_url(url)[0] for url in missing)}
     reasons: dict[str, str] = {}
 
     def fetch(url: str) -> tuple[str, str]:
         place, file = split_url(url)
-        return url, _fetch(stores[place], file, paths[url], stop)
+        return url, "" if paths[url].is_file() else _fetch(stores[place], file, paths[url], stop)
 
     with (
         ThreadPoolExecutor(THREADS) as pool,
@@ -223,7 +225,7 @@ def fetch_images(urls: Sequence[str], folder: Path, name: str) -> list[str]:
             stop.set()
     if reasons:
         logger.warning(
-            "%s: %d of %d images cannot be had: %s", name, len(reasons), len(wanted), name_some([*reasons.values()], 3)
+            "%s: %d of %d images cannot be had: %s", name, len(reasons), len(wanted), name_some(sorted(reasons.values()), 3)
         )
     return [str(paths[url]) if url and url not in reasons else "" for url in urls]
 
