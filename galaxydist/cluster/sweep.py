@@ -21,6 +21,7 @@ over one of ``set``; the grid must not share a key with either.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from galaxydist.cluster.search.search_space import SEARCH_KEYS, Search, SearchParser
+from galaxydist.cluster.search.search_space import MAX_RUNS, SEARCH_KEYS, Search, SearchParser
 from galaxydist.errors import UserError
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.identity import flatten, run_name
@@ -280,12 +281,18 @@ def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[GridPoint]:
     Args:
         sweep: the file.
         overridden: keys set on the command line; they replace the file's values, also a whole axis of the grid.
+
+    Raises:
+        UserError: too many points.
     """
     axes = [[(key, value) for value in values] for key, values in sweep.axes.items() if key not in overridden]
     entries = list(sweep.entries) or [{}]
     if sweep.search is not None:
         origins = sweep.search.origins
         entries = [{key: Override(value, origins[key]) for key, value in corner.items()} for corner in sweep.search.corners()]
+    count = len(entries) * math.prod(map(len, axes))
+    if count > MAX_RUNS:
+        raise UserError(f"{sweep.path}: {count:,} runs are more than {MAX_RUNS:,}: give fewer values, or make it a search")
     points = []
     for entry in entries:
         for values in itertools.product(*axes):

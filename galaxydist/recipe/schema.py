@@ -104,7 +104,7 @@ class DataConfig(Section):
         100, "with on_error=skip: stop the run if more galaxies than this cannot be read"
     )
     augment: AugmentConfig = AugmentConfig()
-    threads: Annotated[int, Field(ge=0)] = run_field(
+    threads: Annotated[int, Field(ge=0, le=1024)] = run_field(
         0, "decoding threads of each process; 0: one for each of its cores, two fewer with a GPU"
     )
     prefetch: Count = run_field(4, "batches that are decoded in advance; more smooth out a slow disk and use more memory")
@@ -210,7 +210,7 @@ class TrainConfig(Section):
     sync_batchnorm: bool = Field(
         False, description="batch-norm statistics over the micro-batches of all processes; for few images in each process"
     )
-    threads: Annotated[int, Field(ge=0)] = run_field(
+    threads: Annotated[int, Field(ge=0, le=1024)] = run_field(
         0, "CPU threads of torch in each process; 0: from the number of its cores (a continued run keeps its number)"
     )
     strategy: Literal["ddp", "fsdp"] = run_field(

@@ -87,7 +87,8 @@ def test_search_file_gives_a_space_and_its_corners(tmp_path: Path) -> None:
         ("search: {seed: [0, 1]}\ngrid: {model.width: [8]}", 2, "search: is in place of grid; keep one, or write two sweeps"),
         ("search: {seed: [0, 1]}\nmethod: best", 3, "method=best: must be random or tpe"),
         ("search: {seed: [0, 1]}\nprune: hyperband", 3, "prune=hyperband: must be median or asha"),
-        ("search: {seed: [0, 1]}\ntrials: 0", 3, "trials=0: must be a whole number of at least 1"),
+        ("search: {seed: [0, 1]}\ntrials: 0", 3, "trials=0: must be a whole number from 1 to 100000"),
+        ("search: {seed: [0, 1]}\ntrials: 1000000000", 3, "trials=1000000000: must be a whole number from 1 to 100000"),
         ("grid: {seed: [0, 1]}\ntrials: 3", 3, "trials: belongs to a search; write search: with the keys and values to try"),
     ],
 )

@@ -195,6 +195,11 @@ def test_expand_gives_every_point_once_in_file_order(axes: dict[str, list[int]],
             assert cell.settings[key].value == value
 
 
+def test_a_grid_of_more_runs_than_anyone_wants_is_refused() -> None:
+    with pytest.raises(UserError, match="10,000,000,000 runs are more than 100,000"):
+        expand(sweep_of({f"key{number}": [*range(10)] for number in range(10)}, []))
+
+
 @given(AXES, st.data())
 def test_axis_overridden_on_the_command_line_is_one_point(axes: dict[str, list[int]], data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(axes)))

@@ -22,6 +22,8 @@ from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.scalars import parse_text, to_text
 from galaxydist.recipe.yaml12 import Document
 
+# Largest number of runs of a sweep.
+MAX_RUNS = 100_000
 SEARCH_KEYS = ("search", "method", "trials", "prune", "seed")
 METHODS, PRUNERS = ("random", "tpe"), ("median", "asha")
 _BOUNDS = ("low", "high", "log")
@@ -166,7 +168,7 @@ class SearchParser:
         space = self._space()
         method = self._choice("method", METHODS)
         prune = self._choice("prune", PRUNERS) if self.document.values.get("prune") is not None else None
-        trials, seed = self._count("trials", 1), self._count("seed", 0) if "seed" in given else 0
+        trials, seed = self._count("trials", 1, MAX_RUNS), self._count("seed", 0, 2**63 - 1) if "seed" in given else 0
         if self.problems or method is None or trials is None or seed is None:
             return None
         origins = {key: self.origin(self.document.lines.get(f"search.{key}", 0)) for key in space}
@@ -185,14 +187,14 @@ class SearchParser:
             self._add(key, f"{key}={to_text(value)}: must be {' or '.join(known)}")
         return None
 
-    def _count(self, key: str, least: int) -> int | None:
+    def _count(self, key: str, least: int, most: int) -> int | None:
         value = self.document.values.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         if key not in self.document.lines:
             self._add("search", f"{key} is missing: write {key}: and their number")
         else:
-            self._add(key, f"{key}={to_text(value)}: must be a whole number of at least {least}")
+            self._add(key, f"{key}={to_text(value)}: must be a whole number from {least} to {most}")
         return None
 
     def _space(self) -> dict[str, Dimension]:
