@@ -1,6 +1,7 @@
 """``galaxydist data``: fetch, simulate, export, shard, check and explore data sets."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from galaxydist.cli.options import (
     positive_int,
     survey_source,
     table_source,
+    whole_number,
 )
 from galaxydist.cli.shard import add_shard
 from galaxydist.errors import UserError, name_some
@@ -104,7 +106,11 @@ def _add_simulate(commands: Commands) -> None:
         description="Draw a simulated survey in Galaxy10's schema. The same number and seed give the same bytes.",
     )
     parser.add_argument(
-        "--num-galaxies", type=positive_int, default=3000, metavar="N", help="number of galaxies (default: %(default)s)"
+        "--num-galaxies",
+        type=partial(whole_number, least=1, most=100_000_000),
+        default=3000,
+        metavar="N",
+        help="number of galaxies (default: %(default)s)",
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="random seed (default: %(default)s)")
     parser.add_argument("--balanced", action="store_true", help="equal numbers of each class (default: as in Galaxy10)")

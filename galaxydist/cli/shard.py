@@ -41,6 +41,7 @@ LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 NO_VAL, QUALITY = "0", 95
 
 quality = partial(whole_number, least=1, most=100)
+image_side = partial(whole_number, least=1, most=4096)
 
 
 def add_shard(commands: Commands) -> None:
@@ -89,9 +90,7 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
         metavar="Q",
         help="JPEG quality, 1 to 100 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the survey's)"
-    )
+    parser.add_argument("--image-size", type=image_side, metavar="PIXELS", help="stored width and height (default: the survey's)")
     parser.add_argument(
         "--shard-size", type=positive_int, metavar="N", help="galaxies per shard (default: from the size of the split)"
     )

@@ -169,7 +169,10 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[str]:
             ending = Path(file).suffix.lower()
             if file.startswith("."):
                 continue
-            if ending in EXTENSIONS:
-                yield os.path.relpath(Path(root) / file, folder)
-            else:
+            path = Path(root) / file
+            if ending not in EXTENSIONS:
                 left_out[ending or "without an ending"] += 1
+            elif path.exists() and not path.is_file():
+                left_out["pipe, socket or device"] += 1  # reading it might never end
+            else:
+                yield os.path.relpath(path, folder)

@@ -125,14 +125,16 @@ def publish(run: Path, out: Path, environ: Mapping[str, str], options: PublishOp
         options: parts, title and checkpoint.
 
     Raises:
-        UserError: there is no run or no checkpoint; the folder exists; packages for ONNX are missing; the model cannot be
-            exported; a full disk.
+        UserError: there is no run or no checkpoint; the folder exists; packages for ONNX are missing; the given shards are not
+            those of the training; the model cannot be exported; a full disk.
     """
     options = options or PublishOptions()
     check_target(out, overwrite=options.overwrite, is_ours=is_published, names=WRITTEN)
     check_packages(options)
     trained = open_trained_model(run, environ, options.choice)
     trained.model.eval()
+    if options.choice.trained_on is not None:
+        trained.open_shards(environ, options.choice.trained_on)  # wrong ones are an error; none are a note
     with whole_folder(out) as folder:
         written = Publication(trained, options, folder, environ)
         written.write()

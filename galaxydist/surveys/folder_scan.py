@@ -287,8 +287,10 @@ class _Finder:
                 continue
             if entry.is_symlink():
                 self._links.append((folder, path))
-            elif not entry.is_dir():
+            elif entry.is_file():
                 self._add(folder, path, entry.path)
+            elif not entry.is_dir():
+                self._left_out[folder]["pipe, socket or device"] += 1  # reading it might never end
             elif name.lower() in CLUTTER:
                 self._leave_out_folder(folder, path)
             elif entry.path in self._folders:

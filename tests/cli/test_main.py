@@ -102,6 +102,8 @@ def test_version_option_prints_the_version(capsys: pytest.CaptureFixture[str]) -
         (["data", "shard", "--workers", "0"], "less than 1"),
         (["data", "shard", "--enc", "png"], "unrecognized arguments: --enc; did you mean --encoding?"),
         (["data", "simulate", "--num-galaxies", "many"], "not a whole number"),
+        (["data", "simulate", "--num-galaxies", "9" * 17], "more than 100000000"),
+        (["data", "shard", "--image-size", "99999"], "more than 4096"),
         (["data", "simulate", "--seed", "-1"], "less than 0"),
     ],
 )

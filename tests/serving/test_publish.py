@@ -111,6 +111,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(
         ([run, "hf://me/model"], "URL"),
         ([run, str(tmp_path / "out"), "--repo", "https://huggingface.co/me/x"], "OWNER/NAME"),
         ([run, str(tmp_path / "out"), "--name", " "], "--name"),
+        ([run, str(tmp_path / "out"), "--trained-on", str(file)], "not a manifest"),
         ([run, str(tmp_path / "out"), "--reference", "-1"], "less than 0"),
     ):
         try:

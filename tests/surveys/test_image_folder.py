@@ -302,6 +302,7 @@ def test_other_image_suffixes_are_read_and_unreadable_ones_counted(tmp_path: Pat
     write_image(thumbnails / "THUMB.jpg")
     for file in ("a.fits", "b.FITS", "c.txt", "noend"):
         (tmp_path / "class2" / file).touch()
+    os.mkfifo(tmp_path / "class2" / "pipe.jpg")
     write_image(tmp_path / "loose.png")
     (tmp_path / "@eaDir").mkdir()
     survey = open_survey(tmp_path)
@@ -311,8 +312,8 @@ def test_other_image_suffixes_are_read_and_unreadable_ones_counted(tmp_path: Pat
         "pixels",
     }
     assert (
-        "left out: 2 .fits, 1 .png beside the class folders, 1 .txt, 1 in @eaDir, 1 without an ending (FITS is not read"
-        in caplog.text
+        "left out: 2 .fits, 1 .png beside the class folders, 1 .txt, 1 in @eaDir, 1 pipe, socket or device, 1 without an ending "
+        "(FITS is not read" in caplog.text
     )
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "1.fits").touch()
