@@ -135,7 +135,7 @@ def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         UserError: another command has held the lock for ``wait_s`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME, timeout=wait_s, poll_interval=POLL_S)
+    lock = FileLock(folder / LOCK_NAME, timeout=wait_s, poll_interval=POLL_S, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:

@@ -350,7 +350,7 @@ def guarded(path: Path, *, wait_s: float = GUARD_SECONDS) -> Iterator[None]:
     """
     from filelock import FileLock
 
-    guard = FileLock(path.with_name(f".{path.name}.guard"))
+    guard = FileLock(path.with_name(f".{path.name}.guard"), fallback_to_soft=False)
     with suppress(OSError, NotImplementedError):  # no flock there, or its holder hangs
         try:
             guard.acquire(timeout=min(wait_s, GUARD_SECONDS))

@@ -140,7 +140,7 @@ def exclusive(folder: RunFolder, name: TrackerName, *, waits: bool = True) -> It
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(guard_path(folder, name), timeout=-1 if waits else 0, thread_local=False)
+    lock = FileLock(guard_path(folder, name), timeout=-1 if waits else 0, thread_local=False, fallback_to_soft=False)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock)

@@ -1,5 +1,6 @@
 """Writing shards: what goes in comes out, whatever happens on the way."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,14 +20,16 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from galaxydist.cluster.submit import submission_lock
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage
+from galaxydist.runs.lock import guarded
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.tar import parse_index
 from galaxydist.shards.verify import check_shards
 from galaxydist.shards.writer import writer
 from galaxydist.shards.writer.encode import hash_pixels
-from galaxydist.shards.writer.writer import write_shards
+from galaxydist.shards.writer.writer import write_shards, writer_lock
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
@@ -289,7 +292,7 @@ SLOW_WRITER = """
 import sys, time
 from pathlib import Path
 from tests.helpers.shard_surveys import MemorySurvey, draw_galaxies
-from galaxydist.shards.writer.writer import write_shards
+from galaxydist.shards.writer.writer import write_shards, writer_lock
 
 class Slow(MemorySurvey):
     def read(self, start, stop):
@@ -443,6 +446,16 @@ def test_file_size_limit_while_writing_shards_leaves_no_file(tmp_path: Path) -> 
     assert "UserError: no space left while writing to" in text
     assert "give the same command again" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_are_left_out_where_the_file_system_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre does if it is mounted without flock
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".file.guard").touch()  # an earlier process left it
+    with writer_lock(tmp_path / "shards"), guarded(tmp_path / "file", wait_s=60), submission_lock(tmp_path, 5):
+        assert (tmp_path / "shards.lock").exists()
 
 
 def test_second_writer_of_the_same_folder_is_refused(tmp_path: Path) -> None:

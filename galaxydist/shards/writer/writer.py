@@ -274,7 +274,7 @@ def writer_lock(work_dir: Path) -> Iterator[None]:
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()  # raises where no file can be created: filelock would call the lock held
-    lock = FileLock(path, blocking=False)
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
