@@ -37,6 +37,8 @@ from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 from galaxydist.surveys.tables.json_columns import conform, is_unicode, parse_object, typed_column, unite_fields
 
 ID, RA, DEC = OWN = ("id", "ra", "dec")
+# Properties are larger than these.
+LOWER_BOUNDS = {"redshift": -1.0, "pxscale": 0.0}
 OWN_FIELDS = (pa.field(ID, pa.string()), pa.field(RA, pa.float64()), pa.field(DEC, pa.float64()))
 
 
@@ -133,12 +135,14 @@ def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None
 def number_column(table: pa.Table, name: str) -> NDArray[np.float64]:
     """Return a column of a catalogue as (N,) float64: nan where it is null, and throughout if there are no numbers of this name.
 
-    A user's table may have any values in a column such as ``redshift``.
+    A user's table may have any values in a column such as ``redshift``. Impossible ones are placeholders for unknown (-99).
     """
     kind = table.schema.field(name).type if name in table.column_names else None
     if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         return np.full(len(table), np.nan)
-    return np.asarray(table.column(name).to_numpy(), np.float64)
+    values_N = np.array(table.column(name).to_numpy(), np.float64)
+    values_N[values_N <= LOWER_BOUNDS.get(name, -np.inf)] = np.nan
+    return values_N
 
 
 @contextlib.contextmanager

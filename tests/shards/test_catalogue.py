@@ -23,6 +23,7 @@ from galaxydist.shards import catalogue as catalogues
 from galaxydist.shards.catalogue import (
     conform,
     iterate_catalogue,
+    number_column,
     open_catalogue,
     read_catalogue,
     table_of,
@@ -131,6 +132,15 @@ def test_read_catalogue_returns_existing_columns_in_the_requested_order(manifest
         assert table.equals(whole.select(["redshift", "id"]))
     with pytest.raises(UserError, match="has no split 'dev'"):
         read_catalogue(manifest, "dev")
+
+
+@pytest.mark.parametrize(("name", "known"), [("redshift", [-0.001, 0.0, 0.3]), ("pxscale", [0.3])])
+def test_placeholders_of_unknown_numbers_are_not_numbers(name: str, known: list[float]) -> None:
+    table = pa.table({name: pa.array([-99.0, -9999.0, -1.0, None, -0.001, 0.0, 0.3])})
+    found = number_column(table, name)
+    assert found[np.isfinite(found)].tolist() == known
+    integers = number_column(pa.table({name: [-99, 3]}), name)
+    assert np.isnan(integers[0]) and integers[1] == 3
 
 
 def test_catalogue_of_older_shards_is_rebuilt_from_their_tars(manifest: Manifest) -> None:
