@@ -4,6 +4,7 @@ A loader starts no processes: positioned reads and the decoders release the GIL.
 ``shards/order.py`` and are never taken from the order in which the threads finish.
 """
 
+import contextlib
 import math
 import socket
 import time
@@ -48,7 +49,8 @@ from galaxydist.shards.shard_usage import (
 class BufferPool:
     """Reuses the memory of arrays once nothing refers to them, tensors made from them included. Any thread may call it.
 
-    Memory of fresh pages for each batch would take a fifth of the decoding time.
+    Memory of fresh pages for each batch would take a fifth of the decoding time. No Python code runs when an array is freed: in
+    such code an exception is ignored, also the KeyboardInterrupt of a Ctrl-C.
 
     Args:
         keep: number of free buffers that are kept; further ones are freed.
@@ -58,10 +60,15 @@ class BufferPool:
     def __init__(self, keep: int, *, pin: bool = False) -> None:
         self._keep, self._pin = keep, pin
         self._free: list[NDArray[np.uint8]] = []
+        # The memory that is in use, with a weak reference to its array, by the reference's id.
+        self._used: dict[int, tuple[weakref.ref[NDArray[Any]], NDArray[np.uint8]]] = {}
+        # Weak references to arrays that are gone.
+        self._gone: deque[weakref.ref[NDArray[Any]]] = deque()
 
     def take(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
         """Return an array with arbitrary contents."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self._collect()
         try:
             memory = self._free.pop()
         except IndexError:  # asking first would not do: another thread may take it meanwhile
@@ -71,12 +78,17 @@ class BufferPool:
                 torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy() if self._pin else np.empty(num_bytes, np.uint8)
             )
         array = memory[:num_bytes].view(dtype).reshape(shape)
-        weakref.finalize(array, self._give_back, memory).atexit = False
+        reference = weakref.ref(array, self._gone.append)
+        self._used[id(reference)] = reference, memory
         return array
 
-    def _give_back(self, memory: NDArray[np.uint8]) -> None:
-        if len(self._free) < self._keep:
-            self._free.append(memory)
+    def _collect(self) -> None:
+        """Take back the memory of the arrays that are gone."""
+        with contextlib.suppress(IndexError):  # another thread may take the last one meanwhile
+            while self._gone:
+                _, memory = self._used.pop(id(self._gone.popleft()))
+                if len(self._free) < self._keep:
+                    self._free.append(memory)
 
 
 @dataclass(frozen=True, slots=True)

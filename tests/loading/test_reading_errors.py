@@ -20,6 +20,7 @@ from galaxydist.checkpoints import store
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
+from galaxydist.loading.loader import BufferPool
 from galaxydist.mixed_precision import MixedPrecision
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
@@ -321,6 +322,17 @@ def test_ctrl_c_during_iteration_ends_the_loader_with_keyboard_interrupt(blobs: 
     finally:
         process.kill()
         process.wait()
+
+
+def test_memory_of_a_batch_is_taken_back_without_python_code_that_a_ctrl_c_could_be_lost_in() -> None:
+    pool, events = BufferPool(1), list[str]()
+    array = pool.take((3, 5), np.uint8)
+    address = array.ctypes.data
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    del array
+    sys.setprofile(None)
+    assert "call" not in events
+    assert pool.take((5,), np.uint8).ctypes.data == address
 
 
 def test_restart_with_on_error_raise_forgets_skipped_images_and_a_lower_cap_is_refused() -> None:
