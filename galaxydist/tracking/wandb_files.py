@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 import struct
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -88,6 +89,12 @@ def mend_files(folder: Path, run_id: str) -> list[str]:
             os.truncate(path, end)
             changes.append(f"{path} ended within a record: its last {cut} bytes, which no program can read, were cut off")
     return changes
+
+
+def wait_for_new_name(folder: Path, run_id: str) -> None:
+    """Wait until wandb will give its next folder a new name: it names them by the second, and would write over an earlier one."""
+    while any(folder.glob(f"wandb*/*-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}")):
+        time.sleep(0.05)
 
 
 def stored_step(folder: Path, run_id: str) -> int:

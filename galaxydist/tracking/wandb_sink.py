@@ -20,7 +20,7 @@ from galaxydist.runs.events import ALERTS, Event
 from galaxydist.runs.folder import RunFolder
 from galaxydist.tracking.run_info import FACTS_KEY
 from galaxydist.tracking.sink import Row, RunEnd, RunInfo, TrackedGalaxy, Validation, alert_level, validation_of
-from galaxydist.tracking.wandb_files import has_ended, mend_files, offline_files, read_project, stored_step
+from galaxydist.tracking.wandb_files import has_ended, mend_files, offline_files, read_project, stored_step, wait_for_new_name
 
 WandbMode = Literal["online", "offline"]
 
@@ -82,6 +82,7 @@ class WandbSink:
 
         info = self.info
         with explained_refusal():
+            wait_for_new_name(info.folder, info.run_id)
             wandb.setup(wandb.Settings(silent=True))  # of the messages that wandb.init prints before it reads its own settings
             return wandb.init(
                 project=info.project,

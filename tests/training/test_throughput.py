@@ -35,8 +35,8 @@ def test_step_timer_assigns_time_to_its_part_and_excludes_validation() -> None:
     """By the true clock: each part takes what it slept, or longer on a busy machine."""
     slept = {"data_wait": 0.03, "forward_backward": 0.06, "checkpoint": 0.03, "validation": 0.05}
     timer = StepTimer(CPU, batch_size=10, world_size=2)
+    start = time.perf_counter()  # before the timer's own start: the process may be interrupted between the two
     timer.window(0)
-    start = time.perf_counter()
     for part, slept_s in slept.items():
         with timer.part(part):
             time.sleep(slept_s)
@@ -46,7 +46,7 @@ def test_step_timer_assigns_time_to_its_part_and_excludes_validation() -> None:
     assert all(told[f"time/{part}"] >= slept_s / elapsed for part, slept_s in slept.items() if part != "validation")
     assert told["time/optimizer"] == 0
     # Neither the validation nor the checkpoint is training time.
-    assert 0.98 * 30 / (elapsed - 0.08) <= told["time/img_s"] <= 30 / 0.09
+    assert 30 / (elapsed - 0.08) <= told["time/img_s"] <= 30 / 0.09
     assert told["time/img_s_device"] == told["time/img_s"] / 2
     assert 0.01 < told["memory/rss_gb"] < 100
     assert not any(name.startswith("gpu/") for name in told)
