@@ -173,7 +173,7 @@ _STALE_SECONDS = 24 * 3600.0
 def remove_stale(folder: Path, pattern: str) -> None:
     """Remove temporary files and folders that have not changed for a day: leftovers of killed processes."""
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # another process has renamed or removed it
+        with suppress(OSError):  # another process has renamed or removed it, or it is another user's
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

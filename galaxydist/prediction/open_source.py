@@ -172,7 +172,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[str]:
             path = Path(root) / file
             if ending not in EXTENSIONS:
                 left_out[ending or "without an ending"] += 1
-            elif path.exists() and not path.is_file():
-                left_out["pipe, socket or device"] += 1  # reading it might never end
-            else:
+            elif path.is_file() or not path.exists():
                 yield os.path.relpath(path, folder)
+            else:
+                left_out["pipe, socket or device"] += 1  # reading it might never end
